@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import sys
@@ -76,6 +77,7 @@ from .training.run_folder import (
     METRICS,
     RATE_SEARCH,
     ROWS,
+    adapter_of_step,
     checkpoint_step,
     folder_of_run,
     output_path,
@@ -340,7 +342,8 @@ def prepare_folder(plan: Plan) -> None:
     output, best_file = output_path(folder, config.peft), os.path.join(folder, BEST)
     remove_leftovers(output, best_file, os.path.join(folder, CHECKPOINTS))
     if not plan.resume_from:  # the run was killed before its first checkpoint
-        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
+        kept = glob.glob(adapter_of_step("*"), root_dir=folder)
+        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES, *kept):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))

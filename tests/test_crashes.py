@@ -25,7 +25,7 @@ from rwkv_miss.files import mapped
 from src.common.files import write_text
 from src.training import callbacks, rollback
 from src.training.rollback import LastGood
-from src.training.run_folder import alone_in, list_checkpoints, remove_old
+from src.training.run_folder import adapter_of_step, alone_in, list_checkpoints, remove_old
 from src.training.training_state import read_state, write_state
 
 from . import program
@@ -255,9 +255,9 @@ MOMENTS = [
     ("adapter.pth", 1),
     ("adapter.pth", 2),
     ("adapter.pth", 3),
-    ("step-", 1),
-    ("step-", 2),
-    ("step-", 3),
+    ("/step-", 1),
+    ("/step-", 2),
+    ("/step-", 3),
     ("step-00000001.pth", 1),
     ("loss.png", 2),
     ("run_card.md", 2),
@@ -275,15 +275,15 @@ def test_killed_at_every_kind_of_moment(run, tmp_path):
     for file, number in [*MOMENTS[:11], ("in the middle", 1), *MOMENTS[11:]]:
         sabotage = at_file(file, number, proj_dir, kill)
         if file == "in the middle":
-            sabotage = at_file("step-", 1, proj_dir, kill_in_write)
+            sabotage = at_file("/step-", 1, proj_dir, kill_in_write)
         code, output = run("parts", *flags, sabotage=sabotage)
         assert code in (-signal.SIGKILL, -signal.SIGXFSZ), f"{file} {number}: {output}"
         check_files(proj_dir)
     assert "nothing to train" in succeed(run("parts", *flags))
     same_run(tmp_path / "whole", proj_dir)
-    assert {path.name for path in proj_dir.iterdir()} == {
-        path.name for path in (tmp_path / "whole").iterdir()
-    }
+    whole = {path.name for path in (tmp_path / "whole").iterdir()}
+    adapters = {adapter_of_step(step) for step in range(1, STEPS + 1)}
+    assert {path.name for path in proj_dir.iterdir()} == whole | adapters
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000006.pth"]
     assert json.loads((proj_dir / "run.json").read_text())["steps"] == STEPS
 
@@ -318,8 +318,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
         ("metrics.jsonl", 2),
         ("metrics.jsonl", 3),
         ("adapter.pth", 1),
-        ("step-", 1),
-        ("step-", 2),
+        ("/step-", 1),
+        ("/step-", 2),
         ("step-00000001.pth", 1),
         ("loss.png", 1),
         ("run.json", 2),
@@ -370,11 +370,11 @@ def test_a_base_that_is_overwritten_ends_the_run_and_spoils_nothing(run, files, 
 def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     """One: the next step is the last. Two: the program ends at once; the checkpoint before stays."""
     proj_dir = tmp_path / "run"
-    code, output = run("run", "--save_steps", "2", sabotage=at_file("step-", 2, proj_dir, interrupt))
+    code, output = run("run", "--save_steps", "2", sabotage=at_file("/step-", 2, proj_dir, interrupt))
     assert code == 130, output
     assert [os.path.basename(path) for path in check_files(proj_dir)] == ["step-00000003.pth"], output
     code, output = run(
-        *"run --save_steps 2 --resume auto".split(), sabotage=at_file("step-", 2, proj_dir, interrupt_twice)
+        *"run --save_steps 2 --resume auto".split(), sabotage=at_file("/step-", 2, proj_dir, interrupt_twice)
     )
     assert code and "Traceback" not in output, output
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000003.pth"]

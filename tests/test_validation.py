@@ -233,7 +233,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
 
     more = [*flags, "--early_stop", "4", "--resume", "auto"]
     code, output = start(
-        files, proj_dir, *more, sabotage=in_turn(script, at_file("step-", 2, proj_dir, kill))
+        files, proj_dir, *more, sabotage=in_turn(script, at_file("/step-", 2, proj_dir, kill))
     )
     # step 5 has no checkpoint and is done again
     assert code and [line["step"] for line in validation_lines(proj_dir)] == [0, 1, 2, 3, 4, 5], output

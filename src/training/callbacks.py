@@ -406,6 +406,8 @@ class Saver(Callback):
         try:
             self.write(trainer, self.output)
             if trainer.is_global_zero:
+                if self.every > 0 and step % self.every == 0 and module.config.peft != "none":
+                    keep_adapter(self.output, step)
                 os.makedirs(self.folder, exist_ok=True)
                 rwkv_miss.write_checkpoint(
                     os.path.join(self.folder, checkpoint_name(step)),
@@ -420,8 +422,6 @@ class Saver(Callback):
                         "recent_losses": list(self.last_good.losses),
                     },
                 )
-                if self.every > 0 and step % self.every == 0 and module.config.peft != "none":
-                    keep_adapter(self.output, step)
                 remove_old(self.folder, self.keep)
                 keep_best(os.path.join(os.path.dirname(self.output), BEST), self.folder)
         except (UserError, OSError) as caught:
