@@ -99,6 +99,12 @@ def test_settings_come_from_the_file_of_any_project(files, adapters, tmp_path):
         close("logits", model(ids)[0], live(ids)[0], 1e-6)
         trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, live)]
         assert trained[0] == trained[1]
+    path, live = adapters("pissa", rank=5)
+    theirs = tmp_path / "rwkv-4.pth"
+    convert(path, theirs, "rwkv-peft")
+    (tmp_path / "rwkv-4.init_pissa.pth").rename(tmp_path / "init_pissa.pth")
+    config = settings(files, theirs, "--peft", "pissa", "--peft_config", "r=5")
+    assert torch.equal(build_model(config, live.arch, "torch", torch.float32)(ids)[0], live(ids)[0])
     for method, options in (("state", {}), ("pissa", {"rank": 5})):  # the second changes frozen weights
         path, live = adapters(method, **options)
         config = settings(files, path)

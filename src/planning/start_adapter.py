@@ -71,15 +71,22 @@ def put(model: RWKV, config: Config) -> None:
 
 
 def _read(config: Config) -> Adapter:
-    """Read the file or folder, of any project. LoRA's alpha, which some files lack, may be a setting."""
+    """Read the file or folder, of any project.
+
+    LoRA's alpha, which some files lack, may be a setting. RWKV-PEFT keeps what PiSSA began with in
+    init_pissa.pth beside the adapter.
+    """
     path = config.init_adapter
     if not os.path.exists(path):
         raise UserError(f"--init_adapter {path} does not exist{similar_path(path)}")
     options = config.value_or_zero("peft_config")
     hints = Hints(alpha=options.get("alpha", options.get("lora_alpha")))
+    first = os.path.join(os.path.dirname(path), "init_pissa.pth")
+    if config.peft == "pissa" and os.path.exists(first):
+        hints = Hints(init=first)
     adapter = None
     try:
-        with contextlib.suppress(UserError):  # of a format that states its alpha
+        with contextlib.suppress(UserError):  # of a format that leaves nothing open
             adapter = read_any(path, hints)[1]
         adapter = adapter or read_any(path)[1]
     except UserError as error:
