@@ -201,7 +201,7 @@ def layer_numbers(layers: Layers, there: Iterable[int]) -> set[int]:
 def _part_of_layers(layers: str, part: str, has: list[int]) -> Iterable[int]:
     """Read "last:6", "first:6", "4-7" or "11"."""
     found = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", part)
-    end, count, low, high = found.groups() if found else ("", "", "1", "0")
+    end, count, low, high = found.groups() if found else (None, None, None, None)
     if end:
         if not 1 <= int(count) <= len(has):
             raise UserError(
@@ -209,11 +209,12 @@ def _part_of_layers(layers: str, part: str, has: list[int]) -> Iterable[int]:
                 " adapt"
             )
         return has[: int(count)] if end == "first" else has[-int(count) :]
-    if int(high or low) < int(low):
+    if not found or int(high or low) < int(low):
         raise UserError(
             f"layers {layers!r}: expected last:K or first:K, numbers such as 0,3,11, or ranges such as 4-7"
         )
-    return range(int(low), int(high or low) + 1)
+    # of a range that goes on the caller needs one number, to refuse it
+    return range(int(low), min(int(high or low), max(int(low), *has, 0) + 1) + 1)
 
 
 def layers_text(layers: Iterable[int]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import json
 import os
 import sys
@@ -77,7 +76,6 @@ from .training.run_folder import (
     METRICS,
     RATE_SEARCH,
     ROWS,
-    adapter_of_step,
     checkpoint_step,
     folder_of_run,
     output_path,
@@ -342,8 +340,7 @@ def prepare_folder(plan: Plan) -> None:
     output, best_file = output_path(folder, config.peft), os.path.join(folder, BEST)
     remove_leftovers(output, best_file, os.path.join(folder, CHECKPOINTS))
     if not plan.resume_from:  # the run was killed before its first checkpoint
-        kept = glob.glob(adapter_of_step("*"), root_dir=folder)
-        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES, *kept):
+        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))

@@ -76,6 +76,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, 
                 r" --proj_dir"
             ),
         ),
+        (
+            ["adapter-step-40.pth"],
+            "none",
+            r"holds a run already \(adapter-step-40.pth\); it has no checkpoint",
+        ),
         (["best.pth"], "none", r"holds a run already \(best.pth\); it has no checkpoint"),
         (["adapter.pth", "run.json"], "auto", r"holds a run already \(adapter.pth\); it has no checkpoint"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 
@@ -17,7 +18,15 @@ from ..config.reward_rules import check_rewards
 from ..data.examples import Examples
 from ..model import RWKV
 from ..planning.draft import Draft
-from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, checkpoint_step, list_checkpoints, output_path
+from .run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    SUMMARY,
+    adapter_of_step,
+    checkpoint_step,
+    list_checkpoints,
+    output_path,
+)
 from .validation_log import BEST
 
 # Settings that a resumed run may change and still be the same run. They decide how a step is computed, how
@@ -122,7 +131,8 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
         # complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
         files = (os.path.join(config.proj_dir, BEST), output_path(config.proj_dir, config.peft))
-        outputs = [path for path in files if os.path.exists(path)]
+        outputs = glob.glob(adapter_of_step("*"), root_dir=config.proj_dir)
+        outputs += [path for path in files if os.path.exists(path)]
         if is_first_process() and not cut_off and (paths or outputs):
             raise UserError(
                 f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
