@@ -1,6 +1,7 @@
 """Logprobs' tokens spell the content: joined they are the text, in every form of an answer."""
 
 import random
+import types
 
 import pytest
 
@@ -16,7 +17,8 @@ from src.serving.limits import Limits
 from src.serving.openai_choices import ChatChoices, TextChoices
 from src.serving.openai_objects import TokenNames
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
-from src.serving.worker import Piece
+from src.serving.spelling import Spelling, _Placed
+from src.serving.worker import Worker
 
 from .answering import Scripted
 from .test_engine import tiny
@@ -55,17 +57,11 @@ def asked_of(tokenizer, read, template, body):
 
 def pieces(engine, requests):
     """The new parts of the answers, as the worker finds them."""
-    index, sent = {}, {}
-    for request in requests:
-        for answer in engine.submit(request):
-            index[id(answer)], sent[id(answer)] = len(index), (0, 0)
+    worker = Worker(engine)
+    worker._submit(types.SimpleNamespace(requests=requests, answers=[]))
     while not engine.idle:
         for answer in engine.step():
-            characters, tokens = sent[id(answer)]
-            new = len(answer.tokens) - tokens, tuple(answer.logprobs[tokens:]), answer.finish, "", 0
-            scores = () if tokens else answer.prompt_logprobs
-            yield Piece(index[id(answer)], answer.text[characters:], *new, scores), answer
-            sent[id(answer)] = len(answer.text), len(answer.tokens)
+            yield worker._piece(worker.followed[id(answer)]), answer
 
 
 def script(tokenizer, draw):
@@ -148,3 +144,16 @@ def test_random_models_and_echoed_prompts(kind):
         values = entries["token_logprobs"]
         assert values[0] is entries["top_logprobs"][0] is None and None not in values[1:]
         assert len(values) == len(ids) + len(answer.tokens)
+
+
+def test_a_token_that_waits_is_looked_at_once_for_each_piece(monkeypatch):
+    """As while a chat thinks: no token is in its content yet."""
+    looked, end = [], _Placed.end.fget
+    monkeypatch.setattr(_Placed, "end", property(lambda one: looked.append(one) or end(one)))
+    tokenizer = load_tokenizer("bytes", 256)
+    spelling = Spelling(tokenizer, with_bytes=True)
+    for _ in range(100):
+        spelling.push([types.SimpleNamespace(token=97)])
+        assert not spelling.take(0, 0, False)
+    assert len(looked) == 100
+    assert "".join(one.text for one in spelling.take(40, 100, True)) == "a" * 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,8 +88,9 @@ class Spelling:
         Unless the text is whole, a token waits until all of its characters are known. `with_end`: tokens
         behind the text are given too, if none of them has a character, such as the end of document.
         """
-        known = [one for one in self.waiting if is_whole or one.end <= end]
-        self.waiting = self.waiting[len(known) :]
+        # known tokens come first: while a chat thinks, no other one is looked at
+        known = [*itertools.takewhile(lambda one: is_whole or one.end <= end, self.waiting)]
+        del self.waiting[: len(known)]
         inside = [one for one in known if begin < one.end and one.begin < end]
         behind = [one for one in known if one.begin >= end]
         if with_end and not any(one.text for one in behind):
