@@ -253,6 +253,14 @@ def test_a_prompt_has_a_limit():
     assert refused({"prompt": "x" * 21}, read_completion, limits=Limits(prompt_tokens=20)) == (400, "prompt")
 
 
+def test_too_many_ids_are_refused_before_they_become_text(monkeypatch):
+    """Each may be a long text."""
+    monkeypatch.setattr(type(TOKENIZER), "decode", lambda *given: pytest.fail("it was decoded"))
+    ids, limits = [97] * 21, Limits(prompt_tokens=20)
+    assert refused({"prompt": ids}, read_completion, limits=limits) == (400, "prompt")
+    assert refused({"tokens": ids}, read_detokenize, limits=limits) == (400, "tokens")
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"a": NaN}', b"1" * 9999]
 )
@@ -295,6 +303,11 @@ def test_prompts_of_completions():
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "x" * 9999, "prompt_logprobs": 6}, "prompt_logprobs"),
+        ({"prompt": "x" * 9999, "prompt_logprobs": 0, "n": 7}, "prompt_logprobs"),
+        (
+            {"prompt": "x" * 9999, "prompt_logprobs": 2, "echo": True, "logprobs": 3},
+            "prompt_logprobs",
+        ),
         ({"logprobs": True}, "logprobs"),
     ],
 )

@@ -158,7 +158,8 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     if not request.sampling.greedy and not seeded:
         request = dataclasses.replace(request, continues=True)
     stream, usage = _streaming(fields)
-    _check_prompt_logprobs([request], stream and request.prompt_logprobs is not None)
+    counts = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
+    _check_prompt_logprobs([request], counts, stream and bool(counts))
     ignored, read = fields.ignored(), len(kept.tokens)
     return AskedChat(chosen, [request], stream, usage, ignored, template, tools, kept=read)
 
@@ -182,7 +183,8 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     alike |= {"prompt_logprobs": max(counts, default=None), "start": kept.state}
     requests = [_request(reader, fields, "", (), tokens=prompt.tokens, **alike) for prompt in prompts]
     stream, usage = _streaming(fields)
-    _check_prompt_logprobs(requests, stream and prompt_logprobs is not None)
+    each = counts * requests[0].n  # an answer has its prompt's
+    _check_prompt_logprobs(requests, each, stream and prompt_logprobs is not None)
     ignored, read = fields.ignored(), len(kept.tokens)
     return AskedText(chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs, kept=read)
 
@@ -200,7 +202,7 @@ def chat_tokens(
         ids = encoded(reader, pieces, "messages")
     except (UserError, RecursionError) as error:  # the schema of a tool may be too deep
         raise wrong("messages", str(error)) from None
-    return _checked(reader, with_bos(ids, chosen.bos), "messages")
+    return checked(reader, with_bos(ids, chosen.bos), "messages")
 
 
 def encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
@@ -210,13 +212,13 @@ def encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
     for text in texts:
         if len(text) > beginning:
             # its tokens are the text's, up to the cut
-            _checked(reader, [*tokens, *reader.tokenizer.encode(text[:beginning])[:-LONGEST]], param)
+            checked(reader, [*tokens, *reader.tokenizer.encode(text[:beginning])[:-LONGEST]], param)
         tokens += reader.tokenizer.encode(text)
-        _checked(reader, tokens, param)
+        checked(reader, tokens, param)
     return tokens
 
 
-def _checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
+def checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
     if len(tokens) > reader.limits.prompt_tokens:
         raise Refused(
             400,
@@ -234,7 +236,7 @@ def _prompts(reader: RequestReader, fields: Fields, bos: tuple[int, ...]) -> lis
     expected = "a text, a list of texts, ids, or a list of lists of ids"
     if value is None or value == "" or value == []:
         value = [list(reader.tokenizer.eod)]  # as in OpenAI's API: a new document
-    if isinstance(value, str) or isinstance(value, list) and all(_is_id(token) for token in value):
+    if isinstance(value, str) or isinstance(value, list) and all(map(is_id, value)):
         value = [value]
     if not isinstance(value, list):
         raise fields.refuse("prompt", value, expected)
@@ -246,19 +248,20 @@ def _prompts(reader: RequestReader, fields: Fields, bos: tuple[int, ...]) -> lis
             if isinstance(prompt, str):
                 in_text = encoded(reader, [prompt], "prompt")
                 text, ids = prompt, with_bos(in_text, bos)
-            elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
-                text, ids = reader.tokenizer.decode(prompt), list(prompt)
+            elif isinstance(prompt, list) and all(map(is_id, prompt)):
+                ids = checked(reader, list(prompt), "prompt")  # before each id becomes a text
+                text = reader.tokenizer.decode(ids)
                 in_text = ids
             else:
                 raise fields.refuse("prompt", value, expected)
         except UserError as error:
             raise wrong("prompt", str(error)) from None
-        ids = _checked(reader, ids or list(reader.tokenizer.eod), "prompt")
+        ids = checked(reader, ids or list(reader.tokenizer.eod), "prompt")
         prompts.append(Prompt(text, ids, len(ids) - len(in_text)))
     return prompts
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -319,11 +322,12 @@ def _changes(reader: RequestReader, fields: Fields) -> LogitChanges:
     )
 
 
-def _check_prompt_logprobs(requests: list[Request], in_stream: bool) -> None:
+def _check_prompt_logprobs(requests: list[Request], counts: list[int], in_stream: bool) -> None:
+    """Check the log-probabilities of prompts: a reply has those of each prompt once for each of `counts`."""
     if in_stream:
         raise wrong("prompt_logprobs", "is for a whole answer; leave out stream")
-    scored = [request for request in requests if request.prompt_logprobs is not None]
-    numbers = sum(len(request.tokens) * (request.prompt_logprobs + 1) for request in scored)
+    tokens = sum(len(request.tokens) for request in requests)
+    numbers = tokens * sum(count + 1 for count in counts)
     if numbers > MOST_PROMPT_LOGPROBS:
         raise wrong(
             "prompt_logprobs",

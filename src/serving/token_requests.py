@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from .errors import wrong
 from .fields import Fields
 from .openai_objects import TokenNames
-from .request_parsing import RequestReader, encoded, read_chat
+from .request_parsing import RequestReader, checked, encoded, is_id, read_chat
 
 # World's end of document is in no text. Its Hugging Face tokenizers call it so.
 NO_TEXT = "<|rwkv_tokenizer_end_of_text|>"
@@ -65,8 +65,9 @@ def read_detokenize(reader: RequestReader, body: dict[str, Any]) -> Told:
     fields = Fields(body)
     reader.find(fields)
     tokens = fields.take("tokens")
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+    if not isinstance(tokens, list) or not all(map(is_id, tokens)):
         raise fields.refuse("tokens", tokens, "a list of ids")
+    checked(reader, tokens, "tokens")  # before each id becomes a text
     try:
         text = reader.tokenizer.decode(tokens)
     except UserError as error:
