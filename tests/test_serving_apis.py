@@ -311,7 +311,11 @@ def test_a_stream_is_the_whole_answer_and_both_are_the_chats(mode, text, finish)
         pieces = pieces_of(text, finish)
         replies = ChatChoices(asked[0], names), ResponsesReply(asked[1], names), AnthropicReply(asked[2])
         streams = [
-            [*reply.first(), *(event for piece in pieces for event in reply.push(piece)), *reply.last(usage)]
+            [
+                *reply.first(),
+                *(event for piece in pieces for event in reply.events(piece)),
+                *reply.last(usage),
+            ]
             for reply in replies
         ]
         chat, response, message = (reply.whole(usage) for reply in replies)

@@ -1,5 +1,6 @@
 """Logprobs' tokens spell the content: joined they are the text, in every form of an answer."""
 
+import asyncio
 import random
 import types
 
@@ -13,9 +14,11 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import Applied
 from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
+from src.serving.dispatcher import _collected
 from src.serving.limits import Limits
 from src.serving.openai_choices import ChatChoices, TextChoices
 from src.serving.openai_objects import TokenNames
+from src.serving.replies import Usage
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.spelling import Spelling, _Placed
 from src.serving.worker import Worker
@@ -144,6 +147,31 @@ def test_random_models_and_echoed_prompts(kind):
         values = entries["token_logprobs"]
         assert values[0] is entries["top_logprobs"][0] is None and None not in values[1:]
         assert len(values) == len(ids) + len(answer.tokens)
+
+
+@pytest.mark.parametrize(
+    "read, kind, prompt",
+    [
+        (read_chat, ChatChoices, {"messages": HI, "logprobs": True}),
+        (read_completion, TextChoices, {"prompt": "Q", "logprobs": 0}),
+    ],
+)
+def test_a_whole_reply_names_each_token_once(read, kind, prompt, monkeypatch):
+    tokenizer, counts = load_tokenizer("bytes", 256), []
+    for name in ("chat", "completion"):
+        monkeypatch.setattr(TokenNames, name, lambda names, tokens, *more: counts.append(len(tokens)))
+    engine = Engine(Scripted(tokenizer, b"Hello."), tokenizer, chunk=10**6)
+    asked = asked_of(
+        tokenizer, read, RwkvTemplate("rwkv", "json"), {**prompt, "max_tokens": 6, "temperature": 0}
+    )
+
+    async def said():
+        for piece, _ in pieces(engine, asked.requests):
+            yield piece
+
+    run = types.SimpleNamespace(pieces=said, usage=lambda: Usage(1, 6, 0))
+    asyncio.run(_collected(run, kind(asked, TokenNames(tokenizer))))
+    assert counts == [6]
 
 
 def test_a_token_that_waits_is_looked_at_once_for_each_piece(monkeypatch):

@@ -56,7 +56,11 @@ class BlockReply(Reply):
     def ended(self, block: Block) -> Iterator[dict[str, Any]]:
         """Yield the events of a block that is complete."""
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def take(self, piece: Piece) -> None:
+        for _ in self.events(piece):
+            pass
+
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
         deltas = [self.text.push(piece.text)]
         if piece.finish:
             deltas.append(self.text.finish())

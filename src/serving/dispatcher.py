@@ -17,7 +17,7 @@ from .errors import Refused, failed
 from .limits import Limits
 from .metrics import Metrics
 from .openai_objects import TokenNames
-from .replies import EventStream, Reply, Usage, ignored_header, json_reply, until_gone
+from .replies import EventStream, Reply, Usage, WholeReply, ignored_header, json_reply, until_gone
 from .request_parsing import ParsedRequest
 from .served_models import ServedModels
 from .worker import Job, Piece, Worker
@@ -139,8 +139,10 @@ class RunningRequest:
         dispatcher.served.release(self.entries, dispatcher.worker)
 
 
-async def answer(dispatcher: Dispatcher, request: Request, asked: ParsedRequest, reply: Reply) -> Response:
-    """Answer a request: with a stream, or with the whole answer when it is there. Raises Refused."""
+async def answer(
+    dispatcher: Dispatcher, request: Request, asked: ParsedRequest, reply: WholeReply
+) -> Response:
+    """Answer a request: with a stream, which takes a Reply, or with the whole answer. Raises Refused."""
     run = await dispatcher.begin(asked)
     headers = ignored_header(asked.ignored)
     if asked.stream:
@@ -160,10 +162,9 @@ async def answer(dispatcher: Dispatcher, request: Request, asked: ParsedRequest,
         run.close()
 
 
-async def _collected(run: RunningRequest, reply: Reply) -> dict[str, Any]:
+async def _collected(run: RunningRequest, reply: WholeReply) -> dict[str, Any]:
     async for piece in run.pieces():
-        for _ in reply.push(piece):
-            pass
+        reply.take(piece)
     return reply.whole(run.usage())
 
 
@@ -172,7 +173,7 @@ async def _events(run: RunningRequest, reply: Reply) -> AsyncGenerator[dict[str,
         for event in reply.first():
             yield event
         async for piece in run.pieces():
-            for event in reply.push(piece):
+            for event in reply.events(piece):
                 yield event
     except Refused as refused:  # the status was sent long ago
         yield reply.error(refused)

@@ -30,7 +30,7 @@ class Choices(Reply):
     def first_choices(self) -> Iterator[dict[str, Any]]:
         return iter(())
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
         return (self.envelope.chunk([choice]) for choice in self.next_choices(piece))
 
     def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -68,7 +68,8 @@ class ChatChoices(Choices):
         for index in range(len(self.texts)):
             yield self._choice(index, {"role": "assistant", "content": ""})
 
-    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def take(self, piece: Piece) -> tuple[Delta, list[Spelled]]:
+        """Take a piece: what it adds to its answer, and the tokens of that."""
         index, text = piece.index, self.texts[piece.index]
         deltas = [text.push(piece.text)]
         if piece.finish:
@@ -80,19 +81,22 @@ class ChatChoices(Choices):
         delta = joined(deltas)
         self.said[index].append(delta)
         self.logprobs[index] += drawn
+        return delta, drawn
+
+    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        delta, drawn = self.take(piece)
         parts = delta_object(delta)
         if parts or drawn:
-            logprobs = self.names.chat(drawn) if self.wants_logprobs else None
-            yield self._choice(index, parts, logprobs)
+            yield self._choice(piece.index, parts, self._logprobs(drawn))
         if piece.finish:
-            yield self._choice(index, {}, None, self.finish[index])
+            yield self._choice(piece.index, {}, None, self.finish[piece.index])
 
     def all_choices(self) -> list[dict[str, Any]]:
         return [
             {
                 "index": index,
                 "message": message_object(joined(deltas)),
-                "logprobs": self.names.chat(self.logprobs[index]) if self.wants_logprobs else None,
+                "logprobs": self._logprobs(self.logprobs[index]),
                 "finish_reason": self.finish[index],
             }
             for index, deltas in enumerate(self.said)
@@ -102,6 +106,9 @@ class ChatChoices(Choices):
         if (count := self.asked.requests[0].prompt_logprobs) is None:
             return {}
         return {"prompt_logprobs": self.names.prompt(self.prompt_logprobs, count)}
+
+    def _logprobs(self, tokens: list[Spelled]) -> dict[str, Any] | None:
+        return self.names.chat(tokens) if self.wants_logprobs else None
 
     @staticmethod
     def _choice(index: int, delta: dict, logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
@@ -127,7 +134,8 @@ class TextChoices(Choices):
         self.prompt_logprobs: list[Sequence[Any]] = [()] * count
         self.begun = [False] * count
 
-    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def take(self, piece: Piece) -> tuple[str, list[Spelled]]:
+        """Take a piece: what it adds to its answer, and the tokens of that."""
         index, text, tokens = piece.index, piece.text, []
         echo, spelling = self.echoes[index], self.drawn[index]
         if not self.begun[index]:
@@ -142,8 +150,12 @@ class TextChoices(Choices):
         self.logprobs[index] += tokens
         if piece.finish:
             self.finish[index] = piece.finish
+        return text, tokens
+
+    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        text, tokens = self.take(piece)
         if text or piece.finish or tokens:
-            yield self._choice(index, text, self._logprobs(tokens), piece.finish or None)
+            yield self._choice(piece.index, text, self._logprobs(tokens), piece.finish or None)
 
     def all_choices(self) -> list[dict[str, Any]]:
         choices = []

@@ -28,15 +28,25 @@ class Usage(NamedTuple):
     cached: int  # tokens of the prompt whose state was cached
 
 
-class Reply(Protocol):
-    """Reply to a request in the form of one API. An event with a `type` is named by it."""
+class WholeReply(Protocol):
+    """Reply to a request without a stream, in the form of one API."""
+
+    def take(self, piece: Piece) -> Any:
+        """Take the next piece of an answer."""
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        """Make the object of the reply."""
+
+
+class Reply(WholeReply, Protocol):
+    """Reply that may be a stream, too. An event with a `type` is named by it."""
 
     end: bytes  # what a stream ends with, after the last event
 
     def first(self) -> Iterator[dict[str, Any]]:
         """Yield the events that begin a stream."""
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """Take the next piece of an answer, and yield its events."""
 
     def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -44,9 +54,6 @@ class Reply(Protocol):
 
     def error(self, refused: Refused) -> dict[str, Any]:
         """Make the event that ends a stream which failed."""
-
-    def whole(self, usage: Usage) -> dict[str, Any]:
-        """Make the object of a reply without a stream."""
 
 
 def dumped(value: Any) -> bytes:

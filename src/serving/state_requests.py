@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ..inference.engine import Request
@@ -12,7 +12,7 @@ from ..model import State
 from .errors import Refused, wrong
 from .fields import Fields
 from .messages import read_messages
-from .replies import Reply, Usage
+from .replies import Usage, WholeReply
 from .request_parsing import ParsedRequest, RequestReader, chat_tokens
 from .states import States
 from .think_modes import read_mode
@@ -65,15 +65,14 @@ def _tokens_before_others(messages: list[dict], encode: Callable[[list[dict]], l
     return os.path.commonprefix(conversations)
 
 
-class StateReply(Reply):
-    """Reply with the state that a request made; its answer has no token, and is no stream."""
+class StateReply(WholeReply):
+    """Reply with the state that a request made; its answer has no token."""
 
     def __init__(self, asked: AskedState, states: States):
         self.asked, self.states = asked, states
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def take(self, piece: Piece) -> None:
         self.state = piece.state
-        return iter(())
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         return self.keep(self.state)
