@@ -1,5 +1,6 @@
 """States by id: a request that goes on from one is answered as if it had sent the whole conversation."""
 
+import pathlib
 import string
 
 import pytest
@@ -12,6 +13,7 @@ import httpx
 import torch
 
 import rwkv_miss
+from rwkv_miss.files.checkpoint import read_metadata
 from src.inference.decoders import fastest
 from src.inference.engine import Engine
 from src.inference.load import load_with
@@ -150,6 +152,12 @@ def test_a_state_of_a_file_is_what_the_adapter_of_that_file_begins_with(server):
     refused = post(server, "states", file="a.pth")
     assert refused.status_code == 400 and "a.pth changes weights" in refused.text
     assert "/" not in refused.json()["error"]["message"]
+    folder = pathlib.Path(server.dispatcher.served.folder)
+    tensors = rwkv_miss.read_checkpoint(folder / "s.pth").items()
+    metadata = {**read_metadata(folder / "s.pth"), "tokenizer": "others.txt"}
+    rwkv_miss.write_checkpoint(folder / "other.pth", tensors, metadata)
+    refused = post(server, "states", file="other.pth")
+    assert refused.status_code == 400 and "other.pth was trained with the tokenizer" in refused.text
     for file in ("../s.pth", "absent.pth"):
         assert post(server, "states", file=file).status_code == 400
 

@@ -173,8 +173,13 @@ class ServedModels:
     async def state_of(self, file: str, worker: Worker) -> State:
         """Read a state from a file while others answer. Raises Refused."""
         path = self._path(file)
+
+        def read() -> State:
+            self._check_tokenizer(path, file)
+            return self.adapters.start_in(path)
+
         try:
-            return await worker.call(lambda: self.adapters.start_in(path), lambda: None)
+            return await worker.call(read, lambda: None)
         except UserError as error:
             raise wrong("file", self._without_paths(str(error), path, file)) from None
 
