@@ -420,6 +420,10 @@ def test_events_stops_and_errors_over_the_network():
         answer = httpx.post(url, json=asked, headers=key).json()
         assert answer["content"] == [{"type": "text", "text": "Good day"}]
         assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", ". ")
+        # without the template's own stops, too
+        assert (
+            httpx.post(url, json={**asked, "ignore_eos": True}, headers=key).json()["stop_sequence"] == ". "
+        )
         events = httpx.post(url, json={**asked, "stream": True}, headers=key).text.split("\n\n")
         assert events.pop() == "" and re.match(r"event: message_start\ndata: \{", events[0])
         names = [event.split("\n")[0] for event in events]

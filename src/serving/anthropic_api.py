@@ -169,8 +169,7 @@ class AnthropicReply(BlockReply):
 
     def _reason(self) -> dict[str, Any]:
         """Say why the answer has ended."""
-        own = self.asked.requests[0].stops[len(self.asked.template.stops) :]
-        stop = self.stop if self.stop in own else None
+        stop = self.stop if self.stop in self.asked.stops else None
         reasons = {"": None, "length": "max_tokens"}
         reason = reasons.get(self.finish, "stop_sequence" if stop else "end_turn")
         if any(block.kind == "call" for block in self.blocks) and self.finish:

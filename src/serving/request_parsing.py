@@ -109,6 +109,7 @@ class ParsedRequest:
 class AskedChat(ParsedRequest):
     template: Template
     tools: Tools
+    stops: list[str]  # the client's own
 
 
 class Prompt(NamedTuple):
@@ -161,7 +162,8 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     counts = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
     _check_prompt_logprobs([request], counts, stream and bool(counts))
     ignored, read = fields.ignored(), len(kept.tokens)
-    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, kept=read)
+    stops = _stops(fields)
+    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, stops, kept=read)
 
 
 def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
