@@ -59,6 +59,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
         (["--limit_waiting", "-1"], "--limit_waiting -1"),
         (["--limit_finishing", "0"], "--limit_finishing 0"),
         (["--api_key", "two words"], "without spaces"),
+        (["--api_key", ""], "--api_key is empty"),
         (["--api_key", "a", "--api_key_file", "b"], "drop one of them"),
         (["--api_key_file", "/nowhere"], "can't be read"),
         (["--admin_key_file", "/dev/null"], "--admin_key_file /dev/null is empty"),

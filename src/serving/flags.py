@@ -51,7 +51,6 @@ def add_address(add: Callable) -> None:
     add("--port", type=int, default=8000, help="port to listen at; 0: a free one; default %(default)s")
     add(
         "--api_key",
-        default="",
         help="key that clients have to send; needed if other machines can reach the --host",
     )
     add(
@@ -158,8 +157,10 @@ def check_keys(args: argparse.Namespace) -> None:
     """Read keys into args.keys and args.admin_keys. Raise UserError if one is needed and none is given."""
     from .guard import is_own_machine
 
-    if args.api_key and args.api_key_file:
+    if args.api_key is not None and args.api_key_file:
         raise UserError("--api_key and --api_key_file both give the key; drop one of them")
+    if args.api_key == "":
+        raise UserError("--api_key is empty, and then everybody might ask; give a key, or leave it out")
     args.keys = (args.api_key,) if args.api_key else read_keys(args.api_key_file, "--api_key_file")
     args.admin_keys = read_keys(args.admin_key_file, "--admin_key_file")
     if not all(key.isascii() and key.isprintable() and " " not in key for key in args.keys + args.admin_keys):
