@@ -67,6 +67,8 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
         (["--tls_cert", "/nowhere", "--tls_key", "/nowhere"], "expected a certificate and its key"),
         (["--adapter_dir", "/nowhere"], "is no folder"),
         (["--adapter", "a:b=x.pth"], "may have no : and no"),
+        (["--cors_origin", "example.org"], "--cors_origin example.org: expected scheme://host"),
+        (["--cors_origin", "https://example.org/chat"], "expected scheme://host"),
         (["--temperature", "-1"], "temperature -1"),
         (["--rowz", "3"], "did you mean --rows"),
     ],

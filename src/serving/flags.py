@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import ssl
 import sys
 from collections.abc import Callable
@@ -147,6 +148,12 @@ def check(args: argparse.Namespace) -> None:
     dataclasses.replace(Sampling(), **chosen_sampling(args)).check()
     if args.adapter_dir and not os.path.isdir(args.adapter_dir):
         raise UserError(f"--adapter_dir {args.adapter_dir} is no folder")
+    for origin in args.cors_origin:
+        if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/*]+/?", origin):
+            raise UserError(
+                f"--cors_origin {origin}: expected scheme://host, with a port if it has one, as browsers send"
+                " it, such as https://chat.example.org"
+            )
     if any(set(name) & set(":+") for name in args.adapter):
         raise UserError("the name of an adapter may have no : and no +, which part names in requests")
     check_keys(args)

@@ -84,7 +84,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
     engine, served, how = loaded
     own = is_own_machine(args.host)
     hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
-    origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)
+    origins = frozenset(origin.rstrip("/").lower() for origin in args.cors_origin)
     defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
     app, dispatcher = assemble(
         engine,
