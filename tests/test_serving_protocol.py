@@ -378,6 +378,20 @@ def test_forced_calls_end():
         assert constraint.ended
 
 
+@pytest.mark.parametrize(
+    "fields, fits, others",
+    [
+        ({"guided_regex": r"\d\w"}, ["3a", "3_"], ["\u0663a", "3\u00e9"]),
+    ],
+)
+def test_a_form_has_these_texts_and_not_the_others(fields, fits, others):
+    matcher = chat(**fields).requests[0].form.matcher
+    for text in (*fits, *others):
+        one, tokens = matcher.deep_copy(), list(text.encode())
+        whole = one.try_consume_tokens(tokens) == len(tokens) and one.is_accepting()
+        assert whole == (text in fits), text
+
+
 def test_a_large_schema_is_refused_with_its_largest_keyword():
     for schema, words in (
         ({"enum": [str(i) for i in range(9999)]}, "'enum', of 9,999"),

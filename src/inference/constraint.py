@@ -92,8 +92,11 @@ class GrammarCompiler:
         return GrammarForm(self, matcher)
 
     def regex(self, text: str) -> dict[str, Any]:
-        """Make a part for compile() from a regular expression, which the whole answer has to match."""
-        return {"lark_grammar": f"start: /{self.package.regex_to_lark(text)}/"}
+        r"""Make a part for compile() from a regular expression, which the whole answer has to match.
+
+        \d and \w are ASCII's, as in the pattern of a schema.
+        """
+        return {"lark_grammar": f"start: /{self.package.regex_to_lark(text, 'dw')}/"}
 
     def grammar(self, text: str) -> dict[str, Any]:
         """Make a part for compile() from a grammar in Lark or GBNF. Raises UserError."""
