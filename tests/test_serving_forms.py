@@ -28,7 +28,7 @@ from src.serving.served_models import ServedModels
 from .serving import no_adapters, records, running, scripted
 from .test_engine import engine_of, tokenizer_of
 from .test_serving import HI, client_of
-from .test_serving_protocol import OTHER, STRICT, TOOL
+from .test_serving_protocol import ONLY, OTHER, STRICT, TOOL
 
 SIZE = {"type": "object", "properties": {"size": {"enum": ["S", "M"]}}, "required": ["size"]}
 BUY = {"type": "function", "function": {"name": "buy", "parameters": SIZE, "strict": True}}
@@ -89,7 +89,7 @@ def test_an_answer_has_the_form_that_is_asked_for_also_in_a_stream():
         "a choice": ({"guided_choice": ["yes", "no\u00e9"]}, lambda text: text in ("yes", "no\u00e9")),
         "GBNF": ({"grammar": 'root ::= "<" [ab]+ ">"'}, lambda text: re.fullmatch("<[ab]+>", text)),
         "Lark": ({"grammar": 'start: "(" /[0-9]{4}/ ")"'}, lambda text: re.fullmatch("[(][0-9]{4}[)]", text)),
-        "JSON": ({"guided_json": json.dumps(SIZE)}, lambda text: json.loads(text)["size"] in "SM"),
+        "JSON": ({"guided_json": json.dumps(SIZE | ONLY)}, lambda text: json.loads(text)["size"] in "SM"),
     }
     with random_model() as server:
         client = client_of(server)

@@ -43,6 +43,8 @@ TOOL = {"type": "function", "function": WEATHER}
 OTHER = {"type": "function", "function": {"name": "time"}}
 UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
 STRICT = {"type": "function", "function": {"name": "strict", "parameters": UNIQUE, "strict": True}}
+ONLY = {"type": "object", "additionalProperties": False}
+INDENTED = '{\n  "name": "time",\n  "arguments": {}\n}'
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -382,6 +384,16 @@ def test_forced_calls_end():
     "fields, fits, others",
     [
         ({"guided_regex": r"\d\w"}, ["3a", "3_"], ["\u0663a", "3\u00e9"]),
+        (
+            {"guided_json": {"required": ["a"], "properties": {"a": {"const": 5}}, **ONLY}},
+            ['{"a":5}', '{"a": 5}', '{\n  "a": 5\n}', '{\n\t"a": 5\n}'],
+            ['{"a":  5}', '{\n\n"a": 5}', '{"a": 5\n \n}', "{\n" + " " * 17 + '"a": 5}'],
+        ),
+        (
+            {"tools": [OTHER], "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            [f"```json\n{call}\n```" for call in ('{"name": "time", "arguments": {}}', INDENTED)],
+            ['```json\n{"name":  "time", "arguments": {}}\n```'],
+        ),
     ],
 )
 def test_a_form_has_these_texts_and_not_the_others(fields, fits, others):

@@ -22,14 +22,14 @@ from .tools import Tools
 
 Compiler = Callable[[], GrammarCompiler]  # made on first use
 COMPOSED = {"allOf", "anyOf", "oneOf", "$ref"}
-# space between JSON's tokens: enough for lines that are indented, and no endless blank
-SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# space between JSON's tokens, if any: a blank, or a new line that is indented; a weak model fills any room
+SPACE = r"\x20|\x0A(\x20{0,16}|\x09{0,4})"
 MOST_CALLS = 8  # of an answer whose calls are held: a weak model would call until its limit of tokens
 # a rule that is lazy ends at the first place where it can
 LARK = r"""
 TEXT: /(?s:.*)/
 GAP: /[ \n]{0,2}/
-S: /[ \n]{0,20}/
+S: /( |\n( {0,16}|\t{0,4}))?/
 thoughts[lazy]: TEXT "</think>"
 """
 
