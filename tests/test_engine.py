@@ -255,13 +255,11 @@ def test_after_a_step_that_failed_the_next_answers_are_right(part, monkeypatch):
     assert said(answers) == said(alone(first, chunk=8))
 
 
-@pytest.mark.parametrize(
-    "device, width, expected", [("cpu", 256, 512), ("cpu", 512, 256), ("cpu", 2560, 256), ("cuda", 256, 1024)]
-)
-def test_the_chunk_of_prompts_depends_on_the_shape_alone(device, width, expected):
+@pytest.mark.parametrize("device, expected", [("cpu", 256), ("cuda", 1024)])
+def test_the_chunk_of_prompts_depends_on_the_device_alone(device, expected):
     """A timing at the start would need a decoder that reads."""
     weight = types.SimpleNamespace(device=torch.device(device))
-    model = types.SimpleNamespace(arch=make_arch(7, n_embd=width), emb=types.SimpleNamespace(weight=weight))
+    model = types.SimpleNamespace(emb=types.SimpleNamespace(weight=weight))
     assert decoders.prompt_chunk(types.SimpleNamespace(model=model)) == expected
 
 

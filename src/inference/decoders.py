@@ -15,8 +15,7 @@ from .row_decoder import RowDecoder
 from .torch_decoder import TorchDecoder
 
 # tokens of a prompt that are read at once, see prompt_chunk()
-CHUNK, NARROW_CHUNK = 256, 512
-WIDE = 512  # width from which on CHUNK counts
+CPU_CHUNK = 256
 GPU_CHUNK = 1024  # not measured yet
 
 
@@ -86,12 +85,9 @@ def _dtypes_of_matrices(model: RWKV) -> list[str]:
 
 
 def prompt_chunk(decoder: RowDecoder) -> int:
-    """Choose how many tokens of a prompt are read at once, by the model's shape and the decoder alone.
+    """Return how many tokens of a prompt are read at once, by the decoder's device alone.
 
     Prompts that are read in other chunks have other last bits. So nothing is timed here: a model answers the
-    same after every start. Others wait for a chunk between two tokens. So on a CPU it is the least power of
-    two whose tokens take at most 10 % longer than with the best chunk: docs/serving.md has the figures.
+    same after every start. Others wait for a chunk between two tokens: docs/serving.md has the figures.
     """
-    if decoder.model.emb.weight.device.type != "cpu":
-        return GPU_CHUNK
-    return CHUNK if decoder.model.arch.n_embd >= WIDE else NARROW_CHUNK
+    return CPU_CHUNK if decoder.model.emb.weight.device.type == "cpu" else GPU_CHUNK
