@@ -147,6 +147,11 @@ def test_prompt_logprobs_are_those_of_a_whole_forward_pass(version, native, monk
         assert all(not one.likeliest for one in asked[0].prompt_logprobs[1:])
 
 
+def test_a_state_alone_comes_without_prompt_logprobs():
+    with pytest.raises(UserError, match="leave out prompt_logprobs"):
+        alone(Request([5, 6], 0, prompt_logprobs=0, keep_state=True))
+
+
 def test_prompt_logprobs_beside_weights_in_bf16_are_exact():
     """Where the CPU multiplies in bf16, it reads other prompts so."""
     half = RWKV(tiny(7).arch, "cpu").eval().requires_grad_(False)

@@ -61,6 +61,8 @@ class Request:
             given = getattr(self, name)
             if given is not None and given < least:
                 raise UserError(f"{name} {given}: expected {least} or more")
+        if self.goes_on and self.prompt_logprobs is not None:
+            raise UserError("keep_state with max_tokens 0 gives a state alone; leave out prompt_logprobs")
         if "" in self.stops:
             raise UserError("a stop is empty; give a text that ends answers, or none")
 
