@@ -105,6 +105,9 @@ def test_an_answer_has_the_form_that_is_asked_for_also_in_a_stream():
             asked = {"extra_body": {"guided_choice": ["yes", "no\u00e9"], "ignore_eos": True, "min_p": 0.9}}
             asked |= {"model": "tiny", "prompt": "Q", "logit_bias": {str(ord(letter)): 100}}
             assert client.completions.create(**asked).choices[0].text == word
+        empty = {"extra_body": {"guided_regex": "()", "ignore_eos": True, "min_tokens": 3}}
+        ended = client.completions.create(model="tiny", prompt="Q", **empty).choices[0]
+        assert (ended.text, ended.finish_reason) == ("", "stop")
         form = {"response_format": {"type": "json_object"}}
         for text, _, finish in whole(client.chat.completions.create, 4, model="tiny", messages=HI, **form):
             assert finish == "length" or isinstance(json.loads(text), dict)

@@ -65,11 +65,11 @@ class ChangedLogits:
         # a padded model has ids that no text stands for
         self.seen[[token for token in {*prompt} if token < vocab_size]] = True
 
-    def of(self, logits: np.ndarray) -> np.ndarray:
-        """Return the changed logits (V,), before min_p, as a copy."""
+    def of(self, logits: np.ndarray, may_hold: bool = True) -> np.ndarray:
+        """Return the changed logits (V,), before min_p, as a copy. `may_hold`: whether to hold the end."""
         changes, values = self.changes, logits.copy()
         values[self.ids] += self.bias
-        if self._may_not_end():
+        if may_hold and self._may_not_end():
             values[self.eod[-1]] = -np.inf
         if changes.repetition_penalty != 1:
             self.seen[self.answer[self.noted :]] = True

@@ -177,19 +177,21 @@ def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list
 def _choose_changed(choose_rows: Callable, logits: Tensor, row: RowInputs, uniform: float) -> Drawn:
     """Choose a row's token from its changed logits, by (1, V), among those that its constraint allows.
 
-    ln p is that of the logits as they are.
+    Its ln p is from the logits as they are.
     """
     if not (row.constraint or row.changed):
         return choose_rows(logits, [row], [uniform])[0]
-    raw = logits[0].numpy()
-    values = penalised(row.changed.of(raw) if row.changed else raw, row.seen)
-    allowed = None
+    raw, allowed = logits[0].numpy(), None
     if row.constraint:
         try:
             allowed = np.flatnonzero(row.constraint.mask())
         except Exception as error:  # whatever the thread that makes masks ended with
             what = f"{type(error).__name__}: {error}"
             return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
+    # where a form is complete and can't go on, its end is not held
+    may_hold = allowed is None or len(allowed) > 1
+    values = penalised(row.changed.of(raw, may_hold) if row.changed else raw, row.seen)
+    if allowed is not None:
         values = values.take(allowed)
     if row.changed:
         values = row.changed.likely(values)
