@@ -1,5 +1,6 @@
 """States by id: a request that goes on from one is answered as if it had sent the whole conversation."""
 
+import asyncio
 import pathlib
 import string
 
@@ -198,3 +199,18 @@ def test_states_are_listed_deleted_and_limited(server):
     assert httpx.delete(f"{server.url}/v1/states/{first['id']}").status_code == 404
     assert post(server, "chat/completions", messages=NEXT, state_id=first["id"]).status_code == 404
     kept(server, messages=BEFORE)
+
+
+def test_a_deleted_state_stays_out_of_the_cache_when_its_answer_ends(server, monkeypatch):
+    state, dispatcher = kept(server, messages=BEFORE), server.dispatcher
+    begin = dispatcher.begin
+
+    async def begin_after_the_deletion(asked):
+        monkeypatch.undo()
+        await asyncio.get_running_loop().run_in_executor(None, drop_all, server)
+        return await begin(asked)
+
+    monkeypatch.setattr(dispatcher, "begin", begin_after_the_deletion)
+    assert said(server, messages=NEXT, state_id=state["id"])[0]
+    post(server, "chat/completions", messages=NEXT, max_tokens=1)  # after what the engine was told
+    assert all(entry.start is None for entry in server.engine.cache.entries.values())

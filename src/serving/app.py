@@ -296,8 +296,8 @@ def assemble(
 
     The caller starts the dispatcher's worker. /v1/server shows `describe`.
     """
-    dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
     states = States(limits.states)
+    dispatcher = Dispatcher(Worker(engine), served, states, TokenNames(engine.tokenizer), limits)
     reader = RequestReader(engine.tokenizer, served.find, limits, defaults, states)
     return make_app(Routes(dispatcher, reader, describe), guard, log_requests), dispatcher
 

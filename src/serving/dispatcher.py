@@ -20,6 +20,7 @@ from .openai_objects import TokenNames
 from .replies import EventStream, Reply, Usage, WholeReply, ignored_header, json_reply, until_gone
 from .request_parsing import ParsedRequest
 from .served_models import ServedModels
+from .states import States
 from .worker import Job, Piece, Worker
 
 GONE = 499  # status, as other servers log it, of a client who left before its reply; for the log alone
@@ -28,8 +29,11 @@ GONE = 499  # status, as other servers log it, of a client who left before its r
 class Dispatcher:
     """Dispatcher: takes as many requests as may wait, and counts their ends. It belongs to the event loop."""
 
-    def __init__(self, worker: Worker, served: ServedModels, names: TokenNames, limits: Limits):
-        self.worker, self.served, self.names, self.limits = worker, served, names, limits
+    def __init__(
+        self, worker: Worker, served: ServedModels, states: States, names: TokenNames, limits: Limits
+    ):
+        self.worker, self.served, self.states = worker, served, states
+        self.names, self.limits = names, limits
         self.rows = worker.engine.decoder.rows
         self.metrics = Metrics()
         self.running: set[RunningRequest] = set()
@@ -137,6 +141,9 @@ class RunningRequest:
         dispatcher.open -= self.left
         dispatcher.running.discard(self)
         dispatcher.served.release(self.entries, dispatcher.worker)
+        start = self.asked.requests[0].start
+        if start is not None and not dispatcher.states.has(start):  # it was deleted meanwhile
+            dispatcher.worker.post(lambda: dispatcher.worker.engine.cache.forget(start))
 
 
 async def answer(

@@ -101,6 +101,9 @@ class States:
         self.kept[identity] = kept
         return kept
 
+    def has(self, state: State) -> bool:
+        return any(kept.state is state for kept in self.kept.values())
+
     def drop(self, identity: str) -> State:
         """Forget a state and return it; answers that began with it go on."""
         if identity not in self.kept:
