@@ -82,7 +82,7 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
     given = fields.objects("messages", 1)
     if given is None:
         raise fields.refuse("messages", None, "a list of at least one message")
-    system = read_content(Fields({"content": fields.take("system")}, "system."), False)
+    system = read_content(fields, False, "system")
     messages = [{"role": "system", "content": system}] if system else []
     for i, message in enumerate(given):
         messages += _turns(Fields(message, f"messages[{i}]."))

@@ -58,20 +58,20 @@ def read_role(fields: Fields) -> str:
     return ROLES[role]
 
 
-def read_content(fields: Fields, required: bool) -> str:
+def read_content(fields: Fields, required: bool, name: str = "content") -> str:
     """Read the text of a message, also if it comes in parts."""
-    value = fields.take("content")
+    value = fields.take(name)
     if value is None and not required:
         return ""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise fields.refuse("content", value, "a text, or a list of parts")
+        raise fields.refuse(name, value, "a text, or a list of parts")
     texts = []
     for i, part in enumerate(value):
         if not isinstance(part, dict):
-            raise fields.refuse(f"content[{i}]", part, 'a part such as {"type": "text", "text": "..."}')
-        inner = Fields(part, f"{fields.within}content[{i}].")
+            raise fields.refuse(f"{name}[{i}]", part, 'a part such as {"type": "text", "text": "..."}')
+        inner = Fields(part, f"{fields.within}{name}[{i}].")
         kind = inner.text("type", "text")
         if kind not in ("text", "input_text", "output_text"):
             raise inner.refuse("type", kind, "text: this model reads nothing else")

@@ -99,7 +99,7 @@ def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
                 message = {**messages.pop(), **message}
         messages.append(message)
     elif kind == "function_call_output":
-        output = read_content(Fields({"content": item.take("output")}, item.within), True)
+        output = read_content(item, True, "output")
         messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
     elif kind == "function_call":
         if last.get("role") != "assistant":
