@@ -141,7 +141,7 @@ def test_the_colours_of_code_can_be_read_in_both_schemes():
 
 
 def test_the_server_renders_and_ends_what_takes_too_long(monkeypatch):
-    body = "from src.serving import rendering; rendering.SECONDS = 0.3; rendering.main()"
+    body = "from src.serving import rendering; rendering.CPU_SECONDS = 0.3; rendering.main()"
     monkeypatch.setattr(renderer, "COMMAND", (sys.executable, "-c", body))
     with scripted(guard=Guard(("secret",))) as server:
         client = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"})
@@ -159,6 +159,8 @@ def test_the_server_renders_and_ends_what_takes_too_long(monkeypatch):
         assert render(text="> " * 60000).status_code == 200  # a new process
         assert render(text="a" * (renderer.MOST_BYTES + 1)).status_code == 413
         assert render(text=1).status_code == 400
+        broken = render(text="\ud800").json()["error"]
+        assert (broken["param"], broken["code"]) == ("text", "invalid_value")
         assert httpx.post(f"{server.url}/page/render", json={"text": ""}).status_code == 401
         rules = client.get("/page/highlight.css")
         assert rules.text == highlight_css() and rules.headers["content-type"].startswith("text/css")

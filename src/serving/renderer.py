@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import sys
 
-from .errors import Refused
+from .errors import Refused, wrong
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "src.serving.rendering")
@@ -26,7 +26,7 @@ PACKAGES = {
     "latex2mathml": "latex2mathml",
 }
 MOST_BYTES = 256 << 10  # of a request
-SECONDS = 30.0  # for one text, with those before it
+WAIT_SECONDS = 30.0  # for one text, with those before it
 REPLY_BYTES = 64 << 20
 
 
@@ -59,12 +59,14 @@ class Renderer:
             )
         line = json.dumps([markdown, unfinished]).encode() + b"\n"
         try:
-            found = await asyncio.wait_for(self._ask(line), SECONDS)
+            found = await asyncio.wait_for(self._ask(line), WAIT_SECONDS)
         except asyncio.TimeoutError:
             found = b""
-        html = json.loads(found or "null")
-        if html is None:
+        if not found:
             raise Refused(503, "this text can't be rendered in time", code="render_timeout")
+        html = json.loads(found)
+        if html is None:
+            raise wrong("text", "can't be rendered: it has broken characters, or is nested too deeply")
         return html
 
     async def _ask(self, line: bytes) -> bytes:

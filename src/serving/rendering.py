@@ -29,7 +29,7 @@ from pygments.styles import get_style_by_name
 from pygments.token import STANDARD_TYPES
 from pygments.util import ClassNotFound
 
-SECONDS = 2  # of a CPU, for one text
+CPU_SECONDS = 2  # for one text
 MEMORY = 1 << 30  # bytes of address space
 STYLES = ("xcode", "github-dark")  # of Pygments: for a light and a dark page
 TEXT_TAGS = set("a blockquote br code del em h3 h4 h5 h6 hr li ol p pre s span strong ul".split())
@@ -236,7 +236,7 @@ def main() -> None:
     os.nice(5)  # the engine goes first
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends the process, also within C
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # the signal ends the process, also within C
         try:
             html = html_of(*json.loads(line))
         except (RecursionError, MemoryError, UnicodeError):
