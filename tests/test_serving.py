@@ -86,6 +86,8 @@ def test_openai_lists_the_models_and_gets_an_answer():
         client = client_of(server)
         assert [model.id for model in client.models.list()] == ["tiny"]
         assert client.models.retrieve("tiny").owned_by == "rwkv-miss"
+        with pytest.raises(openai.NotFoundError, match="model: there is no 'tiny:tiny'; there are tiny"):
+            client.models.retrieve("tiny:tiny")
         answer = client.chat.completions.create(model="tiny", messages=HI, n=2)
         assert [choice.message.content for choice in answer.choices] == ["Hello there."] * 2
         assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]

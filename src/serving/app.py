@@ -134,14 +134,9 @@ class Routes:
     async def model(self, request: Request) -> Response:
         name, served = request.path_params["name"], self.dispatcher.served
         for card in self._cards():
-            if name in (card["id"], f"{served.name}:{card['id']}"):
+            if name == card["id"] or card["parent"] and name == f"{served.name}:{card['id']}":
                 return json_reply(card)
-        raise Refused(
-            404,
-            f"there is no model {name[:80]!r}; there are {', '.join(served.models())}",
-            "model",
-            "model_not_found",
-        )
+        raise served.unknown("model", name)
 
     def _cards(self) -> list[dict[str, Any]]:
         longest = self.dispatcher.limits.prompt_tokens

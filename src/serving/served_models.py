@@ -123,7 +123,7 @@ class ServedModels:
         # the base's name may have a colon itself
         named = "" if model == self.name else model.removeprefix(f"{self.name}:")
         if not named and model != self.name:
-            raise self._unknown("model", model)
+            raise self.unknown("model", model)
         if named and given and named != given:
             raise wrong("adapter_id", f"got {short(given)}, and model names {short(named)}; give one of them")
         names = (named or given).split("+") if named or given else []
@@ -131,7 +131,7 @@ class ServedModels:
         for name in names:
             entry = self.entries.get(name)  # adapters come and go: this is another thread
             if entry is None:
-                raise self._unknown("model" if named else "adapter_id", model if named else name)
+                raise self.unknown("model" if named else "adapter_id", model if named else name)
             entries.append(entry)
         if len({*names}) < len(names):
             raise wrong("model" if named else "adapter_id", f"{'+'.join(names)} names one adapter twice")
@@ -144,7 +144,7 @@ class ServedModels:
         label, first = model if named else f"{self.name}:{given}", entries[0]
         return Chosen(label, applied, first.template, first.bos, self._fingerprint(entries, scale))
 
-    def _unknown(self, param: str, name: str) -> Refused:
+    def unknown(self, param: str, name: str) -> Refused:
         models = ", ".join(self.models())
         return Refused(
             404, f"{param}: there is no {short(name)}; there are {models}", param, "model_not_found"
