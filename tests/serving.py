@@ -39,7 +39,7 @@ class Scripted:
         return logits
 
     def read(self, ids, state, applied=None):
-        text = bytes(ids[0].tolist()).decode()
+        text = bytes(ids[0].tolist()).decode(errors="replace")  # a chunk may cut a character
         self.prompts.append((state[2] if state else "") + text)
         said = self.script.encode()
         return self._logits((said, 0)), (said, 0, self.prompts[-1])

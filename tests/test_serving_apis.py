@@ -240,14 +240,14 @@ def test_a_wrong_field_of_anthropics_is_named(fields, param):
     assert refused({"messages": HI, **fields}, read_anthropic) == (400, param)
 
 
-def pieces_of(text, finish, stop=""):
+def pieces_of(text, finish):
     """Pieces of an answer, cut at random places, with the end in a piece of its own or in the last one."""
     cuts = sorted(random.choices(range(len(text) + 1), k=3))
     texts = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)])]
     pieces = [Piece(0, text, 1, (), "", "", 0) for text in texts]
     if random.random() < 0.5:
-        return [*pieces, Piece(0, "", 0, (), finish, "", 0, stop)]
-    return [*pieces[:-1], pieces[-1]._replace(finish=finish, stop=stop)]
+        return [*pieces, Piece(0, "", 0, (), finish, "", 0)]
+    return [*pieces[:-1], pieces[-1]._replace(finish=finish)]
 
 
 def response_of(events):

@@ -5,6 +5,7 @@ without a network.
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 
@@ -22,10 +23,11 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import Applied
 from src.inference.logit_changes import NO_CHANGES, LogitChanges
 from src.inference.sampling import FAKE_THINK, OPEN_THINK, Sampling
+from src.serving.app import Routes
 from src.serving.chat_text import ChatText
 from src.serving.errors import Refused
 from src.serving.fields import read_object
-from src.serving.guard import ADMIN_PATHS, Guard, host_name, is_own_machine
+from src.serving.guard import Guard, host_name, is_own_machine
 from src.serving.http_parser import Parser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
@@ -538,8 +540,16 @@ def test_the_page_and_the_health_need_no_key():
             Guard(("kk",)).check("POST", path, {b"host": b"a"})
 
 
-@pytest.mark.parametrize("path", ADMIN_PATHS)
-def test_adapters_are_changed_with_an_admins_key_only(path):
+CHANGES = [
+    (method, route.path.format(name="x", id="x"))
+    for route in Routes(None, None, {}).all()
+    for method in sorted(route.methods & {"POST", "DELETE"})
+    if re.search("adapter|state", route.path)
+]
+
+
+@pytest.mark.parametrize("method, path", CHANGES)
+def test_adapters_and_states_are_changed_with_an_admins_key_only(method, path):
     def status(guard, method, path, key):
         headers = {b"host": b"a", b"authorization": f"Bearer {key}".encode()}
         try:
@@ -549,19 +559,18 @@ def test_adapters_are_changed_with_an_admins_key_only(path):
         return 200
 
     asked = [
-        ("POST", path),
-        ("DELETE", f"{path}/x"),
+        (method, path),
         ("GET", path),
         ("POST", "/v1/x"),
     ]
     for keys, admin_keys, key, statuses in (
-        (("k", "l"), ("adm", "other"), "adm", [200, 200, 200, 200]),
-        (("k", "l"), ("adm", "other"), "other", [200, 200, 200, 200]),
-        (("k", "l"), ("adm", "other"), "l", [403, 403, 200, 200]),
-        (("k", "l"), ("adm", "other"), "x", [401, 401, 401, 401]),
-        (("k", "l"), (), "l", [200, 200, 200, 200]),
-        ((), ("adm",), "adm", [200, 200, 200, 200]),
-        ((), ("adm",), "", [401, 401, 200, 200]),
+        (("k", "l"), ("adm", "other"), "adm", [200, 200, 200]),
+        (("k", "l"), ("adm", "other"), "other", [200, 200, 200]),
+        (("k", "l"), ("adm", "other"), "l", [403, 200, 200]),
+        (("k", "l"), ("adm", "other"), "x", [401, 401, 401]),
+        (("k", "l"), (), "l", [200, 200, 200]),
+        ((), ("adm",), "adm", [200, 200, 200]),
+        ((), ("adm",), "", [401, 200, 200]),
     ):
         guard = Guard(keys, None, admin_keys=admin_keys)
         assert [status(guard, *one, key) for one in asked] == statuses, (keys, admin_keys, key)
