@@ -40,6 +40,7 @@ from src.serving.guard import Guard
 from src.serving.limits import Limits
 from src.serving.request_parsing import Defaults, RequestReader, read_chat
 from src.serving.served_models import ServedModels
+from src.serving.states import States
 from src.serving.worker import Worker
 
 from .serving import records, running, scripted
@@ -405,7 +406,9 @@ def bodies():
 
 def test_every_one_of_many_clients_gets_the_answer_that_it_gets_alone(files, letters):  # noqa: F811
     engine, served = loaded(files, letters, 1)
-    reader = RequestReader(engine.tokenizer, served.find, Limits(), Defaults(sampling={"top_p": 1.0}))
+    reader = RequestReader(
+        engine.tokenizer, served.find, Limits(), Defaults(sampling={"top_p": 1.0}), States(0)
+    )
     expected = []
     for body, extra in bodies():
         asked = read_chat(reader, {**body, **extra})
@@ -611,7 +614,7 @@ def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, t
     assert f"note: adapter 'w' is merged into the model: {reason}" in said and "called tiny:w" in said
     served, reader = (
         found.served,
-        RequestReader(found.engine.tokenizer, found.served.find, Limits(), Defaults()),
+        RequestReader(found.engine.tokenizer, found.served.find, Limits(), Defaults(), States(0)),
     )
     assert served.models() == ["tiny:w"]
     for fields in ({"model": "tiny"}, {"adapter_id": "w"}, {"adapter_scale": 1}):

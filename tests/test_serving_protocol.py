@@ -32,6 +32,7 @@ from src.serving.http_parser import Parser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.served_models import inside
+from src.serving.states import States
 from src.serving.think_modes import efforts_of
 from src.serving.token_requests import read_detokenize, read_tokenize, tokenizer_info
 from src.serving.tools import NO_TOOLS, Tools
@@ -56,7 +57,7 @@ def reader(template=None, bos=(), limits=None, **defaults):
     def find(fields):
         return Chosen(fields.text("model") or "tiny", Applied(), template, bos, "fp_0")
 
-    return RequestReader(TOKENIZER, find, limits or Limits(), Defaults(**defaults))
+    return RequestReader(TOKENIZER, find, limits or Limits(), Defaults(**defaults), States(0))
 
 
 def chat(template=None, messages=HI, defaults=None, **fields):

@@ -21,6 +21,7 @@ from src.serving.openai_objects import TokenNames
 from src.serving.replies import Usage
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.spelling import Spelling, _Placed
+from src.serving.states import States
 from src.serving.worker import Worker
 
 from .answering import Scripted
@@ -55,7 +56,7 @@ def asked_of(tokenizer, read, template, body):
     def find(fields):
         return Chosen("tiny", Applied(), template, (), "fp_0")
 
-    return read(RequestReader(tokenizer, find, Limits(), Defaults()), body)
+    return read(RequestReader(tokenizer, find, Limits(), Defaults(), States(0)), body)
 
 
 def pieces(engine, requests):

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,10 +38,10 @@ from .request_log import RequestLog
 from .request_parsing import Defaults, RequestReader, read_chat, read_completion
 from .responses_api import ResponsesReply, read_response
 from .served_models import ServedModels
-from .state_requests import StateReply, read_state
+from .state_requests import AskedState, StateReply, read_state
 from .states import States
 from .think_modes import efforts_of, modes_of
-from .token_requests import read_detokenize, read_tokenize, tokenizer_info
+from .token_requests import TokensReply, read_detokenize, read_tokenize, tokenizer_info
 from .worker import Worker
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -80,8 +81,8 @@ class Routes:
             self._route("/v1/adapters", self.adapters),
             self._route("/v1/adapters", self.add_adapter, "POST"),
             self._route("/v1/adapters/{name}", self.drop_adapter, "DELETE"),
-            self._route("/tokenize", self.tokenize, "POST"),
-            self._route("/detokenize", self.detokenize, "POST"),
+            self._route("/tokenize", functools.partial(self.tokens, read_tokenize), "POST"),
+            self._route("/detokenize", functools.partial(self.tokens, read_detokenize), "POST"),
             self._route("/tokenizer_info", self.tokenizer_info),
             self._route("/v1/states", self.states),
             self._route("/v1/states", self.add_state, "POST"),
@@ -191,12 +192,8 @@ class Routes:
         asked = await self._asked(request, read_anthropic)
         return json_reply({"input_tokens": asked.kept + len(asked.requests[0].tokens)})
 
-    async def tokenize(self, request: Request) -> Response:
-        value, ignored = await self._asked(request, read_tokenize)
-        return json_reply(value, headers=ignored_header(ignored))
-
-    async def detokenize(self, request: Request) -> Response:
-        value, ignored = await self._asked(request, read_detokenize)
+    async def tokens(self, read: Callable[[RequestReader, dict], TokensReply], request: Request) -> Response:
+        value, ignored = await self._asked(request, read)
         return json_reply(value, headers=ignored_header(ignored))
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -237,12 +234,13 @@ class Routes:
     async def add_state(self, request: Request) -> Response:
         asked = await self._asked(request, read_state)
         dispatcher, states = self.dispatcher, self.reader.states
-        reply = StateReply(asked, states)
         with states.room():
-            if not asked.file:
-                return await answer(dispatcher, request, asked, reply)
-            state = await dispatcher.served.state_of(asked.file, dispatcher.worker)
-            return json_reply(reply.keep(state), headers=ignored_header(asked.ignored))
+            if isinstance(asked, AskedState):
+                return await answer(dispatcher, request, asked, StateReply(asked, states))
+            file, chosen, ignored = asked
+            state = await dispatcher.served.state_of(file, dispatcher.worker)
+            kept = states.keep(chosen.id, chosen.fingerprint, [], [], state)
+            return json_reply(kept.as_object(), headers=ignored_header(ignored))
 
     async def drop_state(self, request: Request) -> Response:
         identity = request.path_params["id"]

@@ -78,7 +78,7 @@ class RequestReader:
     find: Callable[[Fields], Chosen]
     limits: Limits
     defaults: Defaults
-    states: States = dataclasses.field(default_factory=lambda: States(0))
+    states: States
 
     @functools.cached_property
     def _compiler(self) -> GrammarCompiler:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..inference.engine import Request
-from ..model import State
 from .errors import Refused, wrong
 from .fields import Fields
 from .messages import read_messages
 from .replies import Usage, WholeReply
-from .request_parsing import ParsedRequest, RequestReader, chat_tokens
+from .request_parsing import Chosen, ParsedRequest, RequestReader, chat_tokens
 from .states import States
 from .think_modes import read_mode
 from .tools import read_tools
@@ -26,19 +25,32 @@ NEXT = [{"role": role, "content": words} for role in ("user", "assistant") for w
 
 @dataclasses.dataclass(frozen=True)
 class AskedState(ParsedRequest):
-    file: str  # or "", and then there is a request
+    """Request for the state after a conversation."""
+
     messages: list[dict[str, Any]]
     tokens: list[int]  # of all messages, also of those before the state that this one goes on from
 
 
-def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState:
+class AskedFile(NamedTuple):
+    """Request for the state of a file."""
+
+    file: str
+    chosen: Chosen
+    ignored: list[str]  # fields that nobody has read
+
+
+def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState | AskedFile:
     """Read a request to /v1/states. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
-    if file := fields.text("file"):
-        if fields.take("messages") is not None:
-            raise wrong("file", "both file and messages tell the state; give one of them")
-        return AskedState(chosen, [], False, False, fields.ignored(), file, [], [])
+    if not (file := fields.text("file")):
+        return _read_conversation(reader, fields, chosen)
+    if fields.take("messages") is not None:
+        raise wrong("file", "both file and messages tell the state; give one of them")
+    return AskedFile(file, chosen, fields.ignored())
+
+
+def _read_conversation(reader: RequestReader, fields: Fields, chosen: Chosen) -> AskedState:
     kept = reader.states.find(fields, chosen.fingerprint)
     template, tools = read_mode(fields, chosen.template), read_tools(fields)
     messages = [*kept.messages, *read_messages(fields)]
@@ -48,8 +60,9 @@ def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState:
     request = Request(
         kept.rest(tokens), max_tokens=0, applied=chosen.applied, start=kept.state, keep_state=True
     )
-    ignored = fields.ignored()
-    return AskedState(chosen, [request], False, False, ignored, "", messages, tokens, kept=len(kept.tokens))
+    return AskedState(
+        chosen, [request], False, False, fields.ignored(), messages, tokens, kept=len(kept.tokens)
+    )
 
 
 def _tokens_before_others(messages: list[dict], encode: Callable[[list[dict]], list[int]]) -> list[int]:
@@ -75,9 +88,6 @@ class StateReply(WholeReply):
         self.state = piece.state
 
     def whole(self, usage: Usage) -> dict[str, Any]:
-        return self.keep(self.state)
-
-    def keep(self, state: State) -> dict[str, Any]:
         asked, chosen = self.asked, self.asked.chosen
-        kept = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, state)
+        kept = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, self.state)
         return kept.as_object()

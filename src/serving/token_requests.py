@@ -19,14 +19,14 @@ from .request_parsing import RequestReader, checked, encoded, is_id, read_chat
 NO_TEXT = "<|rwkv_tokenizer_end_of_text|>"
 
 
-class Told(NamedTuple):
+class TokensReply(NamedTuple):
     """Reply: a JSON object, and the fields that nobody has read."""
 
     value: dict[str, Any]
     ignored: list[str]
 
 
-def read_tokenize(reader: RequestReader, body: dict[str, Any]) -> Told:
+def read_tokenize(reader: RequestReader, body: dict[str, Any]) -> TokensReply:
     """Answer a request to /tokenize: ids of a text, with BOS, or of the prompt of a chat. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -48,7 +48,7 @@ def read_tokenize(reader: RequestReader, body: dict[str, Any]) -> Told:
         tokens, ignored = with_bos(tokens, chosen.bos) if begins else tokens, fields.ignored()
     names = list(map(TokenNames(reader.tokenizer).name, tokens)) if names_tokens else None
     sizes = {"count": len(tokens), "max_model_len": reader.limits.prompt_tokens}
-    return Told({**sizes, "tokens": tokens, "token_strs": names}, ignored)
+    return TokensReply({**sizes, "tokens": tokens, "token_strs": names}, ignored)
 
 
 def _ids(reader: RequestReader, text: str) -> list[int]:
@@ -60,7 +60,7 @@ def _ids(reader: RequestReader, text: str) -> list[int]:
         raise wrong("prompt", str(error)) from None
 
 
-def read_detokenize(reader: RequestReader, body: dict[str, Any]) -> Told:
+def read_detokenize(reader: RequestReader, body: dict[str, Any]) -> TokensReply:
     """Answer a request to /detokenize: the text of ids. Raises Refused."""
     fields = Fields(body)
     reader.find(fields)
@@ -72,7 +72,7 @@ def read_detokenize(reader: RequestReader, body: dict[str, Any]) -> Told:
         text = reader.tokenizer.decode(tokens)
     except UserError as error:
         raise wrong("tokens", str(error)) from None
-    return Told({"prompt": text, "content": text}, fields.ignored())
+    return TokensReply({"prompt": text, "content": text}, fields.ignored())
 
 
 def tokenizer_info(reader: RequestReader) -> dict[str, Any]:
