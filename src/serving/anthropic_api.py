@@ -1,10 +1,10 @@
-"""Anthropic's Messages API: a request becomes that of a chat, and the answer a list of content blocks."""
+"""Anthropic's Messages API: a request becomes a chat's, and the answer a list of content blocks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from .blocks import Block, BlockReply, refuse_more
 from .errors import Refused, named, wrong
@@ -19,11 +19,21 @@ NAMES = {"stop": "stop_sequences", "response_format": "output_config.format", "r
 # its efforts -> OpenAI's
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "xhigh"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-# kind of a block -> (its type, the field of its text, the type of new text, its field)
+
+
+class Kind(NamedTuple):
+    """Names of a block's kind in this API."""
+
+    type: str
+    field: str  # of the text
+    delta_type: str  # of new text
+    delta_field: str
+
+
 KINDS = {
-    "thoughts": ("thinking", "thinking", "thinking_delta", "thinking"),
-    "text": ("text", "text", "text_delta", "text"),
-    "call": ("tool_use", "input", "input_json_delta", "partial_json"),
+    "thoughts": Kind("thinking", "thinking", "thinking_delta", "thinking"),
+    "text": Kind("text", "text", "text_delta", "text"),
+    "call": Kind("tool_use", "input", "input_json_delta", "partial_json"),
 }
 
 
@@ -135,8 +145,8 @@ class AnthropicReply(BlockReply):
         yield {"type": "content_block_start", "index": block.index, "content_block": content}
 
     def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        *_, kind, field = KINDS[block.kind]
-        delta = {"type": kind, field: text}
+        kind = KINDS[block.kind]
+        delta = {"type": kind.delta_type, kind.delta_field: text}
         yield {"type": "content_block_delta", "index": block.index, "delta": delta}
 
     def ended(self, block: Block) -> Iterator[dict[str, Any]]:
@@ -178,8 +188,8 @@ class AnthropicReply(BlockReply):
 
     @staticmethod
     def _content(block: Block, value: Any) -> dict[str, Any]:
-        kind, field, *_ = KINDS[block.kind]
-        content = {"type": kind, field: value}
+        kind = KINDS[block.kind]
+        content = {"type": kind.type, kind.field: value}
         if block.kind == "thoughts":
             content["signature"] = ""  # nothing here could be forged
         elif block.kind == "call":

@@ -1,11 +1,11 @@
-"""OpenAI's Responses API: a request becomes that of a chat, and the answer a list of items."""
+"""OpenAI's Responses API: a request becomes a chat's, and the answer a list of items."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from .blocks import Block, BlockReply, refuse_more
 from .errors import Refused, named, wrong
@@ -27,11 +27,21 @@ NAMES = {
 KEPT = ("previous_response_id", "conversation", "prompt", "background")
 KEEPS_NOTHING = "this server keeps no answers; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
-# kind of a block -> (beginning of its id, its type, the type of its part, the name of its events)
+
+
+class Kind(NamedTuple):
+    """Names of a block's kind in this API."""
+
+    prefix: str  # of the item's id
+    type: str
+    part: str  # the type of its part; "" without one
+    event: str
+
+
 KINDS = {
-    "thoughts": ("rs", "reasoning", "reasoning_text", "reasoning_text"),
-    "text": ("msg", "message", "output_text", "output_text"),
-    "call": ("fc", "function_call", "", "function_call_arguments"),
+    "thoughts": Kind("rs", "reasoning", "reasoning_text", "reasoning_text"),
+    "text": Kind("msg", "message", "output_text", "output_text"),
+    "call": Kind("fc", "function_call", "", "function_call_arguments"),
 }
 
 
@@ -137,11 +147,11 @@ class ResponsesReply(BlockReply):
             yield self._event("content_part.added", **self._place(block), part=self._part(block))
 
     def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        name = KINDS[block.kind][3]
+        name = KINDS[block.kind].event
         yield self._event(f"{name}.delta", **self._place(block), delta=text)
 
     def ended(self, block: Block) -> Iterator[dict[str, Any]]:
-        name, text = KINDS[block.kind][3], block.text
+        name, text = KINDS[block.kind].event, block.text
         whole = {"arguments": text, "name": block.name} if block.kind == "call" else {"text": text}
         yield self._event(f"{name}.done", **self._place(block), **whole)
         if block.kind != "call":
@@ -207,19 +217,19 @@ class ResponsesReply(BlockReply):
         }
 
     def _item(self, block: Block, status: str, begun: bool = False) -> dict[str, Any]:
-        prefix, kind, *_ = KINDS[block.kind]
-        item = {"id": f"{prefix}_{block.key}", "type": kind, "status": status}
+        kind = KINDS[block.kind]
+        item = {"id": f"{kind.prefix}_{block.key}", "type": kind.type, "status": status}
         if block.kind == "call":
             return {**item, "call_id": f"call_{block.key}", "name": block.name, "arguments": block.text}
         item["content"] = [] if begun else [self._part(block)]
         return {**item, "summary": []} if block.kind == "thoughts" else {**item, "role": "assistant"}
 
     def _part(self, block: Block) -> dict[str, Any]:
-        part = {"type": KINDS[block.kind][2], "text": block.text}
+        part = {"type": KINDS[block.kind].part, "text": block.text}
         return part if block.kind == "thoughts" else {**part, "annotations": [], "logprobs": []}
 
     def _place(self, block: Block) -> dict[str, Any]:
-        place = {"item_id": f"{KINDS[block.kind][0]}_{block.key}", "output_index": block.index}
+        place = {"item_id": f"{KINDS[block.kind].prefix}_{block.key}", "output_index": block.index}
         if block.kind == "call":
             return place
         return {**place, "content_index": 0, **({"logprobs": []} if block.kind == "text" else {})}
