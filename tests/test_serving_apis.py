@@ -427,7 +427,10 @@ def test_events_stops_and_errors_over_the_network():
         assert (
             httpx.post(url, json={**asked, "ignore_eos": True}, headers=key).json()["stop_sequence"] == ". "
         )
-        events = httpx.post(url, json={**asked, "stream": True}, headers=key).text.split("\n\n")
+        stream = httpx.post(url, json={**asked, "stream": True}, headers=key)
+        cards = httpx.get(f"{server.url}/v1/models", headers=key).json()["data"]
+        assert stream.headers["x-system-fingerprint"] == cards[0]["system_fingerprint"]
+        events = stream.text.split("\n\n")
         assert events.pop() == "" and re.match(r"event: message_start\ndata: \{", events[0])
         names = [event.split("\n")[0] for event in events]
         assert names[-1] == "event: message_stop" and "[DONE]" not in events[-1]

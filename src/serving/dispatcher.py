@@ -151,7 +151,7 @@ async def answer(
 ) -> Response:
     """Answer a request: with a stream, which takes a Reply, or with the whole answer. Raises Refused."""
     run = await dispatcher.begin(asked)
-    headers = ignored_header(asked.ignored)
+    headers = {"X-System-Fingerprint": asked.chosen.fingerprint, **ignored_header(asked.ignored)}
     if asked.stream:
         return EventStream(_events(run, reply), headers, reply.end, run.close, dispatcher.metrics.left)
     gone = asyncio.create_task(until_gone(request))
