@@ -16,13 +16,13 @@ import torch.nn.functional as F
 import rwkv_miss
 from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
+from src.objectives import reference_blocks
 from src.objectives.base import PromptReading
 from src.objectives.policy import Policy
-from src.objectives.preferences import reference_blocks
 from src.objectives.preferences.kto_baseline import baseline
 from src.objectives.preferences.objective import OnPreferences
-from src.objectives.preferences.reference import ReferencePass
 from src.objectives.reference_model import a_few
+from src.objectives.reference_pass import ReferencePass
 
 from . import program
 from .conftest import make_arch, random_tensors, slow

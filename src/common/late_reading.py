@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,11 @@ class Numbers:
         # from a GPU into pinned memory, without waiting
         self.numbers, self.sent = numbers.to("cpu", non_blocking=True), Moment(numbers.device)
 
-    def read(self) -> list[float]:
+    def array(self) -> np.ndarray:
         """Wait for the numbers and return them."""
         self.sent.wait()
-        return self.numbers.tolist()
+        return self.numbers.numpy()
+
+    def read(self) -> list[float]:
+        """Return them as a list."""
+        return self.array().tolist()

@@ -81,6 +81,16 @@ def trained_tokens(
     }
 
 
+def row_by_row(batch: dict) -> np.ndarray:
+    """Order the trained tokens of a batch row by row, (n,) int64; those of chunks are not in this order."""
+    where, ends, chunk = batch["where"].numpy(), np.asarray(batch["ends"]), batch["chunk"]
+    if not chunk:
+        return np.arange(len(where))
+    parts = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+    rows = where // np.minimum(chunk, batch["ids"].shape[1] - parts * chunk)
+    return np.lexsort((parts, rows))
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     """Move the batch to a device. A GPU copies what it lacks from pinned memory, without waiting."""
     moved = dict(batch)

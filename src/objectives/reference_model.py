@@ -55,6 +55,12 @@ def reference_arch(reference: str) -> Arch:
     return Arch.detect(read_model_file(reference))
 
 
+def relative_work(reference: str, arch: Arch) -> float:
+    """Return the work of a token in the layers of --reference, in that of the model's own; 1 without."""
+    other = reference_arch(reference) if reference else arch
+    return other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
+
+
 class FromReference:
     """Logits of the reference beside those of the model in training.
 

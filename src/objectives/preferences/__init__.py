@@ -1,1 +1,1 @@
-"""Training on preferences: the values of a reference, and KTO's baseline."""
+"""Training on preferences, and KTO's baseline."""

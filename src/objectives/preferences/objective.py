@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,11 @@ from ..estimates import BatchSizes, largest_shared
 from ..held_out_loss import HeldOutLoss
 from ..loss_metrics import LossMetrics
 from ..policy import Policy
-from ..reference_model import ReferenceKl, reference_arch
+from ..reference_model import ReferenceKl, relative_work
+from ..reference_pass import ReferencePass
 from .kto_baseline import WithBaseline, baseline
 from .metrics import PREFERENCES
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
-from .reference import ReferencePass
 
 # values of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
 BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
@@ -143,11 +144,7 @@ class OnPreferences(Objective):
     def reference_work(self, arch: Arch, tokens: float) -> float:
         if not self.loss.needs_reference:
             return 0.0
-        size = 1.0
-        if self.config.reference:
-            other = reference_arch(self.config.reference)
-            size = other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
-        return FORWARD * size * self.looks * tokens
+        return FORWARD * relative_work(self.config.reference, arch) * self.looks * tokens
 
     @property
     def description(self) -> str:
@@ -219,10 +216,21 @@ class OnPreferences(Objective):
             return data
         with policy.undisturbed(), ops.nan_passes():
             reference = ReferencePass(self, shared, policy)
-            documents = reference.training(data.documents, schedule, steps)
-            return dataclasses.replace(
-                data, documents=documents, evaluated=reference.held_out(data.evaluated)
-            )
+            read = functools.partial(reference.training, schedule=schedule, steps=steps)
+            documents = self._with_values(data.documents, read, "the training data")
+            evaluated = self._with_values(data.evaluated, reference.all, "the held-out data")
+            return dataclasses.replace(data, documents=documents, evaluated=evaluated)
+
+    def _with_values(self, documents: Preferences, read: Callable[..., np.ndarray], what: str) -> Preferences:
+        """Add values to the documents, and under kto to the mismatched examples beside them."""
+        if not len(documents):
+            return documents
+        known = documents.with_reference(read(documents, what=what))
+        if self.loss.paired:
+            return known
+        others = documents.mismatched()
+        others = others.with_reference(read(others, what=f"{what}, with other prompts"))
+        return dataclasses.replace(known, others=others)
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool

@@ -1,11 +1,14 @@
-"""Reference pass of a preference: ln p of the answers, without gradient, before the training.
+"""Reference pass: values that another model gives for each trained token, without gradient, before the
+training.
 
-The reference is the model before step 1: the base, as a fresh adapter changes nothing. Or it is the model of
---reference, which is freed after the pass. The pass reads the run's own micro-batches of its first pass over
-the data, in the same rows, so that each value has the bits of the model's first step.
+For a preference the value is ln p, and the reference is the model before step 1: the base, as a fresh adapter
+changes nothing. Or it is the model of --reference, which is freed after the pass. The pass reads the run's
+own micro-batches of its first pass over the data, in the same rows, so that each value has the bits of the
+model's first step. A teacher's values (distillation.py) are not compared with the model's own: they are read
+in an order that the run's batch does not change.
 
 The values are kept in the cache folder of the tokens, or without one in the run's folder. The folder's name
-is a hash of all that decides them: other data or another batch have another folder.
+is a hash of all that decides them: other data or another model have another folder.
 """
 
 from __future__ import annotations
@@ -26,20 +29,21 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
-from ...common.late_reading import Numbers
-from ...data.batches import Schedule
-from ...data.collate import to_device
-from ...data.held_out import evaluation_rows
-from ...data.preferences import Preferences
-from ...data.token_cache import cache_folder, remove_old
-from ...model import RWKV
-from ...ops.build import announce
-from ..base import Objective
-from ..policy import Policy, policy_of
-from ..reference_model import build_reference, reference_of
+from ..common.late_reading import Numbers
+from ..data.batches import Schedule
+from ..data.collate import row_by_row, to_device
+from ..data.examples import Examples
+from ..data.held_out import evaluation_rows
+from ..data.reference_values import LOG_PROB, are_finite, packed, row_shape, unknown, unpacked
+from ..data.token_cache import cache_folder, remove_old
+from ..model import RWKV
+from ..ops.build import announce
+from .base import Objective
+from .policy import Policy, policy_of
 from .reference_blocks import Blocks, blocks_in
+from .reference_model import build_reference, reference_of
 
-VERSION = 1  # raised when the code changes the values
+VERSION = 2  # raised when the code changes the values
 FOLDER = "reference"  # in the run's folder
 
 Rows = list[list[int]]  # of a batch: the places of the examples of each row
@@ -75,63 +79,65 @@ def held_out_rounds(batches: list[Rows], world: int) -> Rounds:
     return Rounds("evaluation", -(-len(batches) // world), batches_of)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenValues:
+    """Values of trained tokens, and how a model gives them."""
+
+    dtype: np.dtype  # of a token's, one of data/reference_values.py
+    read: Callable[[Policy, dict], Tensor]  # -> their numbers for a batch on the device, (n,) or (n, columns)
+    settings: tuple = ()  # which decide the values, too
+    as_in_steps: bool = True  # whether they have the bits of the run's own steps, perhaps by its own model
+
+
+LOG_PROBS = TokenValues(LOG_PROB, lambda policy, batch: policy.log_probs(batch))
+
+
 class ReferencePass:
-    """Pass of the reference over preferences; all processes take part, and get the same values.
+    """Pass of the reference over examples; all processes take part, and get the same values.
 
     `shared`: the prompt of a pair is read once.
     """
 
-    def __init__(self, objective: Objective, shared: bool, policy: Policy):
+    def __init__(self, objective: Objective, shared: bool, policy: Policy, values: TokenValues = LOG_PROBS):
         self.config, self.chunks, self.shared = objective.config, objective.chunks, shared
-        self.model, self.policy = policy.model, policy
+        self.model, self.policy, self.values = policy.model, policy, values
         self.processes, self.device = policy.processes, policy.device
         reference = reference_of(self.config.reference)
         self.other = reference and reference.fingerprint
         is_base = self.other == self.model.base_fingerprint
-        if is_base and not self.config.init_adapter:  # then it is not read a second time
+        # then it is not read a second time
+        if values.as_in_steps and is_base and not self.config.init_adapter:
             self.other = None
 
-    def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:
-        """Add reference log-probs for the examples that `steps` steps read; the rest stay NaN."""
-        rounds = training_rounds(schedule, steps)
-        return self._with_others(documents, lambda _: rounds, "the training data")
+    def training(self, documents: Examples, schedule: Schedule, steps: int, what: str) -> np.ndarray:
+        """Return the values of examples, (targets,), in the batches of `steps` steps. The values of others
+        are NaN. `what` names the examples."""
+        return self._values_of(documents, training_rounds(schedule, steps), what)
 
-    def held_out(self, documents: Preferences) -> Preferences:
-        """Add the reference log-probs of all examples."""
+    def all(self, documents: Examples, what: str) -> np.ndarray:
+        """Return the values of all examples, (targets,), in batches of an evaluation."""
         config = self.config
+        seed = config.random_seed if self.values.as_in_steps else 0
+        batches = evaluation_rows(documents, config.ctx_len, config.micro_bsz, seed)
+        return self._values_of(documents, held_out_rounds(batches, self.processes.world), what)
 
-        def rounds_of(examples: Preferences) -> Rounds:
-            batches = evaluation_rows(examples, config.ctx_len, config.micro_bsz, config.random_seed)
-            return held_out_rounds(batches, self.processes.world)
-
-        return self._with_others(documents, rounds_of, "the held-out data")
-
-    def _with_others(
-        self, documents: Preferences, rounds_of: Callable[[Preferences], Rounds], what: str
-    ) -> Preferences:
-        """Add values to the documents, and under kto to the mismatched examples beside them."""
-        if not len(documents):
-            return documents
-        known = self._with_values(documents, rounds_of(documents), what)
-        if documents.paired:
-            return known
-        others = documents.mismatched()
-        others = self._with_values(others, rounds_of(others), f"{what}, with other prompts")
-        return dataclasses.replace(known, others=others)
-
-    def _with_values(self, documents: Preferences, rounds: Rounds, what: str) -> Preferences:
+    def _values_of(self, documents: Examples, rounds: Rounds, what: str) -> np.ndarray:
         folder, first = self._folder(documents, rounds.order), self.processes.rank == 0
         begun = time.perf_counter()
-        with blocks_in(folder, first) as blocks, self._reference_model() as log_probs:
+        with blocks_in(folder, self.values.dtype, first) as blocks, self._reference_model() as read:
             if blocks.folder and self.config.data_cache != "none":
                 remove_old(folder.parent)
-            values = _Values(documents, self._known(blocks), blocks)
+            known = blocks.read()
+            count = torch.tensor(float(len(known)), dtype=torch.float64, device=self.device)
+            values = _Values(documents, int(self.processes.total(count)), blocks)
             examples = sum(_examples(rounds.batches(number)) for number in range(rounds.count))
             with Progress(f"the reference reads {what}", examples, f"{documents.word}s", first) as bar:
                 for number in range(rounds.count):
                     batches = rounds.batches(number)
-                    if not values.take_known(batches):
-                        values.add(batches, self._read(documents, batches, log_probs))
+                    if place := values.known_place(batches):
+                        values.put(batches, self._from_first(known[place], place.stop - place.start))
+                    else:
+                        values.add(batches, self._read(documents, batches, read))
                     self._check(values, what)
                     bar.update(_examples(batches))
             found = values.all()
@@ -140,7 +146,7 @@ class ReferencePass:
         if first and blocks.folder and seconds > DELAY:
             took = f"the reference read {what} in {duration_text(seconds)}"
             announce(f"{took}; its values are kept in {folder} for later runs")
-        return documents.with_reference(found)
+        return found
 
     def _check(self, values: _Values, what: str) -> None:
         """Raise UserError if a value is not finite. All processes see the same values; none is kept."""
@@ -154,17 +160,15 @@ class ReferencePass:
             " choose another --precision"
         )
 
-    def _known(self, blocks: Blocks) -> np.ndarray:
-        """Return the values of an earlier pass, in every process."""
-        found = blocks.read()
-        count = torch.tensor(float(len(found)), dtype=torch.float64, device=self.device)
-        shared = torch.zeros(int(self.processes.total(count)), device=self.device)
-        shared[: len(found)] = torch.from_numpy(found)
-        return self.processes.total(shared).cpu().numpy()
+    def _from_first(self, values: np.ndarray, count: int) -> np.ndarray:
+        """Return the `count` values that the first process gives, in every process."""
+        if self.processes.world == 1:
+            return values
+        shared = torch.zeros(count, *row_shape(values.dtype), device=self.device)
+        shared[: len(values)] = torch.from_numpy(unpacked(values))
+        return packed(self.processes.total(shared).cpu().numpy(), values.dtype)
 
-    def _read(
-        self, documents: Preferences, batches: list[Rows], log_probs: Callable[[dict], Tensor]
-    ) -> Numbers:
+    def _read(self, documents: Examples, batches: list[Rows], read: Callable[[dict], Tensor]) -> Numbers:
         """Start reading all examples of a round in order; they are on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
@@ -172,41 +176,45 @@ class ReferencePass:
         lengths = documents.lengths - 1
         width = max([1, *(int(lengths[row].sum()) for rows in batches for row in rows)])
         collate = documents.collator(self.config.chunk_ctx, self.shared)
-        batch = to_device(collate(examples, 1.0) | {"width": width}, self.device)
-        found = torch.zeros(sum(sizes), device=self.device)
-        # chunks have the tokens of several answers in turns
-        order = batch["answer"].argsort(stable=True)
+        batch = collate(examples, 1.0) | {"width": width}
+        # chunks have the tokens of several examples in turns
+        order = torch.from_numpy(row_by_row(batch)).to(self.device)
+        found = torch.zeros(sum(sizes), *row_shape(self.values.dtype), device=self.device)
         start = sum(sizes[:rank])
-        found[start : start + sizes[rank]] = log_probs(batch)[order].float()
+        found[start : start + sizes[rank]] = read(to_device(batch, self.device))[order].float()
         return Numbers(self.processes.total(found))
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[Callable[[dict], Tensor]]:
-        """Give the block a function: a batch -> ln p by the reference, which is read at the first call."""
+        """Give the block a function: a batch -> numbers of the reference, which is read at the first call."""
         models: list[RWKV] = []
 
-        def log_probs(batch: dict) -> Tensor:
+        def read(batch: dict) -> Tensor:
             if self.other is None:
                 if self.device.type == "cuda" and not self.config.strategy.startswith("deepspeed_stage_3"):
                     self.model.to(self.device)
-                return self.policy.log_probs(batch)
+                return self.values.read(self.policy, batch)
             if not models:
                 models.append(build_reference(self.config).to(self.device))
-            return policy_of(models[0], self.chunks).log_probs(batch)
+            return self.values.read(policy_of(models[0], self.chunks), batch)
 
         try:
-            yield log_probs
+            yield read
         finally:
             if models and self.device.type == "cuda":
                 models.clear()
                 torch.cuda.empty_cache()
 
-    def _folder(self, documents: Preferences, order: str) -> pathlib.Path:
+    def _folder(self, documents: Examples, order: str) -> pathlib.Path:
         """Return the folder for the values of these documents, read in this order."""
-        config = self.config
+        config, values = self.config, self.values
         # a method may change the base, up to its rounding
         parts = config.value_or_zero("train_parts")
         start = [self.model.base_fingerprint, config.peft, config.written("peft_config"), parts]
+        batch = []  # what decides which examples are in a batch together
+        if values.as_in_steps:
+            batch = [config.packing, config.micro_bsz, config.accumulation, self.processes.world]
+            batch += [config.random_seed, config.chunk_ctx, self.shared]
         described = [
             VERSION,
             torch.__version__,
@@ -214,10 +222,9 @@ class ReferencePass:
             order,
             documents.digest,
             self.other or start,
-            [config.precision, config.quant, config.wkv, config.accelerator, config.chunk_ctx, self.shared],
-            # the examples that are in a batch together
-            [config.packing, config.ctx_len, config.micro_bsz, config.accumulation, self.processes.world],
-            config.random_seed,
+            [str(values.dtype), *values.settings],
+            [config.precision, config.quant, config.wkv, config.accelerator],
+            [config.ctx_len, *batch],
         ]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
         if config.data_cache == "none":
@@ -226,57 +233,51 @@ class ReferencePass:
 
 
 class _Values:
-    """Values of documents as they come in, round by round; `known` are those of the first rounds."""
+    """Values of examples as they come in, round by round; the first `known` are those of an earlier pass."""
 
-    def __init__(self, documents: Preferences, known: np.ndarray, blocks: Blocks):
+    def __init__(self, documents: Examples, known: int, blocks: Blocks):
         self.documents, self.known, self.blocks = documents, known, blocks
         self.sizes = documents.target_counts.astype(np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
-        self.values = np.full(int(self.sizes.sum()), np.nan, np.float32)
+        self.values = unknown(int(self.sizes.sum()), blocks.dtype)
         self.position = 0
         self.not_finite: int | None = None  # the first example with a value that is not finite
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
-    def take_known(self, batches: list[Rows]) -> bool:
-        """Take the next round's values from an earlier pass; returns whether it has read them."""
-        size = sum(_count(self.documents, rows) for rows in batches)
-        end = self.position + size
-        if end > len(self.known):
-            return False
-        self._put(batches, self.known[self.position : end])
-        self.position = end
-        return True
+    def known_place(self, batches: list[Rows]) -> slice | None:
+        """Return the place of the next round's values among the known ones; None if not all are known."""
+        end = self.position + sum(_count(self.documents, rows) for rows in batches)
+        return slice(self.position, end) if end <= self.known else None
 
     def add(self, batches: list[Rows], numbers: Numbers) -> None:
-        """Add the next round's values. They are read when the device has its next work."""
-        if self.position < len(self.known):
-            raise UserError(f"{self.blocks.folder} has values that do not fit the data; remove it")
+        """Add the next round's numbers. They are read when the device has its next work."""
         self.late.append((batches, numbers))
         if len(self.late) > 1:
             self._take()
 
     def all(self) -> np.ndarray:
-        """Return the values of all examples, (targets,) float32; NaN for examples in no round."""
+        """Return the values of all examples, (targets,); NaN for examples in no round."""
         while self.late:
             self._take()
         return self.values
 
     def _take(self) -> None:
         batches, numbers = self.late.popleft()
-        values = np.array(numbers.read(), np.float32)
-        self._put(batches, values)
-        self.blocks.add(values)
+        values = packed(numbers.array(), self.blocks.dtype)
+        # the files have the first ones already, if an earlier pass ended within this round
+        self.blocks.add(values[max(0, self.known - self.position) :])
+        self.put(batches, values)
 
-    def _put(self, batches: list[Rows], values: np.ndarray) -> None:
+    def put(self, batches: list[Rows], values: np.ndarray) -> None:
+        """Put the values of the next round in their places."""
+        self.position += len(values)
         examples = [i for rows in batches for row in rows for i in row]
         if not examples:
             return
         places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in examples]
         self.values[np.concatenate(places)] = values
-        if self.not_finite is None and not np.isfinite(values).all():
-            self.not_finite = next(
-                i for i, at in zip(examples, places) if not np.isfinite(self.values[at]).all()
-            )
+        if self.not_finite is None and not are_finite(values):
+            self.not_finite = next(i for i, at in zip(examples, places) if not are_finite(self.values[at]))
 
 
 def _examples(batches: list[Rows]) -> int:
@@ -284,6 +285,6 @@ def _examples(batches: list[Rows]) -> int:
     return sum(len(row) for rows in batches for row in rows)
 
 
-def _count(documents: Preferences, rows: Rows) -> int:
+def _count(documents: Examples, rows: Rows) -> int:
     """Count the trained tokens of these rows."""
     return int(sum(documents.target_counts[i] for row in rows for i in row))

@@ -14,29 +14,29 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.output import write_bytes
 from rwkv_miss.progress import print_notes
 
-from ...ops.build import locked
+from ..ops.build import locked
 
 PAUSE, PAUSE_SHARE = 10.0, 0.05  # seconds between two blocks, and in a long pass the share of its time
 NAMES = "[0-9]" * 12  # of the files
 
 
 class Blocks:
-    """Blocks of float32 numbers in the files of a folder. A file's name is the count of numbers before it.
+    """Blocks of values of one dtype in the files of a folder. A file's name is the count of values before it.
 
     One process writes. The others, and one whose folder is None, keep nothing.
     """
 
-    def __init__(self, folder: pathlib.Path | None):
-        self.folder = folder
+    def __init__(self, folder: pathlib.Path | None, dtype: np.dtype):
+        self.folder, self.dtype = folder, dtype
         self.waiting: list[np.ndarray] = []
         self.written = 0
         self.begun = self.last = time.monotonic()
 
     def read(self) -> np.ndarray:
-        """Read all numbers there, (n,) float32. Later add() continues after them."""
-        parts = [np.empty(0, np.float32)]
+        """Read all values there, (n,). Later add() continues after them."""
+        parts = [np.empty(0, self.dtype)]
         while self.folder is not None and self._path.exists():
-            part = np.fromfile(self._path, np.float32)
+            part = np.fromfile(self._path, self.dtype)
             if not len(part):  # the machine went down
                 break
             parts.append(part)
@@ -44,7 +44,7 @@ class Blocks:
         return np.concatenate(parts)
 
     def add(self, values: np.ndarray) -> None:
-        """Add numbers, which are written now and then."""
+        """Add values, which are written now and then."""
         self.waiting.append(values)
         now = time.monotonic()
         if now - self.last > max(PAUSE, PAUSE_SHARE * (now - self.begun)):
@@ -53,19 +53,19 @@ class Blocks:
 
     def write(self) -> None:
         """Write what is not on the disk yet. If that fails, a note says so, and no more is kept."""
-        values = np.concatenate([np.empty(0, np.float32), *self.waiting])
+        values = np.concatenate([np.empty(0, self.dtype), *self.waiting])
         self.waiting.clear()
         if self.folder is None or not len(values):
             return
         try:
-            write_bytes(self._path, values.astype(np.float32).tobytes())
+            write_bytes(self._path, values.tobytes())
             self.written += len(values)
         except (OSError, UserError) as error:
             print_notes([f"the values of the reference are not kept any further: {error}"])
             self.folder = None
 
     def clear(self) -> None:
-        """Remove all files, and the waiting numbers."""
+        """Remove all files, and the waiting values."""
         self.waiting.clear()
         self.written = 0
         for kept in self.folder.glob(NAMES) if self.folder else ():
@@ -77,7 +77,7 @@ class Blocks:
 
 
 @contextlib.contextmanager
-def blocks_in(folder: pathlib.Path, is_writer: bool) -> Iterator[Blocks]:
+def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool) -> Iterator[Blocks]:
     """Open the blocks of a folder. The writing process locks it, and another run with the same one waits."""
     with contextlib.ExitStack() as stack:
         place = None
@@ -91,6 +91,6 @@ def blocks_in(folder: pathlib.Path, is_writer: bool) -> Iterator[Blocks]:
                 place = folder
             except OSError as error:
                 print_notes([f"the values of the reference can't be kept in {folder} ({error})"])
-        blocks = Blocks(place)
+        blocks = Blocks(place, dtype)
         yield blocks
         blocks.write()
