@@ -1,10 +1,10 @@
 """Loss of a batch. Its rows are run whole, or in chunks, so that rows of any length fit into memory.
 
 A chunk is a function (state before, parameters) -> (its result, state after). The result is its share of the
-loss, or a number for each of its trained tokens (log_probs.py). The forward keeps the state before each chunk
-and nothing else. The backward walks the chunks from the last to the first, recomputes each from its state,
-and passes the gradient of that state on to the chunk before. This is the gradient of the whole row: the same
-numbers in the same operations, summed in another order.
+loss, or it is numbers for each of its trained tokens (log_probs.py). The forward keeps the state before each
+chunk and nothing else. The backward walks the chunks from the last to the first, recomputes each from its
+state, and passes the gradient of that state on to the chunk before. This is the gradient of the whole row:
+the same numbers in the same operations, summed in another order.
 
 For autograd the batch is one function of the parameters, which get their gradients once, however many chunks
 there are. So DDP's and ZeRO's reductions take place once in a backward.
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.files.checkpoint import Arch
 
+from .distillation_loss import Teacher
 from .rwkv import RWKV, LayerState, State
 
 
@@ -60,7 +61,7 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
     return batch * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
-# (model, a part of the rows, the state before it) -> (its loss or a number for each token, the state after)
+# (model, a part of the rows, the state before it) -> (its sums or numbers for each token, the state after)
 Part = Callable[[RWKV, dict, State | None], tuple[Tensor, State]]
 
 
@@ -74,11 +75,28 @@ def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tens
     return run_rows(model, batch, chunks, width, part_loss)
 
 
-def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
+def batch_distillation(
+    model: RWKV, batch: dict, chunks: Chunks, width: int, mix: float, temperature: float
+) -> Tensor:
+    """Sum the loss of distillation, the cross entropy and the KL of the trained tokens, (3,), each weighted.
+
+    batch["teacher"] are distillation_loss.Teacher.numbers of the trained tokens. Others are as for
+    batch_loss().
+    """
+
+    def part_sums(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
+        x, state = model.features(part["ids"], state, part["reset"], part["where"])
+        teacher = Teacher(part["teacher"], mix, temperature)
+        return model.distillation(x, part["targets"], part["weights"], teacher), state
+
+    return run_rows(model, batch, chunks, width, part_sums)
+
+
+def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part, each: bool = False) -> Tensor:
     """Apply `part` to the rows of a batch, whole or in chunks.
 
-    Scalars of the chunks are summed; numbers (n,) for each chunk's trained tokens are concatenated.
-    `batch`, `width` and the gradients are as for batch_loss().
+    Results of the chunks are summed. With `each` they are numbers for each of a chunk's trained tokens,
+    (n, ...), and are concatenated. `batch`, `width` and the gradients are as for batch_loss().
     """
     if batch["chunk"] != chunks.size:
         raise ValueError(
@@ -88,7 +106,7 @@ def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
         return part(model, batch, None)[0]
-    walk = _Walk(model, batch, chunks, count, torch.initial_seed(), part)
+    walk = _Walk(model, batch, chunks, count, torch.initial_seed(), part, each)
     if not torch.is_grad_enabled():
         return walk.forward()[0]
     return _InChunks.apply(walk, *(p for p in model.parameters() if p.requires_grad))
@@ -110,8 +128,8 @@ def cut(batch: dict, chunk: int) -> dict:
     If these rows have ended and those of another rank have not, it is one token without loss.
     """
     size, tokens, part = batch["chunk"], trained_of(batch, chunk), {}
-    for name in ("where", "targets", "weights"):
-        part[name] = None if batch[name] is None else batch[name][tokens]
+    for name in ("where", "targets", "weights", "teacher"):
+        part[name] = None if batch.get(name) is None else batch[name][tokens]
     if chunk >= len(batch["ends"]):
         return part | {"ids": batch["ids"][:, :1], "reset": None}
     for name in ("ids", "reset"):
@@ -135,6 +153,7 @@ class _Walk:
     count: int
     seed: int
     part: Part
+    each: bool
 
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
         """Run chunk i: (its result, state after it). Dropout depends on the place: recomputing draws the
@@ -154,7 +173,7 @@ class _Walk:
             result, state = self.run(i, state)
             state = _own(state)
             results.append(result)
-        return torch.cat(results) if results[0].dim() else sum(results), kept
+        return torch.cat(results) if self.each else sum(results), kept
 
     def backward(
         self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dresult: Tensor
@@ -170,7 +189,7 @@ class _Walk:
             for i in range(first, min(first + stride, self.count) - 1):
                 states.append(_own(self.run(i, states[-1])[1]))
             for i in reversed(range(first, first + len(states))):
-                of_chunk = dresult[trained_of(self.batch, i)] if dresult.dim() else dresult
+                of_chunk = dresult[trained_of(self.batch, i)] if self.each else dresult
                 new, dstate = self.chunk_backward(i, states.pop(), parameters, of_chunk, dstate)
                 gradients = [_added(a, b) for a, b in zip(gradients, new, strict=True)]
         return gradients

@@ -32,9 +32,22 @@ def token_features(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> 
     return _of_tokens(model, batch, chunks, width, part_features)
 
 
+def top_log_probs(
+    model: RWKV, batch: dict, chunks: Chunks, width: int, count: int, temperature: float
+) -> Tensor:
+    """Compute distillation_loss.Teacher.numbers for each trained token, (n, 2 count + 1), without gradient,
+    in token_log_probs()' order."""
+
+    def top(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
+        x, state = part_features(model, part, state)
+        return model.top_log_probs(x, count, temperature), state
+
+    return _of_tokens(model, batch, chunks, width, top)
+
+
 def _of_tokens(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
     if "prompts" not in batch:
-        return run_rows(model, batch, chunks, width, part)
+        return run_rows(model, batch, chunks, width, part, each=True)
     if chunks.size:
         raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
     return part(model, batch, after_prompts(model, batch))[0]

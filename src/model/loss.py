@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def head_loss(
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-    return _HeadLoss.apply(x, weight, targets, native, weights, exact)
+    return HeadLoss.apply(x, weight, Blocks(x, weight, targets, weights, native, exact))
 
 
 def head_log_probs(
@@ -102,7 +103,7 @@ def head_log_probs(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Losses of x W^T, as many tokens at a time as LOGITS_AT_ONCE allows. Fields are as for head_loss."""
 
     x: Tensor
@@ -112,6 +113,14 @@ class _Blocks:
     native: bool
     exact: bool
     l2wrap: float = L2WRAP
+    numbers: ClassVar[tuple[int, ...]] = ()  # shape of what there is for a token
+
+    def losses_of(self, logits: Tensor, part: slice) -> Tensor:
+        """Return the losses (*numbers, tokens) of a part of the tokens from its logits, which become the
+        gradient of the first number."""
+        softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
+        weights = None if self.weights is None else self.weights[part]
+        return softmax_loss(logits, self.targets[part], weights, self.x.dtype, self.l2wrap)
 
     @property
     def wide(self) -> torch.dtype:
@@ -119,21 +128,19 @@ class _Blocks:
         return torch.promote_types(self.x.dtype, torch.float32)
 
     def losses(self, dx: Tensor | None, dw: Tensor | None) -> Iterator[Tensor]:
-        """Yield the loss of each token, a block at a time.
+        """Yield the losses (*numbers, tokens) of a block of tokens at a time.
 
-        The gradients of their sum are written to `dx` and added to `dw`, if these are not None.
+        The gradients of the first one's sum are written to `dx` and added to `dw`, if these are not None.
         """
         x, vocab = self.x, len(self.weight)
         at_once = max(1, LOGITS_AT_ONCE // vocab)  # tokens
         if dw is not None:  # is read and written for each block: its logits are at least as large
             at_once = max(at_once, x.shape[1])
         block = x.new_empty(min(at_once, len(x)), vocab, dtype=self.wide if self.exact else x.dtype)
-        softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
         for start in range(0, len(x), at_once):
             part = slice(start, start + at_once)
             logits = product_into(block[: len(x[part])], x[part], self.weight)
-            of_part = None if self.weights is None else self.weights[part]
-            yield softmax_loss(logits, self.targets[part], of_part, x.dtype, self.l2wrap)
+            yield self.losses_of(logits, part)
             gradient = in_place_of(logits, x.dtype)
             if dx is not None:
                 dx[part] = product(gradient, self.weight.t())
@@ -141,35 +148,35 @@ class _Blocks:
                 add_product_(dw, gradient.t(), x[part].t())
 
 
-class _HeadLoss(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
+    """Sums over all tokens of what blocks yield: the loss, or numbers that begin with it."""
+
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, weights: Tensor | None, exact: bool
-    ) -> Tensor:
-        blocks = _Blocks(x, weight, targets, weights, native, exact)
+    def forward(ctx, x: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
         dw = torch.zeros_like(weight, dtype=blocks.wide) if need_dw else None
-        loss = torch.zeros((), dtype=blocks.wide, device=x.device)
+        total = torch.zeros(blocks.numbers, dtype=blocks.wide, device=x.device)
         for losses in blocks.losses(dx, dw):
-            loss += losses.sum()
+            total += losses.sum(-1)
         ctx.save_for_backward(dx, dw)
         ctx.dtype = x.dtype
-        return loss
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
+        dloss = dloss.flatten()[0]
         dx, dw = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors)
-        return dx, dw, None, None, None, None
+        return dx, dw, None
 
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, exact: bool) -> Tensor:
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        blocks = _Blocks(x, weight.to(x.dtype), targets, None, native, exact, l2wrap=0.0)
+        blocks = Blocks(x, weight.to(x.dtype), targets, None, native, exact, l2wrap=0.0)
         dx = torch.empty_like(x) if need_dx and not need_dw else None
         found = [-losses for losses in blocks.losses(dx, None)]
         ctx.save_for_backward(*((x, weight, targets) if need_dw else (dx,)))
@@ -189,7 +196,7 @@ class _HeadLogProbs(torch.autograd.Function):
         if len(x):
             # scaled to at most 1 in the softmax: fp16 holds no more than 65504, and loses small values
             largest = dout.abs().max().clamp(min=torch.finfo(dout.dtype).tiny)
-            blocks = _Blocks(
+            blocks = Blocks(
                 x, weight.to(x.dtype), targets, -dout / largest, ctx.native, ctx.exact, l2wrap=0.0
             )
             for _ in blocks.losses(dx, dw):

@@ -29,6 +29,7 @@ from ..config.launcher import is_first_process
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
+from .distillation_loss import Teacher, distillation_sums, top_of
 from .layers import Embedding, Head, LayerNorm, chosen
 from .loss import LOGITS_AT_ONCE, loss_sum
 
@@ -326,6 +327,17 @@ class RWKV(nn.Module):
             return self.head(x, targets, weights)
         return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
 
+    def distillation(self, x: Tensor, targets: Tensor, weights: Tensor | None, teacher: Teacher) -> Tensor:
+        """Compute the sums of distillation_loss.py, (3,); all but `teacher` are as for loss()."""
+        if isinstance(self.head, Head):
+            return self.head(x, targets, weights, teacher=teacher)
+
+        def of_block(x: Tensor, targets: Tensor, numbers: Tensor, *weights: Tensor) -> Tensor:
+            own = weights[0] if weights else None
+            return distillation_sums(self.head(x), targets, own, teacher._replace(numbers=numbers))
+
+        return torch.stack(self._in_blocks(of_block, x, targets, teacher.numbers, weights)).sum(0)
+
     def log_probs(self, x: Tensor, targets: Tensor) -> Tensor:
         """Compute ln p (tokens,), at least fp32, of targets (tokens,) int64 for x (tokens, C) from
         features().
@@ -335,6 +347,10 @@ class RWKV(nn.Module):
         if isinstance(self.head, Head):
             return self.head(x, targets, each=True)
         return torch.cat(self._in_blocks(self._log_probs_of, x, targets))
+
+    def top_log_probs(self, x: Tensor, count: int, temperature: float) -> Tensor:
+        """Compute what a teacher tells of each token, distillation_loss.Teacher.numbers, without gradient."""
+        return torch.cat(self._in_blocks(lambda x: top_of(self.head(x), count, temperature), x.detach()))
 
     def _in_blocks(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
         """Call function(*inputs) for some tokens at a time; the backward computes it again.
