@@ -23,7 +23,7 @@ with importing():
 GROUPS = (
     ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
     ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
-    ("Loss", "What is minimised: the cross entropy, or a preference between answers.", "loss"),
+    ("Loss", "What is minimised: the cross entropy, that and a KL, or a preference.", "loss"),
     ("Rewards", "What `--loss grpo` has: the model learns from rewards of its own answers.", "rewards"),
     ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
     ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),

@@ -29,9 +29,10 @@ OF_LOSSES = {
     "desirable_weight": (("kto",), {}),
     "undesirable_weight": (("kto",), {}),
     "reference": (
-        ("dpo", "ipo", "kto", "grpo"),
+        ("distill", "dpo", "ipo", "kto", "grpo"),
         dict.fromkeys(("orpo", "simpo"), "orpo and simpo compare with no other model"),
     ),
+    **dict.fromkeys(("distill_top", "distill_temperature", "distill_mix"), (("distill",), {})),
     **dict.fromkeys(
         (
             "rewards",
@@ -66,7 +67,12 @@ def check_loss(config: Config) -> None:
                 f"--{name} {value} has no meaning with --loss {config.loss}: it is for"
                 f" {', '.join(losses)}{other}; drop it, or choose another --loss"
             )
-    if config.loss == "sft":
+    if config.has_teacher and not config.reference:
+        raise UserError(
+            "--loss distill needs a teacher: give the file of a larger or better model with the same"
+            " vocabulary as --reference, or train without one with --loss sft"
+        )
+    if config.is_supervised:
         return
     for name in OF_SUPERVISED:
         if getattr(config, name) != getattr(Config(), name):

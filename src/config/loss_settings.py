@@ -7,7 +7,7 @@ import dataclasses
 from .data_settings import DataSettings
 from .option import opt
 
-# losses on preferences; --loss also takes sft, the usual one, and grpo, on rewards
+# losses on preferences; --loss also takes sft, the usual one, distill, with a teacher, and grpo, on rewards
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 # built-in rewards of --loss grpo (src/evaluation/rewards.py); others are functions of --reward_file
 REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
@@ -19,11 +19,12 @@ class LossSettings(DataSettings):
 
     loss: str = opt(
         "sft",
-        "what is minimised. sft: the cross entropy of the trained tokens. dpo, ipo, orpo or simpo: a"
+        "what is minimised. sft: the cross entropy of the trained tokens. distill: the same, and the KL from"
+        " a teacher, the model of --reference (docs/training.md). dpo, ipo, orpo or simpo: a"
         " preference between two answers, for rows with chosen and rejected. kto: the same for single"
         " answers, with label true or false. docs/preferences.md says which is for what. grpo: the model"
         " answers questions, and learns from the rewards of its answers (docs/rewards.md)",
-        choices=("sft", *LOSSES, "grpo"),
+        choices=("sft", "distill", *LOSSES, "grpo"),
     )
     beta: float = opt(
         0.0,
@@ -69,9 +70,31 @@ class LossSettings(DataSettings):
     undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
     reference: str = opt(
         "",
-        "the reference model of dpo, ipo, kto and the KL of grpo, of any size: a file, a folder or a"
-        " name of the hub, as for --load_model. Empty: the base model, with the adapter off",
+        "the reference model of dpo, ipo, kto and the KL of grpo, and the teacher of distill, of any size: a"
+        " file, a folder or a name of the hub, as for --load_model. Empty: the base model, with the adapter"
+        " off; distill needs one",
         alias=("ref_model",),
+    )
+    distill_top: int = opt(
+        32,
+        "distill: the number of likeliest tokens that are kept of the teacher at each trained token. All"
+        " others count as one",
+        low=1,
+        high=2**16,
+    )
+    distill_temperature: float = opt(
+        1.0,
+        "distill: the temperature of the teacher's and the model's probabilities in the KL. Above 1 unlikely"
+        " tokens count more",
+        alias=("kd_temperature",),
+        low=0.01,
+        high=1000,
+    )
+    distill_mix: float = opt(
+        0.5,
+        "distill: the weight of the KL; the cross entropy has 1 minus that",
+        low=0,
+        high=1,
     )
 
     rewards: dict = opt(
@@ -167,6 +190,16 @@ class LossSettings(DataSettings):
     def on_preferences(self) -> bool:
         """Tell whether the loss compares answers in the data."""
         return self.loss in LOSSES
+
+    @property
+    def has_teacher(self) -> bool:
+        """Tell whether the loss is supervised and compares with a teacher."""
+        return self.loss == "distill"
+
+    @property
+    def is_supervised(self) -> bool:
+        """Tell whether the loss is on documents."""
+        return self.loss in ("sft", "distill")
 
     @property
     def on_rewards(self) -> bool:

@@ -8,14 +8,19 @@ import numpy as np
 import torch
 
 from .file_documents import Document
+from .reference_values import unpacked
 
 
-def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> dict:
+def collate(
+    rows: list[list[Document]], step_weight: float, chunk: int = 0, reference: np.dtype | None = None
+) -> dict:
     """Make the batch of these rows, padded on the right to the longest.
 
     ids: (B, T) int64. reset: (B, T) bool, true where a document starts inside a row; None if none does. The
     entries of trained_tokens() for chunks of `chunk` tokens. step_weight: the sum of the weights of the whole
     step. Without rows, as in a short step, it is one row without loss: every rank runs the same operations.
+
+    With a reference's values, of this dtype, teacher: their numbers for trained tokens, (n, columns) fp32.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
@@ -30,12 +35,17 @@ def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> d
             targets[i, part] = document.ids[1:]
             weights[i, part] = document.weights[1:]
             reset[i, part][:1] = part.start > 0
-    return {
+    batch = {
         "ids": torch.from_numpy(ids),
         "reset": torch.from_numpy(reset) if reset.any() else None,
         **trained_tokens(targets, weights, chunk),
         "step_weight": step_weight,
     }
+    if reference is not None:
+        known = [document.reference for row in rows for document in row]
+        numbers = unpacked(np.concatenate([np.empty(0, reference), *known]))
+        batch["teacher"] = torch.from_numpy(numbers)[np.argsort(row_by_row(batch))]
+    return batch
 
 
 def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from rwkv_miss.progress import progress
 
 from ..config.launcher import is_first_process
 from .chat_template import Template
+from .collate import collate
 from .encode import Encoder, Tokens
 from .examples import Examples
 from .file_documents import Document, FileDocuments, joined
@@ -40,12 +42,35 @@ class Documents(Examples):
     # whole conversation or text; None: all are
     conversation: np.ndarray | None = None
     untrained: int = 0
+    reference: np.ndarray | None = (
+        None  # values of a reference for the trained tokens, see reference_values.py
+    )
+    reference_starts: np.ndarray | None = None  # (n,) int64: where those of each document begin
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> Document:
-        return self.items[i]
+        document = self.items[i]
+        if self.reference is None:
+            return document
+        start = int(self.reference_starts[i])
+        return dataclasses.replace(document, reference=self.reference[start : start + document.targets])
+
+    def with_reference(self, values: np.ndarray) -> Documents:
+        """Add the values of a reference for every trained token, (targets,), document by document."""
+        found = copy.copy(self)  # with what is counted and hashed already
+        found.reference = values
+        found.reference_starts = np.cumsum(self.target_counts, dtype=np.int64) - self.target_counts
+        return found
+
+    def line(self, i: int) -> int:
+        """Return the line or row of its file that document i comes from."""
+        return self.items.line(i)
+
+    def collator(self, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
+        dtype = None if self.reference is None else self.reference.dtype
+        return functools.partial(collate, chunk=chunk, reference=dtype)
 
     @property
     def cut(self) -> int:
@@ -95,8 +120,9 @@ class Documents(Examples):
             items = self.items.take(chosen)
         else:
             items = [self.items[i] for i in chosen]
-        columns = (self.lost, self.text, self.conversation)
-        return Documents(items, *(None if of is None else of[chosen] for of in columns), self.untrained)
+        columns = ("lost", "text", "conversation", "reference_starts")
+        taken = {name: None if (of := getattr(self, name)) is None else of[chosen] for name in columns}
+        return dataclasses.replace(self, items=items, **taken)
 
     def learnable(self) -> Documents:
         """Return the documents with a trained token: a step without one would have no loss."""

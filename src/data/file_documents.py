@@ -21,6 +21,7 @@ class Document:
 
     ids: np.ndarray  # (n,) int32
     weights: np.ndarray  # (n,) float32
+    reference: np.ndarray | None = None  # values of a reference for its trained tokens, (targets,)
 
     @property
     def inputs(self) -> int:

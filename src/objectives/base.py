@@ -223,8 +223,8 @@ class Objective(abc.ABC):
         """Return the part of the tokens that is read; less than all where prompts of pairs are read once."""
         return 1.0
 
-    def reference_work(self, arch: Arch, tokens: float) -> float:
-        """Count the reference's pass over `tokens` tokens as tokens of the training."""
+    def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
+        """Count the reference's pass over the tokens of training and of evaluations as trained tokens."""
         return 0.0
 
     def evaluation_costs(self, held_out: Examples) -> np.ndarray:
@@ -267,7 +267,7 @@ class Objective(abc.ABC):
         tokens_of_answer = min(limit_of(asked), USUAL_SAMPLE_TOKENS) if asked else 0
         answers = evaluations * tokens_of_answer * speed.answer
         once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
-        reference = self.reference_work(arch, once + held_out_tokens) / speed.tokens
+        reference = self.reference_work(arch, once, held_out_tokens) / speed.tokens
         evaluation = (read + prompts) / speed.tokens + answers
         return Times(tokens, read / training, training / speed.tokens, evaluation, reference)
 
@@ -321,6 +321,11 @@ class Objective(abc.ABC):
         if keep:
             keep(log_probs.detach())
         return self.loss(log_probs, batch)
+
+    def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
+        """Return the loss of a batch that reports show, summed as the trained one is, from __call__()'s
+        results."""
+        return loss.detach()
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the sums of two micro-batches or processes together."""

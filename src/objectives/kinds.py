@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from .base import Objective
+from .distillation import Distilled
 from .preferences.objective import OnPreferences
 from .rewards.objective import OnRewards
 from .sft import Supervised
@@ -13,4 +14,6 @@ def objective_of(config: Config) -> Objective:
     """Return the objective of --loss."""
     if config.on_rewards:
         return OnRewards(config)
-    return OnPreferences(config) if config.on_preferences else Supervised(config)
+    if config.on_preferences:
+        return OnPreferences(config)
+    return Distilled(config) if config.has_teacher else Supervised(config)

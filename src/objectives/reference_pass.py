@@ -121,6 +121,17 @@ class ReferencePass:
         batches = evaluation_rows(documents, config.ctx_len, config.micro_bsz, seed)
         return self._values_of(documents, held_out_rounds(batches, self.processes.world), what)
 
+    def part(self, documents: Examples, chosen: np.ndarray, what: str) -> np.ndarray:
+        """Return the values of all examples, (targets,), of which those not `chosen` are NaN."""
+        if len(chosen) == len(documents):
+            return self.all(documents, what)
+        sizes = documents.target_counts.astype(np.int64)
+        is_chosen = np.zeros(len(sizes), bool)
+        is_chosen[chosen] = True
+        found = unknown(int(sizes.sum()), self.values.dtype)
+        found[np.repeat(is_chosen, sizes)] = self.all(documents.take(chosen), what)
+        return found
+
     def _values_of(self, documents: Examples, rounds: Rounds, what: str) -> np.ndarray:
         folder, first = self._folder(documents, rounds.order), self.processes.rank == 0
         begun = time.perf_counter()

@@ -46,7 +46,10 @@ def read_base(draft: Draft):
     """
     config = draft.config
     if not config.load_model:
-        return new_arch(config)
+        arch, tokenizer = new_arch(config)
+        if config.reference:
+            check_reference(config.reference, "the new model", arch.vocab_size)
+        return arch, tokenizer
     tensors = read_model_file(config.load_model)
     arch = Arch.detect(tensors)
     check_sizes(config, arch)

@@ -287,7 +287,7 @@ class Warnings:
 
     def __call__(self, line: dict) -> str:
         """Return the new warnings after this step, with remedies; "" for none."""
-        if "rolled_back_to" in line or self.config.loss == "sft":
+        if "rolled_back_to" in line or self.config.is_supervised:
             return ""
         self.lines.append(line)
         del self.lines[WINDOW:-WINDOW]

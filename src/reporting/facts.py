@@ -298,7 +298,7 @@ class Facts:
 
     @property
     def is_preference(self) -> bool:
-        return self.by_loss and self.config.loss != "sft"
+        return self.config.on_preferences
 
     @functools.cached_property
     def accuracy(self) -> float:

@@ -175,7 +175,7 @@ class FineTuning(pl.LightningModule):
         """
         loss, metrics = self.objective(self.model, batch | self.beside, self.feed.keep)
         weight = batch["step_weight"] or 1.0
-        self.step_loss += loss.detach() / weight
+        self.step_loss += self.objective.reported(loss, metrics) / weight
         if len(metrics):
             before = self.feed.step_sums if self.step_metrics is None else self.step_metrics
             self.step_metrics = metrics if before is None else self.objective.joined(before, metrics)

@@ -71,7 +71,7 @@ REFUSED = {
         (("0",), "a few layers by chance in each step is not here; --peft none trains all, drop the flags"),
     ),
     "moe": (("0",), "there are no experts here; drop the flag"),
-    "distillation": (("0",), "there is no loss on another model's logits; drop the flag to train on texts"),
+    "distillation": (("0",), "--loss distill --reference FILE learns from another model; drop the flag"),
     "zerocot": (("0",), "it is not here; --loss grpo learns from rewards"),
 }
 

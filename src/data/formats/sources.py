@@ -44,7 +44,9 @@ class Reading:
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
-        rows = {"sft": SFT, "grpo": SFT, "kto": LABELS}.get(getattr(config, "loss", SFT), PAIRS)
+        rows = {"sft": SFT, "distill": SFT, "grpo": SFT, "kto": LABELS}.get(
+            getattr(config, "loss", SFT), PAIRS
+        )
         return cls(tuple(filter(None, names)), config.sft_split, rows)
 
 

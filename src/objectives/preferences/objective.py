@@ -141,10 +141,10 @@ class OnPreferences(Objective):
         chosen = torch.arange(2 * rows) % 2 == 0
         return {"answer": trained, "chosen": chosen, "reference": reference, "baseline": 0.0}
 
-    def reference_work(self, arch: Arch, tokens: float) -> float:
+    def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         if not self.loss.needs_reference:
             return 0.0
-        return FORWARD * relative_work(self.config.reference, arch) * self.looks * tokens
+        return FORWARD * relative_work(self.config.reference, arch) * self.looks * (trained + held_out)
 
     @property
     def description(self) -> str:

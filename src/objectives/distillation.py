@@ -1,0 +1,121 @@
+"""Distillation: supervised fine-tuning that also brings the model closer to a teacher, --loss distill.
+
+A pass of the teacher before step 1 (reference_pass.py) finds its likeliest tokens at each trained one. So the
+teacher is not in memory during the training, and later runs on the same data need no pass. The loss that
+reports show is the cross entropy, which can be compared with any other run's; the KL stands beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import recorded
+
+from .. import ops
+from ..common.formatting import counted, size_text
+from ..data.batches import Schedule
+from ..data.examples import Examples
+from ..data.held_out import FORWARD
+from ..data.reference_values import row_shape, top_tokens
+from ..model import RWKV
+from ..model.batch_loss import batch_distillation
+from ..model.log_probs import top_log_probs
+from .base import TrainingData
+from .loss_metrics import Shown
+from .policy import Policy
+from .reference_model import reference_arch, relative_work
+from .reference_pass import ReferencePass, TokenValues
+from .sft import SUPERVISED, Supervised
+
+DISTILLED = dataclasses.replace(
+    SUPERVISED,
+    titles={**SUPERVISED.titles, "kl": "KL from the teacher, per token"},
+    bar=(Shown(("kl",), lambda nats: f"KL {nats:.3f}"),),
+    line=(*SUPERVISED.line, Shown(("kl",), lambda nats: f"KL from the teacher {nats:.4f}")),
+)
+
+
+class Distilled(Supervised):
+    """Objective of --loss distill. The loss of held-out documents is the cross entropy alone."""
+
+    metrics = DISTILLED
+
+    def __call__(
+        self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if "teacher" not in batch and not torch.is_grad_enabled():
+            return super().__call__(model, batch, keep)
+        mix, temperature = self.config.distill_mix, self.config.distill_temperature
+        sums = batch_distillation(model, batch, self.chunks, batch.get("width", 0), mix, temperature)
+        weights = batch["weights"]
+        weight = torch.ones_like(batch["targets"]).sum() if weights is None else weights.sum()
+        return sums[0], torch.cat([sums[1:].detach(), weight.unsqueeze(0)]).double()
+
+    def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
+        return metrics[0]
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def means(self, sums: list[float]) -> dict[str, float]:
+        return {"kl": sums[1] / max(sums[2], 1e-30)} if sums else {}
+
+    def beside(self, rows: int, trained: Tensor) -> dict:
+        return {"teacher": torch.zeros(len(trained), 2 * self.config.distill_top + 1)}
+
+    def _values(self, arch: Arch) -> TokenValues:
+        """Return what the teacher is asked."""
+        config = self.config
+        count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
+
+        def read(policy: Policy, batch: dict) -> Tensor:
+            return top_log_probs(policy.model, batch, self.chunks, batch["width"], count, temperature)
+
+        return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
+
+    def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
+        return FORWARD * relative_work(self.config.reference, arch) * trained
+
+    def with_reference(
+        self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
+    ) -> TrainingData:
+        documents, whole = data.documents, steps >= schedule.steps_per_pass
+        chosen = np.arange(len(documents)) if whole else documents_of(schedule, steps)
+        with policy.undisturbed(), ops.nan_passes():
+            teacher = ReferencePass(self, shared, policy, self._values(policy.model.arch))
+            values = teacher.part(documents, chosen, "the training data")
+        return dataclasses.replace(data, documents=documents.with_reference(values))
+
+    @property
+    def description(self) -> str:
+        """The loss with its settings: "distill, 0.5 x the cross entropy + 0.5 x the KL from big.pth"."""
+        config = self.config
+        teacher = os.path.basename(recorded(config.reference).rstrip("/"))
+        at = f" at temperature {config.distill_temperature:g}" if config.distill_temperature != 1 else ""
+        mix = config.distill_mix
+        return f"distill, {1 - mix:g} x the cross entropy + {mix:g} x the KL from {teacher}{at}"
+
+    def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
+        config, dtype = self.config, self._values(arch).dtype
+        kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
+        likeliest = counted(row_shape(dtype)[0] // 2, "likeliest token")
+        size, teacher = dtype.itemsize, reference_arch(config.reference).describe()
+        return [
+            f"loss       {self.description}",
+            f"teacher    {teacher}; its {likeliest} of {arch.vocab_size:,} at each trained token take {size}"
+            f" bytes, {size_text(size * documents.targets)} in all; found once before step 1 and kept in"
+            f" {kept_in}",
+        ]
+
+
+def documents_of(schedule: Schedule, steps: int) -> np.ndarray:
+    """Find the documents that `steps` steps of the first pass read, (n,) int64 in ascending order."""
+    rows = [row for step in range(steps) for row in schedule.step_rows(step)]
+    return np.unique(np.fromiter((i for row in rows for i in schedule.rows[row]), np.int64))

@@ -1,0 +1,290 @@
+"""Distillation: the loss and its gradient, a teacher's values from the pass to the batch, and whole runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_miss.errors import UserError
+from src.config import parse
+from src.data.collate import collate
+from src.data.dataset import Documents, load_documents
+from src.data.file_documents import Document
+from src.data.reference_values import are_finite, packed, top_tokens, unknown, unpacked
+from src.data.tokenizer import load_tokenizer
+from src.model import RWKV, rwkv
+from src.model import loss as losses
+from src.model.batch_loss import Chunks, batch_distillation
+from src.model.distillation_loss import Teacher, distillation_sums, head_distillation, top_of
+from src.model.loss import head_loss
+from src.objectives.reference_pass import ReferencePass
+from src.planning.base_model import read_base
+from src.planning.draft import Draft
+
+from . import program
+from .conftest import ROOT, make_arch, random_tensors
+from .loss_cases import VOCAB, adapted_head, head_inputs, make_model
+from .program import at_file, kill, lines, same_adapters, same_lines, write_data
+
+# as in test_loss.py; bf16 rounds the gradient of the cross entropy before that of the KL is added
+ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+TRL = json.loads((ROOT / "tests/fixtures/distillation_losses.json").read_text(encoding="utf-8"))
+
+
+def kl_of_classes(logits, teacher_logits, count, temperature):
+    """KL of each token over the teacher's `count` likeliest tokens and one class for all others, in words of
+    probabilities: logits (tokens, V) float64."""
+    found = []
+    for own, other in zip(logits / temperature, teacher_logits / temperature):
+        q, p = own.softmax(0), other.softmax(0)
+        top = set(other.argsort(descending=True)[:count].tolist())
+        pairs = [(p[i], q[i]) for i in top]
+        rest = [i for i in range(len(p)) if i not in top]
+        if rest:
+            pairs.append((p[rest].sum(), q[rest].sum()))
+        found.append(sum(a * (a / b).log() for a, b in pairs))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    "trained, native, exact", [(True, False, False), (False, True, False), (True, False, True)]
+)
+@pytest.mark.parametrize("count, temperature, mix", [(1, 2.0, 0.75), (5, 1.0, 0.5), (VOCAB, 0.7, 1.0)])
+def test_value_and_gradient(monkeypatch, dtype, trained, native, exact, count, temperature, mix):
+    """In blocks of 5 tokens, with weights, against all probabilities in float64."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCAB)
+    x, weight, targets = head_inputs(13, dtype, trained)
+    generator = torch.Generator().manual_seed(1)
+    of_teacher = 3 * torch.randn(13, VOCAB, dtype=torch.float64, generator=generator)
+    weights = 0.1 + torch.rand(13, generator=generator)
+    leaves = [x, weight] if trained else [x]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    logits = doubles[0] @ (doubles[1] if trained else weight.double()).t()
+    nll = -(logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1) * weights).sum()
+    kl = (kl_of_classes(logits, of_teacher, count, temperature) * weights).sum()
+    wrap = 1e-4 / 2 * (logits.amax(1).square() * weights).sum()  # whose gradient is that of L2Wrap
+    trained_on = (1 - mix) * (nll + wrap) + mix * temperature**2 * kl
+    want = torch.autograd.grad(2.5 * trained_on, doubles)
+    numbers = top_of(of_teacher, count, temperature).to(torch.promote_types(dtype, torch.float32))
+    sums = head_distillation(
+        x, weight, targets, Teacher(numbers, mix, temperature), native, weights.to(numbers), exact
+    )
+    expected = torch.stack([(1 - mix) * nll + mix * temperature**2 * kl, nll, kl]).detach()
+    assert (sums.detach().double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
+    got = torch.autograd.grad((sums * torch.tensor([2.5, 7.0, 9.0])).sum(), leaves)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm()
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: f"top {case['top']} at {case['temperature']}")
+def test_the_kl_is_that_of_trl(case):
+    """GKD's loss over the vocabulary, and that of a teacher's server with the class of all others."""
+    logits, teacher = (torch.tensor(TRL[name], dtype=torch.float64) for name in ("student", "teacher"))
+    logits.requires_grad_()
+    numbers = top_of(teacher, case["top"], case["temperature"])
+    targets = torch.zeros(len(logits), dtype=torch.int64)
+    sums = distillation_sums(logits, targets, None, Teacher(numbers, 1.0, case["temperature"]))
+    assert sums[2].item() == pytest.approx(case["kl"], rel=1e-12)
+    (gradient,) = torch.autograd.grad(sums[0], logits)
+    want = case["temperature"] ** 2 * torch.tensor(case["gradient"], dtype=torch.float64)
+    torch.testing.assert_close(gradient, want, rtol=1e-10, atol=1e-12)
+
+
+def test_without_the_kl_the_gradient_is_that_of_the_cross_entropy_in_every_bit():
+    x, weight, targets = head_inputs(13, torch.float32, True)
+    teacher = Teacher(top_of(torch.randn(13, VOCAB), 3, 1.0), 0.0, 1.0)
+    ours, theirs = head_distillation(x, weight, targets, teacher)[0], head_loss(x, weight, targets)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6), "a sum in another order"
+    for a, b in zip(*(torch.autograd.grad(loss, [x, weight]) for loss in (ours, theirs)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_student_with_no_mass_elsewhere_has_a_finite_gradient():
+    """exp() of the others' logits is 0 in fp32."""
+    x = torch.full((2, 1), 200.0, requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [0.0]])
+    teacher = Teacher(top_of(torch.zeros(2, 3), 1, 1.0), 1.0, 1.0)
+    teacher.numbers[:, 0] = 0
+    loss = head_distillation(x, weight, torch.zeros(2, dtype=torch.int64), teacher)[0]
+    assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
+    monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
+    adapted, x, targets, leaves = adapted_head("lora", 13)
+    teacher, weights = Teacher(top_of(torch.randn(13, 67), 4, 2.0), 0.25, 2.0), torch.rand(13)
+    for of in (None, weights):
+        got, want = (
+            adapted.distillation(x, targets, of, teacher),
+            distillation_sums(adapted.head(x), targets, of, teacher),
+        )
+        torch.testing.assert_close(got, want)
+        for pair in zip(*(torch.autograd.grad(sums[0], leaves) for sums in (got, want)), strict=True):
+            torch.testing.assert_close(*pair, rtol=2e-5, atol=1e-6)
+
+
+def documents_with_values(lengths, vocab, count, seed=0):
+    """Documents with weights, some of them 0, and random values of a teacher."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for length in lengths:
+        weights = rng.choice([0, 0.5, 1, 2], length).astype(np.float32)
+        items.append(Document(rng.integers(vocab, size=length).astype(np.int32), weights))
+    documents, generator = Documents(items), torch.Generator().manual_seed(seed)
+    numbers = top_of(3 * torch.randn(documents.targets, vocab, generator=generator), count, 1.5)
+    return documents.with_reference(packed(numbers.numpy(), top_tokens(count, vocab)))
+
+
+def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
+    """Packed with ends in and between chunks; a teacher's values follow their tokens."""
+    documents = documents_with_values([6, 4, 9, 12, 3], 67, 3)
+    model = make_model(7, dtype=torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layouts = {
+        "whole": ([[0, 1, 2], [3, 4]], 0),
+        "chunks": ([[0, 1, 2], [3, 4]], 8),
+        "alone": ([[4], [0], [3], [2], [1]], 0),
+    }
+    found = {}
+    for name, (rows, chunk) in layouts.items():
+        batch = documents.collator(chunk)([[documents[i] for i in row] for row in rows], 1.0)
+        for kind in ("weights", "teacher"):
+            batch[kind] = batch[kind].double()
+        sums = batch_distillation(model, batch, Chunks(chunk), 0, 0.25, 1.5)
+        found[name] = [sums.detach(), *torch.autograd.grad(sums[0], trained)]
+    for name in ("chunks", "alone"):
+        for got, want in zip(found[name], found["whole"], strict=True):
+            assert (got - want).norm() <= 1e-10 * want.norm(), name
+
+
+def test_documents_that_are_taken_keep_their_values():
+    documents = documents_with_values([6, 4, 9, 12, 3], 67, 3)
+    taken = documents.take(np.array([3, 0]))
+    for i, place in enumerate((3, 0)):
+        assert (taken[i].reference == documents[place].reference).all()
+        assert len(taken[i].reference) == documents[place].targets
+    assert documents.digest == Documents(documents.items).digest, "a checkpoint knows the data by them"
+    empty = collate([], 1.0, reference=documents.reference.dtype)
+    assert empty["teacher"].shape == (0, 7)
+
+
+@pytest.mark.parametrize("vocab", [1 << 16, (1 << 16) + 1])
+def test_values_are_packed_in_few_bytes(vocab):
+    dtype = top_tokens(2, vocab)
+    assert dtype.itemsize == (2 if vocab == 1 << 16 else 4) * 2 + 2 * 3
+    numbers = np.array([[vocab - 1, 0, -0.5, -1, -1.5], [3, 7, 0, -65504, -65504]], np.float32)
+    assert (unpacked(packed(numbers, dtype)) == numbers).all()
+    assert not are_finite(unknown(1, dtype)) and are_finite(packed(numbers, dtype))
+
+
+# whole runs
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, a teacher of another size, and rows."""
+    folder = tmp_path_factory.mktemp("distillation")
+    sizes = {"base": {"n_embd": 40}, "teacher": {"n_embd": 64, "n_layer": 3}}
+    for seed, (name, size) in enumerate(sizes.items()):
+        arch = make_arch(7, vocab_size=256, head_size=8, **size)
+        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+    write_data(folder)
+    return folder
+
+
+def start(files, proj_dir, *flags, sabotage=None, code=0):
+    own = ["--peft_config", "r=7", "--epoch_steps", "3", "--data_cache", files / "cache"]
+    own += ["--loss", "distill", "--reference", files / "teacher.pth"]
+    flags = program.flags_of(files, proj_dir, *own, *flags)
+    if "sft" in flags:
+        place = flags.index("--reference")
+        flags = flags[:place] + flags[place + 2 :]
+    got, output = program.run(flags, sabotage)
+    assert got == code, output
+    return output
+
+
+def no_pass(rank):
+    def read(*_):
+        raise AssertionError("the teacher is read again")
+
+    ReferencePass._read = read
+
+
+def mean_kl(files, count, temperature):
+    """KL of the base from the teacher over all trained tokens, from the models' logits in float64."""
+    documents = load_documents(files / "rows.jsonl", load_tokenizer("bytes", 256), 256)
+    models = [RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "teacher")]
+    found = []
+    for document in documents:
+        ids = torch.from_numpy(document.ids.astype(np.int64))
+        trained = torch.from_numpy(document.weights[1:] != 0)
+        with torch.no_grad():
+            logits = [model(ids[None, :-1])[0][0][trained] for model in models]
+        found.append(kl_of_classes(*logits, count, temperature))
+    return torch.cat(found).mean().item()
+
+
+def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_path):
+    """All documents in each step, packed and in chunks. ln p in fp16 is exact to 1e-3 of the KL."""
+    flags = ["--packing", "1", "--ctx_len", "256", "--chunk_ctx", "32", "--micro_bsz", "16"]
+    flags += ["--distill_top", "5", "--distill_temperature", "2", "--distill_mix", "1"]
+    output = start(files, tmp_path / "run", *flags)
+    assert "its 5 likeliest tokens of 256 at each trained token take 22 bytes" in output
+    assert "distill, 0 x the cross entropy + 1 x the KL from teacher.pth at temperature 2" in output
+    found = [line["kl"] for line in lines(tmp_path / "run")]
+    assert found[0] == pytest.approx(mean_kl(files, 5, 2.0), rel=1e-3)
+    assert found[2] < found[1] < found[0]
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    """The folder of a run of three steps on four documents each."""
+    start(files, files / "whole")
+    return files / "whole"
+
+
+def test_a_killed_run_goes_on_and_a_later_one_begins_without_a_pass(files, tmp_path, whole):
+    """Also with another batch: the teacher's values do not depend on it."""
+    proj_dir, flags = tmp_path / "run", ["--save_steps", "1"]
+    killed = at_file("checkpoints/step-00000002", 2, proj_dir, kill)
+    start(files, proj_dir, *flags, sabotage=program.in_turn(killed, no_pass), code=-9)
+    start(files, proj_dir, *flags, "--resume", "auto", sabotage=no_pass)
+    same_lines(lines(proj_dir), lines(whole), rel=0)
+    same_adapters(proj_dir, whole, ratio=0)
+    batch = ["--micro_bsz", "1", "--accumulate_grad_batches", "4"]
+    start(files, tmp_path / "parts", *batch, sabotage=no_pass)
+    same_lines(lines(tmp_path / "parts"), lines(whole))
+
+
+def test_with_a_mix_of_0_a_run_is_the_supervised_one_in_every_bit(files, tmp_path, whole):
+    start(files, tmp_path / "distill", "--distill_mix", "0", sabotage=no_pass)
+    start(files, tmp_path / "sft", "--loss", "sft")
+    same_adapters(tmp_path / "distill", tmp_path / "sft", ratio=0)
+    found = lines(tmp_path / "distill")
+    assert [line["loss"] for line in found] == pytest.approx(program.losses(tmp_path / "sft"), rel=1e-6)
+    assert all(line["kl"] > 0 for line in found)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps(files, tmp_path, whole):
+    """Each with a share of the pass."""
+    two = "--devices 2 --micro_bsz 2 --strategy deepspeed_stage_3 --data_cache none".split()
+    start(files, tmp_path / "run", *two)
+    same_lines(lines(tmp_path / "run"), lines(whole))
+    same_adapters(tmp_path / "run", whole)
+
+
+def test_a_teacher_that_is_missing_or_has_other_tokens_is_refused(files, tmp_path):
+    needed = ["--load_model", str(files / "base.pth"), "--data_file", "rows.jsonl", "--loss", "distill"]
+    with pytest.raises(UserError, match="needs a teacher: give the file of a larger or better model"):
+        parse(needed)
+    torch.save(random_tensors(make_arch(7, vocab_size=300)), tmp_path / "other.pth")
+    needed += ["--reference", str(tmp_path / "other.pth"), "--tokenizer", "bytes"]
+    new = "--peft none --version x070 --n_layer 2 --n_embd 64 --vocab_size 256".split()
+    for given in (needed, [*needed[2:], *new]):
+        with pytest.raises(UserError, match="has a vocabulary of 300 tokens, .* one of 256"):
+            read_base(Draft(parse(given)))
