@@ -11,7 +11,6 @@ import math
 import numpy as np
 
 LOG_PROB = np.dtype(np.float32)  # ln p of the token
-LOWEST = float(np.finfo(np.float16).min)  # the smallest logarithm that is kept; exp() of it is 0
 
 
 def top_tokens(count: int, vocab_size: int) -> np.dtype:
