@@ -9,10 +9,10 @@ import { useRenderer } from "./rendering.js";
 import { keepingEnd, scrollToEnd } from "./scrolling.js";
 import { listenToSettings, showSettings, wrongSetting } from "./settings.js";
 import { keepKey, readKey, restore, save, state } from "./store.js";
+import { byId } from "./text.js";
 import { grow, onEnter, showTurns } from "./turns.js";
 import { useLanguage, word } from "./translations.js";
 
-const byId = (id) => document.getElementById(id);
 const [log, draft, problem, settings] = ["log", "draft", "problem", "settings"].map(byId);
 let server = null; // what /v1/server said
 let running = null; // the AbortController of the answers that are being written
@@ -31,7 +31,8 @@ const actions = {
 
 function show() {
   views = showTurns(log, actions, running !== null);
-  document.body.classList.toggle("comparing", state.compare || state.turns.some((turn) => turn.answers.length > 1));
+  const compared = state.turns.some((turn) => turn.answers.length > 1);
+  document.body.classList.toggle("comparing", state.compare || compared);
   byId("welcome").hidden = state.turns.length > 0;
   byId("send").hidden = running !== null;
   byId("send").disabled = keyIsMissing();
@@ -189,7 +190,7 @@ function open({ id = "", turns = [], system = state.system, tools = state.tools 
   draft.focus();
 }
 
-/** Whether all settings can be asked for. The browser says in words what is wrong with the first that can't. */
+/** Whether all settings can be asked for. The browser says what is wrong with the first that can't. */
 function settingsAreRight() {
   const wrong = wrongSetting();
   if (!wrong) return true;

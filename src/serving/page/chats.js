@@ -1,11 +1,10 @@
 // The panel of conversations: those that are kept, a search, and their files.
 
-import { asJson, asMarkdown, drop, isKept, keep, keepFile, keeps, kept, newId, setKeeps, titleOf } from "./kept.js";
+import { asJson, asMarkdown, drop, isKept, keep, keepFile, keeps } from "./kept.js";
+import { kept, newId, setKeeps, titleOf } from "./kept.js";
 import { state } from "./store.js";
-import { make } from "./text.js";
+import { byId, make } from "./text.js";
 import { word } from "./translations.js";
-
-const byId = (id) => document.getElementById(id);
 
 /** Keep the conversation of now, if the reader wants that. False where the browser has no more room. */
 export function keepNow() {
@@ -34,7 +33,8 @@ export function showChats() {
 function chatView(conversation) {
   const { id, changed } = conversation;
   const title = titleOf(conversation);
-  const date = new Date(changed).toLocaleString(document.documentElement.lang, { dateStyle: "medium", timeStyle: "short" });
+  const form = { dateStyle: "medium", timeStyle: "short" };
+  const date = new Date(changed).toLocaleString(document.documentElement.lang, form);
   const open = make("button", { type: "button", className: "chat" });
   open.append(make("span", { textContent: title }), make("small", { textContent: date }));
   if (id === state.id) open.setAttribute("aria-current", "true");
@@ -64,7 +64,8 @@ function download(name, type, text) {
 }
 
 function fileName(ending) {
-  return `${titleOf(state).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "chat"}.${ending}`;
+  const words = titleOf(state).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40);
+  return `${words || "chat"}.${ending}`;
 }
 
 /** Set up what never changes. `given` are open(conversation) and complain(text). */
@@ -76,8 +77,12 @@ export function listenToChats(given) {
     showChats();
   });
   byId("search").addEventListener("input", showChats);
-  byId("export-markdown").addEventListener("click", () => download(fileName("md"), "text/markdown", asMarkdown(state)));
-  byId("export-json").addEventListener("click", () => download(fileName("json"), "application/json", asJson([state])));
+  byId("export-markdown").addEventListener("click", () => {
+    download(fileName("md"), "text/markdown", asMarkdown(state));
+  });
+  byId("export-json").addEventListener("click", () => {
+    download(fileName("json"), "application/json", asJson([state]));
+  });
   byId("export-all").addEventListener("click", () => {
     download("conversations.json", "application/json", asJson(kept(byId("search").value.trim())));
   });

@@ -31,8 +31,8 @@ export function contentOf({ text, files = [] }) {
 /** The files of a draft, each with a button that takes it away. */
 export function draftChips(files, remove) {
   return files.map((file) => {
-    const label = word("remove", { name: file.name });
-    const button = make("button", { type: "button", className: "quiet", textContent: "×", ariaLabel: label });
+    const button = make("button", { type: "button", className: "quiet", textContent: "×" });
+    button.ariaLabel = word("remove", { name: file.name });
     button.addEventListener("click", () => remove(file));
     return make("li", { className: "chip" }, make("span", { textContent: titleOf(file) }), button);
   });
@@ -42,7 +42,8 @@ export function draftChips(files, remove) {
 export function fileViews(files) {
   return files.map((file) => {
     const summary = make("summary", { textContent: titleOf(file) });
-    return make("details", { className: "file" }, summary, make("pre", { textContent: file.text, tabIndex: 0 }));
+    const text = make("pre", { textContent: file.text, tabIndex: 0 });
+    return make("details", { className: "file" }, summary, text);
   });
 }
 

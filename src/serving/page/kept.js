@@ -36,7 +36,8 @@ function readConversation(text) {
 }
 
 function checked({ id, changed, system, tools, turns }) {
-  if (![id, system, tools].every((value) => typeof value === "string")) throw new TypeError("no conversation");
+  const isText = (value) => typeof value === "string";
+  if (![id, system, tools].every(isText)) throw new TypeError("no conversation");
   return { id, changed: Number(changed) || Date.now(), system, tools, turns: turns.map(readTurn) };
 }
 
@@ -75,7 +76,7 @@ export function keepFile(text) {
   if (!conversations) throw new Error(word("wrong_import"));
   for (const conversation of conversations) {
     const { id, turns } = conversation;
-    const same = kept().find((one) => one.id === id);
+    const [same] = readConversation(localStorage.getItem(PREFIX + id));
     if (same && JSON.stringify(same.turns) === JSON.stringify(turns)) continue;
     if (same || !id) conversation.id = newId(); // both are kept
     if (!keep(conversation, conversation.changed)) throw new Error(word("no_room"));
@@ -90,7 +91,9 @@ export function asMarkdown(conversation) {
     parts.push(`## ${word("you")}`, contentOf(turn));
     for (const { label, content, calls } of turn.answers) {
       parts.push(`## ${label}`, content);
-      for (const call of calls) parts.push(`${word("calls", call)}:`, `\`\`\`json\n${call.arguments}\n\`\`\``);
+      for (const call of calls) {
+        parts.push(`${word("calls", call)}:`, `\`\`\`json\n${call.arguments}\n\`\`\``);
+      }
     }
   }
   return `${parts.filter(Boolean).join("\n\n")}\n`;

@@ -1,6 +1,7 @@
 // The panels at the sides: conversations and settings. A narrow page has room for one of them, or for none.
 
-const byId = (id) => document.getElementById(id);
+import { byId } from "./text.js";
+
 const PANELS = ["chats", "settings"];
 const NARROW = "(max-width: 75rem)";
 

@@ -4,7 +4,8 @@ import { renderMarkdown } from "./api.js";
 import { keepingEnd } from "./scrolling.js";
 import { parsedNodes, plainNodes, showNodes } from "./text.js";
 
-const PAUSE = 200; // milliseconds between two requests for a text that grows, or four times as long as one took
+// milliseconds between two requests for a text that grows, or four times as long as one took
+const PAUSE = 200;
 const LONGEST_PAUSE = 3000;
 const MOST = 200_000; // characters
 const KEPT = 300; // texts

@@ -2,11 +2,10 @@
 
 import { NUMBERS, toolsProblem } from "./answers.js";
 import { save, state } from "./store.js";
-import { make } from "./text.js";
+import { byId, make } from "./text.js";
 import { word } from "./translations.js";
 
 const THEME = "rwkv-miss-theme"; // theme.js reads it
-const byId = (id) => document.getElementById(id);
 
 /** Show the controls for what this server has, with what was chosen. */
 export function showSettings(server) {
@@ -68,7 +67,8 @@ function numberRow(server, { name, ...range }) {
     state.numbers[name] = input.value;
     save();
   });
-  return make("div", { className: "number" }, make("label", { htmlFor: name, textContent: word(name) }), input);
+  const label = make("label", { htmlFor: name, textContent: word(name) });
+  return make("div", { className: "number" }, label, input);
 }
 
 function defaultOf(server, name) {
@@ -88,7 +88,8 @@ function checkTools() {
 
 /** The first input whose value the server would refuse, of those that count now. */
 export function wrongSetting() {
-  const inputs = document.querySelectorAll("#tools, #numbers input, .side:not([hidden]) .scale:not([hidden]) input");
+  const scales = ".side:not([hidden]) .scale:not([hidden]) input";
+  const inputs = document.querySelectorAll(`#tools, #numbers input, ${scales}`);
   return [...inputs].find((input) => !input.validity.valid);
 }
 

@@ -49,7 +49,8 @@ export function restore() {
 
 /** A turn from a file or a store. What is missing is blank; an answer that was being written has stopped. */
 export function readTurn({ text, files = [], answers }) {
-  if (![text, ...files.flatMap((file) => [file.name, file.text])].every(isText)) throw new TypeError("no turn");
+  const texts = [text, ...files.flatMap((file) => [file.name, file.text])];
+  if (!texts.every(isText)) throw new TypeError("no turn");
   return { text, files: files.map(({ name, text }) => ({ name, text })), answers: answers.map(readAnswer) };
 }
 

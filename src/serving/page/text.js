@@ -4,6 +4,8 @@ import { word } from "./translations.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
 
+export const byId = (id) => document.getElementById(id);
+
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -20,14 +22,15 @@ export function plainNodes(text) {
     paragraph = [];
   };
   const endFence = () => {
-    const code = make("code", { className: `language-${fence.language}`, textContent: fence.lines.join("\n") });
+    const properties = { className: `language-${fence.language}`, textContent: fence.lines.join("\n") };
+    const code = make("code", properties);
     nodes.push(make("pre", {}, code));
     fence = null;
   };
   for (const line of text.split("\n")) {
     const found = FENCE.exec(line);
     if (fence) {
-      const ends = found && !found[2] && found[1][0] === fence.mark[0] && found[1].length >= fence.mark.length;
+      const ends = found && !found[2] && found[1].startsWith(fence.mark);
       if (ends) endFence();
       else fence.lines.push(line);
     } else if (found) {
@@ -43,7 +46,8 @@ export function plainNodes(text) {
 
 /** Words, and what stands between backticks in them. */
 function inline(text) {
-  return text.split(/(`[^`\n]+`)/).map((part, i) => (i % 2 ? make("code", { textContent: part.slice(1, -1) }) : part));
+  const parts = text.split(/(`[^`\n]+`)/);
+  return parts.map((part, i) => (i % 2 ? make("code", { textContent: part.slice(1, -1) }) : part));
 }
 
 /** The nodes of HTML from the server. Nothing in them is loaded or run before they are shown, nor then. */

@@ -40,7 +40,8 @@ function questionView(turn, i, actions) {
   const call = callBefore(i);
   const text = make("p", { className: "said", textContent: turn.text, hidden: !turn.text });
   const edit = make("button", { type: "button", className: "quiet asks", textContent: word("edit") });
-  const view = make("div", { className: "question" }, make("h2", { className: "unseen", textContent: word("you") }));
+  const who = make("h2", { className: "unseen", textContent: word("you") });
+  const view = make("div", { className: "question" }, who);
   if (call) view.append(make("p", { className: "result", textContent: word("result_of", call) }));
   view.append(...fileViews(turn.files), text, make("div", { className: "foot" }, edit));
   edit.addEventListener("click", () => {
@@ -129,7 +130,9 @@ function noteOf(answer) {
 function figuresOf({ tokens, speed, first }) {
   const parts = [];
   if (tokens) parts.push(word("tokens", { count: tokens }));
-  if (speed && tokens >= 20) parts.push(word("speed", { speed: speed < 10 ? speed.toFixed(1) : Math.round(speed) }));
+  if (speed && tokens >= 20) {
+    parts.push(word("speed", { speed: speed < 10 ? speed.toFixed(1) : Math.round(speed) }));
+  }
   if (first) parts.push(word("first", { seconds: first.toFixed(2) }));
   return parts.join(" · ");
 }
