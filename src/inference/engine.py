@@ -235,12 +235,12 @@ class Engine:
         given = [ids, prompt.state, prompt.request.applied]
         if prompt.logprobs:
             given.append(prompt.logprobs.add)
-        if end == len(tokens) and not prompt.request.goes_on:
+        if end == len(tokens) and not prompt.request.wants_state_alone:
             prompt.logits, prompt.state = self.decoder.read(*given)
         else:
             prompt.state = self.decoder.state_after(*given)
         prompt.read = end
-        whole_state = end == len(tokens) and prompt.request.goes_on  # of no use for others
+        whole_state = end == len(tokens) and prompt.request.wants_state_alone  # of no use for others
         # with log-probabilities its states may have other bits: see RowDecoder
         if self.cache.limit and not prompt.logprobs and not whole_state:
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
@@ -254,7 +254,7 @@ class Engine:
         if prompt.request.continues:
             kinds.append(prompt.kind._replace(after_answer=True))
         lengths = [*range(self.chunk, len(tokens), self.chunk)]
-        if not prompt.request.goes_on:
+        if not prompt.request.wants_state_alone:
             lengths.append(len(tokens))
         for kind in kinds:
             read, found = self.cache.longest(kind, tokens, lengths)

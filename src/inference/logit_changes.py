@@ -18,7 +18,7 @@ class LogitChanges:
     `bias` is added to the logits of its tokens. The end of document is not drawn among the first `min_tokens`
     tokens, and with `ignore_eos` never. `repetition_penalty` r divides the logit of a token in the prompt or
     the answer by r if it is positive, and multiplies it otherwise. Then the sampling's penalties are taken
-    off. Of what is left, tokens with less than `min_p` times the probability of the likeliest are not drawn.
+    off. At last, tokens with less than `min_p` times the probability of the likeliest are not drawn.
     """
 
     bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
@@ -65,7 +65,7 @@ class ChangedLogits:
         # a padded model has ids that no text stands for
         self.seen[[token for token in {*prompt} if token < vocab_size]] = True
 
-    def of(self, logits: np.ndarray, may_hold: bool = True) -> np.ndarray:
+    def apply(self, logits: np.ndarray, may_hold: bool = True) -> np.ndarray:
         """Return the changed logits (V,), before min_p, as a copy. `may_hold`: whether to hold the end."""
         changes, values = self.changes, logits.copy()
         values[self.ids] += self.bias
@@ -88,8 +88,8 @@ class ChangedLogits:
         )
         return held and ends
 
-    def likely(self, values: np.ndarray) -> np.ndarray:
-        """Apply min_p to logits (n,): those of too unlikely tokens become -inf, in place."""
+    def drop_unlikely(self, values: np.ndarray) -> np.ndarray:
+        """Apply min_p to logits (n,) in place: those that are too unlikely become -inf."""
         if self.changes.min_p:
             values[values < values.max() + np.float32(math.log(self.changes.min_p))] = -np.inf
         return values

@@ -46,7 +46,7 @@ class Request:
     changes: LogitChanges = NO_CHANGES
 
     @property
-    def goes_on(self) -> bool:
+    def wants_state_alone(self) -> bool:
         """Tell whether only the state is wanted, for other requests, which read on as after any chunk."""
         return self.keep_state and not self.max_tokens
 
@@ -61,7 +61,7 @@ class Request:
             given = getattr(self, name)
             if given is not None and given < least:
                 raise UserError(f"{name} {given}: expected {least} or more")
-        if self.goes_on and self.prompt_logprobs is not None:
+        if self.wants_state_alone and self.prompt_logprobs is not None:
             raise UserError("keep_state with max_tokens 0 gives a state alone; leave out prompt_logprobs")
         if "" in self.stops:
             raise UserError("a stop is empty; give a text that ends answers, or none")

@@ -190,11 +190,11 @@ def _choose_changed(choose_rows: Callable, logits: Tensor, row: RowInputs, unifo
             return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
     # where a form is complete and can't go on, its end is not held
     may_hold = allowed is None or len(allowed) > 1
-    values = penalised(row.changed.of(raw, may_hold) if row.changed else raw, row.seen)
+    values = penalised(row.changed.apply(raw, may_hold) if row.changed else raw, row.seen)
     if allowed is not None:
         values = values.take(allowed)
     if row.changed:
-        values = row.changed.likely(values)
+        values = row.changed.drop_unlikely(values)
     (drawn,) = choose_rows(torch.from_numpy(values)[None], [RowInputs(row.sampling)], [uniform])
     if drawn.error:
         return drawn

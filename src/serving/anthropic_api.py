@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .blocks import Block, BlockReply, refuse_more
-from .errors import Refused, named, wrong
+from .blocks import Block, BlockReply, refuse_n_and_logprobs
+from .errors import Refused, client_names, wrong
 from .fields import Fields
 from .forms import read_format
 from .messages import check_call, read_content, read_role
@@ -40,7 +40,7 @@ KINDS = {
 def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     """Read a request to /v1/messages. Raises Refused."""
     fields = Fields(body)
-    refuse_more(fields)
+    refuse_n_and_logprobs(fields)
     config, tools = fields.inner("output_config"), fields.objects("tools") or []
     given = {
         "messages": _messages(fields),
@@ -50,9 +50,9 @@ def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         "tools": [_tool(Fields(tool, f"tools[{i}].")) for i, tool in enumerate(tools)],
         **_choice(fields),
     }
-    alike = {name: value for name, value in body.items() if name not in fields.seen}
-    with named(NAMES):
-        return read_chat(reader, {**alike, **given})
+    same_fields = {name: value for name, value in body.items() if name not in fields.seen}
+    with client_names(NAMES):
+        return read_chat(reader, {**same_fields, **given})
 
 
 def _effort(fields: Fields, config: Fields | None) -> str | None:

@@ -124,7 +124,7 @@ class Routes:
                 ("engine_steps", "Steps of the engine so far.", dispatcher.worker.steps),
                 ("engine_failures", "Steps that failed.", dispatcher.worker.failures),
                 ("adapters", "Adapters that are loaded.", len(dispatcher.served.entries)),
-                ("states", "States that clients keep.", len(self.reader.states.kept)),
+                ("states", "States that clients keep.", len(self.reader.states.by_id)),
             ]
         )
         return Response(text, media_type="text/plain; version=0.0.4")
@@ -190,7 +190,7 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         asked = await self._asked(request, read_anthropic)
-        return json_reply({"input_tokens": asked.kept + len(asked.requests[0].tokens)})
+        return json_reply({"input_tokens": asked.state_tokens + len(asked.requests[0].tokens)})
 
     async def tokens(self, read: Callable[[RequestReader, dict], TokensReply], request: Request) -> Response:
         value, ignored = await self._asked(request, read)
@@ -228,8 +228,8 @@ class Routes:
         return json_reply({"name": name, "deleted": True})
 
     async def states(self, request: Request) -> Response:
-        kept = self.reader.states.kept.values()
-        return json_reply({"object": "list", "data": [state.as_object() for state in kept]})
+        states = self.reader.states.by_id.values()
+        return json_reply({"object": "list", "data": [state.as_object() for state in states]})
 
     async def add_state(self, request: Request) -> Response:
         asked = await self._asked(request, read_state)
@@ -238,9 +238,9 @@ class Routes:
             if isinstance(asked, AskedState):
                 return await answer(dispatcher, request, asked, StateReply(asked, states))
             file, chosen, ignored = asked
-            state = await dispatcher.served.state_of(file, dispatcher.worker)
-            kept = states.keep(chosen.id, chosen.fingerprint, [], [], state)
-            return json_reply(kept.as_object(), headers=ignored_header(ignored))
+            read = await dispatcher.served.state_of(file, dispatcher.worker)
+            state = states.keep(chosen.id, chosen.fingerprint, [], [], read)
+            return json_reply(state.as_object(), headers=ignored_header(ignored))
 
     async def drop_state(self, request: Request) -> Response:
         identity = request.path_params["id"]

@@ -10,13 +10,13 @@ from typing import Any
 from .chat_text import ChatText
 from .errors import wrong
 from .fields import Fields
-from .openai_choices import joined
+from .openai_choices import join_deltas
 from .replies import Reply
 from .request_parsing import AskedChat
 from .worker import Piece
 
 
-def refuse_more(fields: Fields) -> None:
+def refuse_n_and_logprobs(fields: Fields) -> None:
     """Raise Refused for what a list of blocks has no place for."""
     fields.integer("n", 1, 1)
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
@@ -64,7 +64,7 @@ class BlockReply(Reply):
         deltas = [self.text.push(piece.text)]
         if piece.finish:
             deltas.append(self.text.finish())
-        thoughts, content, calls = joined(deltas)
+        thoughts, content, calls = join_deltas(deltas)
         yield from self._add("thoughts", thoughts)
         yield from self._add("text", content)
         for call in calls:

@@ -96,7 +96,7 @@ class RunningRequest:
         self.left = answers  # answers that are not finished
         self.began, self.first_token = time.monotonic(), 0.0
         self.tokens = 0
-        self.prompt_tokens = sum(asked.kept + len(request.tokens) for request in asked.requests)
+        self.prompt_tokens = sum(asked.state_tokens + len(request.tokens) for request in asked.requests)
         self.cached = [0] * len(asked.requests)
         self.closed = False
         dispatcher.open += answers
@@ -114,7 +114,7 @@ class RunningRequest:
                 self.tokens += piece.tokens
                 metrics.answer_tokens += piece.tokens
                 place = piece.index // self.asked.requests[0].n
-                self.cached[place] = max(self.cached[place], self.asked.kept + piece.cached_tokens)
+                self.cached[place] = max(self.cached[place], self.asked.state_tokens + piece.cached_tokens)
                 if piece.finish:
                     self.left -= 1
                     self.dispatcher.open -= 1

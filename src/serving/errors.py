@@ -49,7 +49,7 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def named(names: Mapping[str, str]) -> Iterator[None]:
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
     """Give fields at fault the names that they have in the client's API: our name -> its name."""
     try:
         yield

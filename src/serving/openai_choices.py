@@ -78,7 +78,7 @@ class ChatChoices(Choices):
         self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
         self.drawn[index].push(piece.drawn)
         drawn = self.drawn[index].take(*text.span(), bool(piece.finish))
-        delta = joined(deltas)
+        delta = join_deltas(deltas)
         self.said[index].append(delta)
         self.logprobs[index] += drawn
         return delta, drawn
@@ -95,7 +95,7 @@ class ChatChoices(Choices):
         return [
             {
                 "index": index,
-                "message": message_object(joined(deltas)),
+                "message": message_object(join_deltas(deltas)),
                 "logprobs": self._logprobs(self.logprobs[index]),
                 "finish_reason": self.finish[index],
             }
@@ -174,7 +174,7 @@ class TextChoices(Choices):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def joined(deltas: Sequence[Delta]) -> Delta:
+def join_deltas(deltas: Sequence[Delta]) -> Delta:
     return Delta(
         "".join(delta.thoughts for delta in deltas),
         "".join(delta.content for delta in deltas),

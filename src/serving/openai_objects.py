@@ -16,7 +16,7 @@ from .spelling import Spelled
 
 
 class Envelope:
-    """Common part of all objects of one request. `kind` is that of the whole one.
+    """Common part of all objects of one request. `kind` is the whole reply's `object`.
 
     All parts of a stream have a usage if the last one tells it.
     """

@@ -98,7 +98,7 @@ class ParsedRequest:
     stream: bool
     usage: bool  # whether a stream ends with the usage
     ignored: list[str]  # fields that nobody has read
-    kept: int = dataclasses.field(default=0, kw_only=True)  # tokens of the state before each prompt
+    state_tokens: int = dataclasses.field(default=0, kw_only=True)  # tokens of the state before each prompt
 
     @property
     def model(self) -> str:
@@ -117,27 +117,27 @@ class Prompt(NamedTuple):
 
     text: str
     tokens: list[int]
-    begin: int  # tokens before those of the text: the BOS
+    begin: int  # tokens before the text's own: the BOS
 
 
 @dataclasses.dataclass(frozen=True)
 class AskedText(ParsedRequest):
     prompts: list[Prompt]
     echo: bool  # whether answers begin with their prompt
-    prompt_logprobs: int | None  # of the reply, which those of an echo are no part of
+    prompt_logprobs: int | None  # of the reply; an echo has its own
 
 
 def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     """Read a request to /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
-    kept = reader.states.find(fields, chosen.fingerprint)
+    state = reader.states.find(fields, chosen.fingerprint)
     template = read_mode(fields, chosen.template)
     tools = read_tools(fields)
     messages = read_messages(fields)
     _refuse_formats(fields)
     form = answer_form(reader.compiler, template, tools, read_form(fields, reader.compiler))
-    tokens = chat_tokens(reader, chosen, template, tools, [*kept.messages, *messages])
+    tokens = chat_tokens(reader, chosen, template, tools, [*state.messages, *messages])
     wants_logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not wants_logprobs:
@@ -147,8 +147,8 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         fields,
         template.opening,
         template.stops,
-        tokens=kept.rest(tokens),
-        start=kept.state,
+        tokens=state.rest(tokens),
+        start=state.state,
         applied=chosen.applied,
         logprobs=(top or 0) if wants_logprobs else None,
         prompt_logprobs=fields.integer("prompt_logprobs", 0, MOST_LOGPROBS),
@@ -161,17 +161,17 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     stream, usage = _streaming(fields)
     counts = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
     _check_prompt_logprobs([request], counts, stream and bool(counts))
-    ignored, read = fields.ignored(), len(kept.tokens)
+    ignored, read = fields.ignored(), len(state.tokens)
     stops = _stops(fields)
-    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, stops, kept=read)
+    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, stops, state_tokens=read)
 
 
 def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     """Read a request to /v1/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
-    kept = reader.states.find(fields, chosen.fingerprint)
-    prompts = _prompts(reader, fields, () if kept.tokens else chosen.bos)
+    state = reader.states.find(fields, chosen.fingerprint)
+    prompts = _prompts(reader, fields, () if state.tokens else chosen.bos)
     logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
     echo = fields.flag("echo")
     prompt_logprobs = fields.integer("prompt_logprobs", 0, MOST_LOGPROBS)
@@ -181,14 +181,16 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     fields.integer("best_of", 1, 1)
     _refuse_formats(fields)
     form = text_form(reader.compiler, read_form(fields, reader.compiler))
-    alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
-    alike |= {"prompt_logprobs": max(counts, default=None), "start": kept.state}
-    requests = [_request(reader, fields, "", (), tokens=prompt.tokens, **alike) for prompt in prompts]
+    shared = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
+    shared |= {"prompt_logprobs": max(counts, default=None), "start": state.state}
+    requests = [_request(reader, fields, "", (), tokens=prompt.tokens, **shared) for prompt in prompts]
     stream, usage = _streaming(fields)
     each = counts * requests[0].n  # an answer has its prompt's
     _check_prompt_logprobs(requests, each, stream and prompt_logprobs is not None)
-    ignored, read = fields.ignored(), len(kept.tokens)
-    return AskedText(chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs, kept=read)
+    ignored, read = fields.ignored(), len(state.tokens)
+    return AskedText(
+        chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs, state_tokens=read
+    )
 
 
 def chat_tokens(
@@ -325,7 +327,7 @@ def _changes(reader: RequestReader, fields: Fields) -> LogitChanges:
 
 
 def _check_prompt_logprobs(requests: list[Request], counts: list[int], in_stream: bool) -> None:
-    """Check the log-probabilities of prompts: a reply has those of each prompt once for each of `counts`."""
+    """Check the log-probabilities of prompts: a reply has each prompt's once for each of `counts`."""
     if in_stream:
         raise wrong("prompt_logprobs", "is for a whole answer; leave out stream")
     tokens = sum(len(request.tokens) for request in requests)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .blocks import Block, BlockReply, refuse_more
-from .errors import Refused, named, wrong
+from .blocks import Block, BlockReply, refuse_n_and_logprobs
+from .errors import Refused, client_names, wrong
 from .fields import Fields
 from .forms import read_format
 from .messages import check_call, read_content, read_role
@@ -24,7 +24,7 @@ NAMES = {
     "reasoning_effort": "reasoning.effort",
 }
 # fields that name something which a server has kept, or does later
-KEPT = ("previous_response_id", "conversation", "prompt", "background")
+NEEDS_STORAGE = ("previous_response_id", "conversation", "prompt", "background")
 KEEPS_NOTHING = "this server keeps no answers; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -53,10 +53,10 @@ class AskedResponse(AskedChat):
 def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
     """Read a request to /v1/responses. Raises Refused."""
     fields = Fields(body)
-    for name in KEPT:
+    for name in NEEDS_STORAGE:
         if fields.take(name):
             raise wrong(name, KEEPS_NOTHING)
-    refuse_more(fields)
+    refuse_n_and_logprobs(fields)
     include = fields.take("include")
     if isinstance(include, list) and LOGPROBS in include:
         raise wrong("include", f"/v1/chat/completions gives log-probabilities; leave out {LOGPROBS}")
@@ -69,9 +69,9 @@ def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
         "tools": [_tool(tool) for tool in fields.objects("tools") or ()],
         "tool_choice": fields.take("tool_choice"),
     }
-    alike = {name: value for name, value in body.items() if name not in fields.seen}
-    with named(NAMES):
-        asked = read_chat(reader, {**alike, **given})
+    same_fields = {name: value for name, value in body.items() if name not in fields.seen}
+    with client_names(NAMES):
+        asked = read_chat(reader, {**same_fields, **given})
     return AskedResponse(**vars(asked), body=body)
 
 

@@ -51,17 +51,17 @@ def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState | Aske
 
 
 def _read_conversation(reader: RequestReader, fields: Fields, chosen: Chosen) -> AskedState:
-    kept = reader.states.find(fields, chosen.fingerprint)
+    state = reader.states.find(fields, chosen.fingerprint)
     template, tools = read_mode(fields, chosen.template), read_tools(fields)
-    messages = [*kept.messages, *read_messages(fields)]
+    messages = [*state.messages, *read_messages(fields)]
     tokens = _tokens_before_others(
         messages, lambda messages: chat_tokens(reader, chosen, template, tools, messages)
     )
     request = Request(
-        kept.rest(tokens), max_tokens=0, applied=chosen.applied, start=kept.state, keep_state=True
+        state.rest(tokens), max_tokens=0, applied=chosen.applied, start=state.state, keep_state=True
     )
     return AskedState(
-        chosen, [request], False, False, fields.ignored(), messages, tokens, kept=len(kept.tokens)
+        chosen, [request], False, False, fields.ignored(), messages, tokens, state_tokens=len(state.tokens)
     )
 
 
@@ -89,5 +89,5 @@ class StateReply(WholeReply):
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         asked, chosen = self.asked, self.asked.chosen
-        kept = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, self.state)
-        return kept.as_object()
+        state = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, self.state)
+        return state.as_object()

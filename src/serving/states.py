@@ -60,14 +60,14 @@ class States:
 
     def __init__(self, most: int):
         self.most, self.coming = most, 0
-        self.kept: dict[str, KeptState] = {}
+        self.by_id: dict[str, KeptState] = {}
 
     def find(self, fields: Fields, fingerprint: str) -> KeptState:
         """Find the state of a request, by its field state_id. Raises Refused."""
         identity = fields.text("state_id")
         if identity is None:
             return BEGINNING
-        found = self.kept.get(identity)
+        found = self.by_id.get(identity)
         if found is None:
             raise self._unknown(identity)
         if found.fingerprint != fingerprint:
@@ -81,7 +81,7 @@ class States:
     @contextlib.contextmanager
     def room(self) -> Iterator[None]:
         """Hold the room of a state that is being made. Raises Refused if there is none."""
-        if len(self.kept) + self.coming >= self.most:
+        if len(self.by_id) + self.coming >= self.most:
             raise Refused(
                 400,
                 f"this server keeps at most {self.most} states (--limit_states); DELETE /v1/states/ID first",
@@ -98,17 +98,17 @@ class States:
     ) -> KeptState:
         identity, packed = f"state-{secrets.token_hex(12)}", array.array("q", tokens)
         kept = KeptState(identity, model, fingerprint, messages, packed, state, int(time.time()))
-        self.kept[identity] = kept
+        self.by_id[identity] = kept
         return kept
 
     def has(self, state: State) -> bool:
-        return any(kept.state is state for kept in self.kept.values())
+        return any(one.state is state for one in self.by_id.values())
 
     def drop(self, identity: str) -> State:
         """Forget a state and return it; answers that began with it go on."""
-        if identity not in self.kept:
+        if identity not in self.by_id:
             raise self._unknown(identity)
-        return self.kept.pop(identity).state
+        return self.by_id.pop(identity).state
 
     @staticmethod
     def _unknown(identity: str) -> Refused:

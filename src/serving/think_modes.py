@@ -35,7 +35,7 @@ def efforts_of(template: Template) -> list[str]:
 def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
     """Return the mode for an effort, of the template's family; "" if the family has none.
 
-    The form for none is that of a model that was not asked to think. Flowers know thoughts of one length.
+    For none it is the form of a model that was not asked to think. Flowers know thoughts of one length.
     """
     length = EFFORTS[effort]
     if template.form is FLOWERS:
