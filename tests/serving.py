@@ -38,14 +38,18 @@ class Scripted:
         logits[0, said[place] if place < len(said) else 0] = 9
         return logits
 
-    def read(self, ids, state, applied=None):
+    def read(self, ids, state, applied=None, each=None):
         text = bytes(ids[0].tolist()).decode(errors="replace")  # a chunk may cut a character
         self.prompts.append((state[2] if state else "") + text)
+        if each:
+            each(torch.zeros(ids.shape[1] - 1, 256))
         said = self.script.encode()
         return self._logits((said, 0)), (said, 0, self.prompts[-1])
 
-    def state_after(self, ids, state, applied=None):
-        return self.read(ids, state, applied)[1]
+    def state_after(self, ids, state, applied=None, each=None):
+        if each:
+            each(torch.zeros(1, 256))
+        return self.read(ids, state, applied, each)[1]
 
     def put(self, row, state):
         self.states[row] = state[:2]
