@@ -46,7 +46,7 @@ class KeptState:
             "object": "state",
             "created": self.created,
             "model": self.model,
-            "version": self.fingerprint,
+            "system_fingerprint": self.fingerprint,
             "tokens": len(self.tokens),
             "bytes": sum(part.numel() * part.element_size() for part in parts),
         }
@@ -73,7 +73,7 @@ class States:
         if found.fingerprint != fingerprint:
             raise wrong(
                 "state_id",
-                f"{identity} is of {found.model} in the version {found.fingerprint}, and this request is for"
+                f"{identity} is of {found.model} with the fingerprint {found.fingerprint}, and this request is for"
                 f" {fingerprint}; a state needs the same adapters at the same scale",
             )
         return found
