@@ -286,7 +286,7 @@ def test_prompts_of_completions():
     assert complete({"prompt": ["a", "b"]})[0] == [a, b] == complete({"prompt": [a, b]})[0]
     assert complete({"prompt": a})[0] == [a]
     assert complete({"prompt": "a"}, bos=(0,))[0] == [[0, 97]] and complete({"prompt": a}, bos=(0,))[0] == [a]
-    for empty in ({}, {"prompt": ""}, {"prompt": []}, {"prompt": [""]}):
+    for empty in ({"prompt": ""}, {"prompt": [""]}):
         assert complete(empty)[0] == [[0]]
     _, asked = complete({"prompt": ["a", "b"], "echo": True, "n": 2, "stop": "."})
     assert [prompt.text for prompt in asked.prompts] == ["a", "b"] and asked.requests[1].stops == (".",)
@@ -295,6 +295,9 @@ def test_prompts_of_completions():
 @pytest.mark.parametrize(
     "fields, field",
     [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": None, "messages": HI}, "messages"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": {}}, "prompt"),
         ({"prompt": [None]}, "prompt"),

@@ -238,8 +238,12 @@ def _prompts(reader: RequestReader, fields: Fields, bos: tuple[int, ...]) -> lis
     """Read the prompts. Ids are taken as they are."""
     value = fields.take("prompt")
     expected = "a text, a list of texts, ids, or a list of lists of ids"
-    if value is None or value == "" or value == []:
-        value = [list(reader.tokenizer.eod)]  # as in OpenAI's API: a new document
+    if value is None or value == []:
+        if fields.take("messages") is not None:
+            raise wrong("messages", "/v1/chat/completions answers them; this address continues a prompt")
+        raise fields.refuse("prompt", value, f'{expected}; "" begins a new document')
+    if value == "":
+        value = [list(reader.tokenizer.eod)]  # as in OpenAI's API
     if isinstance(value, str) or isinstance(value, list) and all(map(is_id, value)):
         value = [value]
     if not isinstance(value, list):
