@@ -81,7 +81,10 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again():
         for client in clients:
             client.close()
         until(lambda: server.engine.idle and server.dispatcher.open == 0)
-        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "", "max_tokens": 1}).status_code == 200
+        assert (
+            httpx.post(f"{server.url}/v1/completions", json={"prompt": "", "max_tokens": 1}).status_code
+            == 200
+        )
         # an idle server takes a request that is larger than what may wait
         reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": ["x"] * 5, "max_tokens": 1})
         assert len(reply.json()["choices"]) == 5
@@ -201,6 +204,7 @@ def test_a_body_that_is_too_large_is_not_kept():
 
         assert httpx.post(url, content=b"x" * 2000).status_code == 413
         assert httpx.post(url, content=parts()).status_code == 413
+        assert httpx.post(url, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
         assert httpx.post(url, content=json.dumps({"prompt": "Q"})).status_code == 200
 
 

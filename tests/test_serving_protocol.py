@@ -3,6 +3,7 @@ without a network.
 """
 
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -267,12 +268,24 @@ def test_too_many_ids_are_refused_before_they_become_text(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"a": NaN}', b"1" * 9999]
+    "body, words",
+    [
+        (b"", "the request has no body"),
+        (b"{", "begins with '{'"),
+        (b"[]", "is []"),
+        (b"true", "is true"),
+        (b"\xff", "begins with '\N{REPLACEMENT CHARACTER}'"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": NaN}', "NaN is no JSON"),
+        (b"1" * 9999, "begins with '1"),
+        (b"prompt=a&max_tokens=3", "begins with 'prompt=a&max_tokens='"),
+    ],
 )
-def test_what_is_no_json_object_is_refused(body):
+def test_what_is_no_json_object_is_refused(body, words):
     with pytest.raises(Refused) as caught:
         read_object(body)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    assert words in caught.value.message
 
 
 def complete(body, **options):
@@ -384,6 +397,21 @@ def test_forced_calls_end():
             assert constraint.mask()[token] and not constraint.ended
             constraint.accept(token)
         assert constraint.ended
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"messages": None}, "messages: is missing, expected a list"),
+        ({"max_tokens": True}, "max_tokens: got true, expected a whole number"),
+        ({"tools": [{"type": None}]}, "tools[0].type: got null"),
+        ({"max_tokens": functools.reduce(lambda inner, _: [inner], range(2000), 0)}, "nested too deeply"),
+    ],
+)
+def test_what_was_seen_is_told_in_words_of_json(fields, words):
+    with pytest.raises(Refused) as caught:
+        chat(**{"messages": HI, **fields})
+    assert words in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,27 @@ def read_object(body: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(body, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the request is no JSON: {short(str(error))}", code="invalid_json") from None
+    except RecursionError:
+        raise Refused(400, "the request is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        seen = f"begins with {short(body[:20].decode(errors='replace'))}" if body else "has no body"
+        raise Refused(
+            400, f"the request {seen}, expected a JSON object: {short(str(error))}", code="invalid_json"
+        ) from None
     if not isinstance(value, dict):
-        raise Refused(400, f"the request is {short(value)}, expected a JSON object", code="invalid_json")
+        raise Refused(400, f"the request is {shown(value)}, expected a JSON object", code="invalid_json")
     return value
+
+
+def shown(value: Any) -> str:
+    """Show a value of a request in JSON's words, shortened."""
+    if isinstance(value, str):
+        return short(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:  # it was read with fewer calls below it
+        return "a value that is nested too deeply"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class Fields:
@@ -48,7 +64,8 @@ class Fields:
         return self.values.get(name)
 
     def refuse(self, name: str, value: Any, expected: str) -> Refused:
-        return wrong(self.within + name, f"got {short(value)}, expected {expected}")
+        seen = "is missing" if value is None else f"got {shown(value)}"
+        return wrong(self.within + name, f"{seen}, expected {expected}")
 
     def text(self, name: str, default: str | None = None) -> str | None:
         value = self.take(name)

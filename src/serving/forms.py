@@ -17,7 +17,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..data.tool_styles import STYLES, ToolStyle, read_parameters
 from ..inference.constraint import Form, GrammarCompiler
 from .errors import wrong
-from .fields import Fields
+from .fields import Fields, shown
 from .tools import Tools
 
 Compiler = Callable[[], GrammarCompiler]  # made on first use
@@ -155,21 +155,21 @@ def _schema(value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"got {short(value)}, expected a JSON schema: {error}") from None
+            raise UserError(f"got {shown(value)}, expected a JSON schema: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"got {short(value)}, expected a JSON schema, which is an object")
+        raise UserError(f"got {shown(value)}, expected a JSON schema, which is an object")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise UserError(f"got {short(value)}, expected a text")
+        raise UserError(f"got {shown(value)}, expected a text")
     return value
 
 
 def _choice(value: Any) -> dict[str, Any]:
     if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
-        raise UserError(f"got {short(value)}, expected a list of texts")
+        raise UserError(f"got {shown(value)}, expected a list of texts")
     return {"lark_grammar": f"start: {' | '.join(map(_literal, value))}"}
 
 

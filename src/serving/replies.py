@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from ..common.formatting import short
 from .errors import Refused
 from .limits import Limits
 from .worker import Piece
@@ -86,6 +87,10 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     A part of a body that is too large is read and dropped: a client sees no reply while it sends.
     """
     close = {"Connection": "close"}
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        plain = f"Content-Encoding: got {short(coding)}, expected a body that is not compressed"
+        raise Refused(415, plain, code="unsupported_encoding", headers=close)
     too_large = f"the request is larger than the {limits.body_bytes:,} bytes that this server reads"
     refused = Refused(413, too_large, code="request_too_large", headers=close)
     most = DROPPED * limits.body_bytes

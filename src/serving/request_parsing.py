@@ -21,7 +21,7 @@ from ..inference.engine import Request
 from ..inference.logit_changes import LogitChanges
 from ..inference.sampling import Sampling, recommended
 from .errors import Refused, wrong
-from .fields import LARGEST_SEED, Fields
+from .fields import LARGEST_SEED, Fields, shown
 from .forms import answer_form, read_form, text_form
 from .limits import Limits
 from .messages import read_messages, without_thoughts
@@ -379,4 +379,4 @@ def _refuse_formats(fields: Fields) -> None:
     """Raise Refused for a format that would silently change the answer."""
     modalities = fields.take("modalities")
     if modalities not in (None, ["text"]):
-        raise wrong("modalities", f"got {short(modalities)}: this model writes text only")
+        raise wrong("modalities", f"got {shown(modalities)}: this model writes text only")

@@ -73,7 +73,7 @@ class States:
         if found.fingerprint != fingerprint:
             raise wrong(
                 "state_id",
-                f"{identity} is of {found.model} with the fingerprint {found.fingerprint}, and this request is for"
+                f"{identity} is of {found.model}, {found.fingerprint}, and this request is for"
                 f" {fingerprint}; a state needs the same adapters at the same scale",
             )
         return found

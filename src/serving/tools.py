@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import short
 from ..data.tool_styles import read_function
 from .errors import wrong
-from .fields import Fields
+from .fields import Fields, shown
 
 
 class Tools(NamedTuple):
@@ -35,7 +34,7 @@ def read_tools(fields: Fields) -> Tools:
     functions = []
     for i, tool in enumerate(described):
         if (kind := tool.get("type", "function")) != "function":
-            raise wrong(f"tools[{i}].type", f"got {short(kind)}, expected function")
+            raise wrong(f"tools[{i}].type", f"got {shown(kind)}, expected function")
         try:
             functions.append(read_function(tool))
         except UserError as error:
@@ -45,7 +44,7 @@ def read_tools(fields: Fields) -> Tools:
     if choice == "none" or not described and choice in (None, "auto"):
         return NO_TOOLS
     if not described:
-        raise wrong("tool_choice", f"got {short(choice)} without tools")
+        raise wrong("tool_choice", f"got {shown(choice)} without tools")
     if choice in (None, "auto"):
         return Tools(described, [], parallel)
     if choice == "required":
@@ -60,7 +59,7 @@ def _wanted(choice: Any, functions: list[dict[str, Any]]) -> dict[str, Any]:
     if not isinstance(name, str) or choice.get("type", "function") != "function":
         raise wrong(
             "tool_choice",
-            f"got {short(choice)}, expected none, auto, required, or"
+            f"got {shown(choice)}, expected none, auto, required, or"
             ' {"type": "function", "function": {"name": "..."}}',
         )
     found = [function for function in functions if function["name"] == name]
