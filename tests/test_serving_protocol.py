@@ -238,6 +238,11 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"min_tokens": -1}, "min_tokens"),
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"modalities": ["audio"]}, "modalities"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"think_mode": "nothing"}, "think_mode"),
         ({"think_type": "slow"}, "think_type"),
@@ -360,6 +365,7 @@ def test_texts_become_tokens_and_back():
         ({"prompt": 3}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
         ({"messages": HI, "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": HI, "prompt": "x"}, "messages"),
     ):
         assert refused(body, read_tokenize) == (400, field)
     for tokens in (None, "a", [1.5], [True], [256]):

@@ -41,6 +41,16 @@ OTHER_NAMES = {
     "frequency_penalty": "alpha_frequency",
     "penalty_decay": "alpha_decay",
 }
+BEGINS = "a new answer begins after the last message"
+# fields that change an answer elsewhere -> (a value that changes nothing, why no other one can be had)
+UNREAD: dict[str, tuple[Any, str]] = {
+    "modalities": (["text"], "this model writes text only"),
+    "continue_final_message": (False, BEGINS),
+    "add_generation_prompt": (True, BEGINS),
+    "echo": (False, "/v1/completions puts a prompt before an answer, and a chat does not"),
+    "suffix": ("", "this model writes on, and fills no gap"),
+    "best_of": (1, "the client chooses the best of n answers"),
+}
 
 
 class Chosen(NamedTuple):
@@ -135,7 +145,7 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     template = read_mode(fields, chosen.template)
     tools = read_tools(fields)
     messages = read_messages(fields)
-    _refuse_formats(fields)
+    _refuse_changes(fields)
     form = answer_form(reader.compiler, template, tools, read_form(fields, reader.compiler))
     tokens = chat_tokens(reader, chosen, template, tools, [*state.messages, *messages])
     wants_logprobs = fields.flag("logprobs")
@@ -176,10 +186,7 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     echo = fields.flag("echo")
     prompt_logprobs = fields.integer("prompt_logprobs", 0, MOST_LOGPROBS)
     counts = [count for count in (logprobs if echo else None, prompt_logprobs) if count is not None]
-    if fields.text("suffix"):
-        raise wrong("suffix", "this model writes on, and fills no gap; leave it out")
-    fields.integer("best_of", 1, 1)
-    _refuse_formats(fields)
+    _refuse_changes(fields)
     form = text_form(reader.compiler, read_form(fields, reader.compiler))
     shared = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
     shared |= {"prompt_logprobs": max(counts, default=None), "start": state.state}
@@ -375,8 +382,8 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
     return stream, bool(options and options.flag("include_usage"))
 
 
-def _refuse_formats(fields: Fields) -> None:
-    """Raise Refused for a format that would silently change the answer."""
-    modalities = fields.take("modalities")
-    if modalities not in (None, ["text"]):
-        raise wrong("modalities", f"got {shown(modalities)}: this model writes text only")
+def _refuse_changes(fields: Fields) -> None:
+    """Raise Refused for a field that would change the answer elsewhere, and that nobody reads here."""
+    for name, (plain, why) in UNREAD.items():
+        if name not in fields.seen and (value := fields.take(name)) not in (None, plain):
+            raise wrong(name, f"got {shown(value)}, and {why}; leave it out")

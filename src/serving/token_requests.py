@@ -33,8 +33,8 @@ def read_tokenize(reader: RequestReader, body: dict[str, Any]) -> TokensReply:
     names_tokens = fields.flag("return_token_strs")
     if fields.take("messages") is not None:
         begins = fields.flag("add_special_tokens", True)
-        if not fields.flag("add_generation_prompt", True):
-            raise wrong("add_generation_prompt", "a chat's prompt ends where the answer begins")
+        if fields.take("prompt") is not None:
+            raise wrong("messages", "there is a prompt, too; give one of the two")
         asked = read_chat(reader, body)
         tokens, ignored = list(asked.requests[0].tokens), sorted({*asked.ignored} - fields.seen)
         tokens = tokens if begins else without_bos(tokens, chosen.bos)
