@@ -169,7 +169,7 @@ def test_sampling_is_what_is_recommended_then_the_operators_then_the_requests():
 
 def test_what_else_a_request_says_reaches_the_engine():
     asked = chat(
-        n=3, seed=7, max_tokens=9, max_completion_tokens=5, stop="END", logprobs=True, top_logprobs=2
+        n=3, seed=7, max_tokens=5, max_completion_tokens=5, stop="END", logprobs=True, top_logprobs=2
     )
     request = asked.requests[0]
     assert (request.n, request.seed, request.max_tokens, request.logprobs) == (3, 7, 5, 2)
@@ -236,6 +236,8 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"max_tokens": 2, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"continue_final_message": True}, "continue_final_message"),
@@ -249,6 +251,8 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),

@@ -292,10 +292,18 @@ def _request(
     short_name, long_name = (
         fields.integer(name, 0, limits.answer_tokens) for name in ("max_tokens", "max_completion_tokens")
     )
+    if None not in (short_name, long_name) and short_name != long_name:
+        raise wrong(
+            "max_completion_tokens", f"got {long_name}, and max_tokens {short_name}; give one of them"
+        )
     most = short_name if long_name is None else long_name
+    if most is None:
+        most = min(reader.defaults.max_tokens, limits.answer_tokens)
+    if changes.min_tokens > most:
+        raise wrong("min_tokens", f"got {changes.min_tokens}, expected at most the limit of tokens, {most}")
     seed = fields.integer("seed", -LARGEST_SEED, LARGEST_SEED - 1, reader.defaults.seed)
     return Request(
-        max_tokens=min(reader.defaults.max_tokens, limits.answer_tokens) if most is None else most,
+        max_tokens=most,
         sampling=_sampling(fields, reader.defaults.sampling_of(opening)),
         seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
         stops=(*(() if changes.ignore_eos else stops), *_stops(fields)),

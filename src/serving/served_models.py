@@ -136,9 +136,11 @@ class ServedModels:
         if len({*names}) < len(names):
             raise wrong("model" if named else "adapter_id", f"{'+'.join(names)} names one adapter twice")
         if not entries:
-            if self.adapters.used and scale != self.scale:
-                fixed = f"{self.name} has its adapter at scale {self.scale:g}, for all requests"
-                raise wrong("adapter_scale", f"got {scale:g}, and {fixed}; the server's --scale chooses it")
+            if scale != self.scale:
+                why = "no adapter; name one in model"
+                if self.adapters.used:
+                    why = f"{self.name} has its adapter at {self.scale:g} for all, by the server's --scale"
+                raise wrong("adapter_scale", f"got {scale:g}, and {why}")
             return Chosen(self.name, Applied(), self.template, self.bos, self._fingerprint())
         applied = Applied(tuple(entry.internal for entry in entries), scale)
         label, first = model if named else f"{self.name}:{given}", entries[0]

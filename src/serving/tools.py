@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
-from ..data.tool_styles import read_function
+from ..data.tool_styles import read_function, read_parameters
 from .errors import wrong
 from .fields import Fields, shown
 
@@ -36,9 +36,13 @@ def read_tools(fields: Fields) -> Tools:
         if (kind := tool.get("type", "function")) != "function":
             raise wrong(f"tools[{i}].type", f"got {shown(kind)}, expected function")
         try:
-            functions.append(read_function(tool))
+            function = read_function(tool)
+            read_parameters(function)
         except UserError as error:
             raise wrong(f"tools[{i}]", str(error)) from None
+        if any(map(str.isspace, function["name"])):
+            raise wrong(f"tools[{i}]", f"the name {shown(function['name'])} has a blank; write _ for it")
+        functions.append(function)
     parallel = fields.flag("parallel_tool_calls", True)
     choice = fields.take("tool_choice")
     if choice == "none" or not described and choice in (None, "auto"):
