@@ -500,6 +500,7 @@ def test_replies_and_model_cards_have_the_version_of_what_answers(files, letters
     for number, source in enumerate(("a.pth", "b.pth", "a.pth")):
         shutil.copy(files / source, tmp_path / f"{number}.pth")
     engine, served = loaded(files, letters, 1, str(tmp_path))
+    served.created -= 9
     seen = {}
     with running(engine, served) as server:
         client = client_of(server)
@@ -508,6 +509,7 @@ def test_replies_and_model_cards_have_the_version_of_what_answers(files, letters
             assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=post).status_code == 200
             for model in ("tiny", "x", "a"):
                 card = client.models.retrieve(model)
+                assert (card.created == served.created) == (model == "tiny")
                 answers = [
                     client.chat.completions.create(model=model, messages=HI, max_tokens=1, extra_body=extra)
                     for extra in ({}, *([{"adapter_scale": 0.5}] if model != "tiny" else ()))

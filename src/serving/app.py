@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -61,7 +60,6 @@ class Routes:
 
     def __init__(self, dispatcher: Dispatcher, reader: RequestReader, describe: dict[str, Any]):
         self.dispatcher, self.reader, self.describe = dispatcher, reader, describe
-        self.created = int(time.time())
         # one thread: a client with large requests does not take all cores from the engine
         self.readers = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.renderer = Renderer()
@@ -141,7 +139,7 @@ class Routes:
 
     def _cards(self) -> list[dict[str, Any]]:
         longest = self.dispatcher.limits.prompt_tokens
-        common = {"object": "model", "created": self.created, "owned_by": "rwkv-miss"}
+        common = {"object": "model", "owned_by": "rwkv-miss"}
         cards = self.dispatcher.served.cards()
         return [card | common | {"max_model_len": longest} for card in cards]
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class ServedAdapter:
     bos: tuple[int, ...]
     description: dict[str, Any]
     own: bool  # the operator's, by --adapter, which clients can't delete
+    created: int  # when it was loaded, in seconds
     users: int = 0  # requests that run with it
     dropped: bool = False
 
@@ -70,6 +72,7 @@ class ServedModels:
         self.digests = [adapters.model.base_fingerprint, *identity["adapters"]]
         self.base_scale = identity["scale"]
         self.entries: dict[str, ServedAdapter] = {}
+        self.created = int(time.time())
         self.used_names: set[str] = set()
         self.coming: set[str] = set()  # names of adapters that are being loaded
         for internal, adapter in adapters.by_name.items():
@@ -95,7 +98,8 @@ class ServedModels:
             described["rank"] = rank
         template, bos = self.records.template([path]), self.records.bos([path])
         root, digest = os.path.basename(path), self.adapters.by_name[internal].fingerprint
-        return ServedAdapter(name, internal, root, digest, template, bos, described, own)
+        created = int(time.time())
+        return ServedAdapter(name, internal, root, digest, template, bos, described, own, created)
 
     def models(self) -> list[str]:
         # a list of them at once: requests are read in another thread
@@ -103,10 +107,16 @@ class ServedModels:
 
     def cards(self) -> list[dict[str, Any]]:
         """Describe each model as vLLM does, with the digests of what answers."""
-        base = {"id": self.name, "root": self.adapters.model.base_name, "parent": None}
+        base = {
+            "id": self.name,
+            "created": self.created,
+            "root": self.adapters.model.base_name,
+            "parent": None,
+        }
         cards = [base | {"version": self.digests[0], "system_fingerprint": self._fingerprint()}]
         for name, entry in self.entries.items():
-            card = {"id": name, "root": entry.root, "parent": self.name, "version": entry.digest}
+            card = {"id": name, "created": entry.created, "root": entry.root, "parent": self.name}
+            card["version"] = entry.digest
             cards.append(card | {"system_fingerprint": self._fingerprint([entry], self.scale)})
         return cards
 
