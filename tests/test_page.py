@@ -504,6 +504,9 @@ def test_a_phone_a_dark_room_and_chinese(browser):
             assert re.fullmatch(r"模板 rwkv。rwkv-miss [\w.+]+。", page.text_content("#about"))
             page.click("#language")
             assert page.inner_text("#send") == "Send" and page.inner_text("text=Retry")
+            page.eval_on_selector("#model", "e => { e.textContent = 'w'.repeat(60) }")
+            fits = "all => all.every(e => e.scrollWidth <= e.clientWidth)"
+            assert page.eval_on_selector_all("header button", fits)
             page.reload()
             page.wait_for_selector("body.ready")
             assert page.inner_text("#send") == "Send"  # as it was chosen, not as the browser says
@@ -515,6 +518,10 @@ def test_a_phone_a_dark_room_and_chinese(browser):
             assert english.keys() == chinese.keys()
             for name, text in english.items():
                 assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name]))
+            server.stop()  # a notice pushes nothing out of sight
+            page.evaluate("scrollTo(0, 9999); document.dispatchEvent(new Event('visibilitychange'))")
+            expect(page.locator("#problem")).to_be_visible()
+            assert page.evaluate("innerHeight + scrollY > document.documentElement.scrollHeight - 1")
 
 
 def test_it_is_used_with_the_keyboard_alone(browser):
@@ -616,6 +623,10 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
         expect(page.locator(f"{DONE} .note.error")).to_have_text(
             re.compile("The server refused: top_k: got 0.5")
         )
+        expect(page.locator("#told")).to_have_text(re.compile("The server refused: top_k"))
+        for _ in range(2):
+            page.click("#language")
+            expect(page.locator("#told")).to_have_text("")
         server.stop()
         page.fill("#top_k", "")
         page.click("text=Edit >> nth=-1")  # what failed is asked in other words

@@ -71,8 +71,10 @@ async function attach(files) {
 }
 
 function complain(text) {
-  problem.textContent = text;
-  problem.hidden = !text;
+  keepingEnd(() => {
+    problem.textContent = text;
+    problem.hidden = !text;
+  });
 }
 
 /** For those who hear the page. */
@@ -121,7 +123,8 @@ async function answerLast() {
     sides.map((side) => fill(answers[side], requests[side], controller.signal, () => changed(side))),
   );
   running = null;
-  tell(controller.signal.aborted ? word("stopped") : word("answered"));
+  const failure = answers.find(({ error }) => error)?.error;
+  tell(controller.signal.aborted ? word("stopped") : (failure ?? word("answered")));
   keepingEnd(show);
   if (statuses.includes(401)) askForKey();
   if (statuses.includes(404)) await meetServer(); // an adapter has gone
@@ -251,6 +254,7 @@ function speak() {
   byId("language").lang = state.language === "zh" ? "en" : "zh";
   byId("language").textContent = word("language");
   complain(aboutKey());
+  tell(""); // it was in the other language
   show();
   showChats();
   if (server) showSettings(server);
