@@ -469,6 +469,7 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         refusals = {
             ("d", "d.pth"): 409,
             ("tiny", "d.pth"): 409,
+            ("d", "absent.pth"): 409,  # the name comes first
             ("f", "../a.pth"): 400,
             ("f", "absent.pth"): 400,
             ("f", "dora.pth"): 400,
@@ -478,6 +479,7 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         for given, status in refusals.items():
             reply = post(*given)
             assert reply.status_code == status and str(files) not in reply.text, reply.text
+            assert (reply.json()["error"]["code"] == "name_taken") == (status == 409)
         assert httpx.delete(f"{server.url}/v1/adapters/d").json() == {"name": "d", "deleted": True}
         assert httpx.delete(f"{server.url}/v1/adapters/d").status_code == 404
         with pytest.raises(openai.NotFoundError):
@@ -636,6 +638,11 @@ def test_without_a_folder_no_adapter_is_loaded(files, letters):  # noqa: F811
     engine, served = loaded(files, letters, 1)
     with running(engine, served) as server:
         reply = httpx.post(f"{server.url}/v1/adapters", json={"name": "d", "file": "d.pth"})
-        assert reply.status_code == 403
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"], error["code"]) == (
+            403,
+            "permission_error",
+            "no_adapter_dir",
+        )
         info = httpx.get(f"{server.url}/v1/server").json()
         assert info["adapter_dir"] is False and [one["name"] for one in info["adapters"]] == ["a", "b", "c"]

@@ -32,7 +32,7 @@ from src.serving.guard import Guard, host_name, is_own_machine
 from src.serving.http_parser import Parser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
-from src.serving.served_models import inside
+from src.serving.served_models import OUTSIDE, inside
 from src.serving.states import States
 from src.serving.think_modes import efforts_of
 from src.serving.token_requests import read_detokenize, read_tokenize, tokenizer_info
@@ -687,5 +687,5 @@ def test_only_files_below_the_folder_can_be_named(tmp_path):
         with pytest.raises(Refused) as caught:
             inside(root, name)
         assert (caught.value.status, caught.value.param) == (400, "file")
-        messages.add(caught.value.message.partition(", expected")[2])
-    assert len(messages) == 1  # no word tells whether a file outside exists
+        messages.add(caught.value.message.partition(", and ")[2])
+    assert messages == {OUTSIDE.removeprefix("and ")}  # no word tells whether a file outside exists

@@ -36,7 +36,7 @@ class Refused(Exception):
 
     def as_object(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         others = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, others)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

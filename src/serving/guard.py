@@ -71,7 +71,8 @@ class Guard:
         if known and is_admins:
             raise Refused(
                 403,
-                "only an admin's key may load and delete adapters and states on this server",
+                "only an admin's key may load and delete adapters and states on this server; send one of its"
+                " --admin_key_file in the header Authorization: Bearer KEY",
                 code="admin_key_required",
             )
         if not known:

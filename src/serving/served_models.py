@@ -27,7 +27,7 @@ from .worker import Worker
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # the message for every file that may not be named, whether it exists or not
-OUTSIDE = "expected the name of a .pth below the server's --adapter_dir"
+OUTSIDE = "and the server's --adapter_dir has no such file; name one in that folder, such as poems.pth"
 
 
 @dataclasses.dataclass
@@ -179,7 +179,11 @@ class ServedModels:
     def _path(self, file: str) -> str:
         """Return the path of a file below --adapter_dir. Raises Refused."""
         if not self.folder:
-            raise Refused(403, "this server was started without --adapter_dir, so it loads no files")
+            raise Refused(
+                403,
+                "this server loads no files: its operator has to start it with --adapter_dir FOLDER",
+                code="no_adapter_dir",
+            )
         return inside(self.folder, file)
 
     async def state_of(self, file: str, worker: Worker) -> State:
@@ -197,15 +201,16 @@ class ServedModels:
 
     async def add(self, name: str, file: str, worker: Worker) -> ServedAdapter:
         """Load an adapter while others answer. Raises Refused."""
-        path = self._path(file)
         if not NAME.fullmatch(name):
             raise wrong("name", f"got {short(name)}, expected up to 64 letters, digits and . _ -")
         if name == self.name:
-            raise Refused(409, f"name: {self._taken()}; choose another", "name")
+            raise Refused(409, f"name: {self._taken()}; choose another", "name", "name_taken")
         if name in self.entries:
-            raise Refused(409, f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first", "name")
+            first = f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first"
+            raise Refused(409, first, "name", "name_taken")
         if name in self.coming:
-            raise Refused(409, f"name: an adapter {name} is being loaded; wait for it", "name")
+            raise Refused(409, f"name: an adapter {name} is being loaded; wait for it", "name", "name_taken")
+        path = self._path(file)
         labels = itertools.chain([name], (f"{name}@{number}" for number in itertools.count(2)))
         internal = next(label for label in labels if label not in self.used_names)
 
@@ -251,7 +256,8 @@ class ServedModels:
         """Take an adapter's name away; the adapter is unloaded when the last request with it has ended."""
         entry = self.entries.get(name)
         if entry is None:
-            raise Refused(404, f"there is no adapter {short(name)}", "name", "model_not_found")
+            unknown = f"name: there is no adapter {short(name)}; GET /v1/adapters lists them"
+            raise Refused(404, unknown, "name", "model_not_found")
         if entry.own:
             raise Refused(
                 403, f"adapter {name} is the operator's, by --adapter; it stays", "name", "not_deletable"

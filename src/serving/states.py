@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..common.formatting import short
+from ..common.formatting import counted, short
 from ..model import State
 from .errors import Refused, wrong
 from .fields import Fields
@@ -84,7 +84,8 @@ class States:
         if len(self.by_id) + self.coming >= self.most:
             raise Refused(
                 400,
-                f"this server keeps at most {self.most} states (--limit_states); DELETE /v1/states/ID first",
+                f"this server keeps at most {counted(self.most, 'state')} (--limit_states); DELETE"
+                " /v1/states/ID first",
                 code="too_many_states",
             )
         self.coming += 1
@@ -112,4 +113,5 @@ class States:
 
     @staticmethod
     def _unknown(identity: str) -> Refused:
-        return Refused(404, f"there is no state {short(identity)}", "state_id", "state_not_found")
+        message = f"state_id: there is no state {short(identity)}; GET /v1/states lists those that are kept"
+        return Refused(404, f"{message} until the server ends", "state_id", "state_not_found")
