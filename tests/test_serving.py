@@ -215,6 +215,12 @@ def test_errors_are_openais():
         key = {"Authorization": "Bearer secret"}
         reply = httpx.get(f"{server.url}/v1/chat/completions", headers=key)
         assert reply.status_code == 405 and reply.json()["error"]["code"] == "method_not_allowed"
+        reply = httpx.put(f"{server.url}/v1/adapters", headers=key)
+        assert reply.headers["allow"] == "GET, HEAD, POST" in reply.json()["error"]["message"]
+        reply = httpx.get(f"{server.url}/chat/completions", headers=key)
+        assert reply.status_code == 404 and "begin with /v1" in reply.json()["error"]["message"]
+        lists = [httpx.get(f"{server.url}/v1/models{end}", headers=key).json() for end in ("", "/")]
+        assert lists[0] == lists[1]
         reply = httpx.post(
             f"{server.url}/v1/chat/completions", headers=key, json={"messages": HI, "zeal": 1, "a\nb": 2}
         )

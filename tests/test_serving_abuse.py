@@ -77,7 +77,7 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again():
         until(lambda: server.engine.waiting == 1)
         reply = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI})
         assert reply.status_code == 429 and int(reply.headers["retry-after"]) >= 1
-        assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+        assert reply.json()["error"]["code"] == "rate_limit_exceeded" and "--limit_waiting" in reply.text
         for client in clients:
             client.close()
         until(lambda: server.engine.idle and server.dispatcher.open == 0)

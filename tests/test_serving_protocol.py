@@ -415,12 +415,14 @@ def test_forced_calls_end():
         ({"messages": None}, "messages: is missing, expected a list"),
         ({"max_tokens": True}, "max_tokens: got true, expected a whole number"),
         ({"tools": [{"type": None}]}, "tools[0].type: got null"),
+        ({"tool_choice": "required"}, "without tools; send some"),
+        ({"n": 2}, "n: got 2, expected 1"),
         ({"max_tokens": functools.reduce(lambda inner, _: [inner], range(2000), 0)}, "nested too deeply"),
     ],
 )
 def test_what_was_seen_is_told_in_words_of_json(fields, words):
     with pytest.raises(Refused) as caught:
-        chat(**{"messages": HI, **fields})
+        read_chat(reader(limits=Limits(answers=1)), {"messages": HI, **fields})
     assert words in caught.value.message
 
 

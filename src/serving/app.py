@@ -132,6 +132,8 @@ class Routes:
 
     async def model(self, request: Request) -> Response:
         name, served = request.path_params["name"], self.dispatcher.served
+        if not name:
+            return await self.models(request)
         for card in self._cards():
             if name == card["id"] or card["parent"] and name == f"{served.name}:{card['id']}":
                 return json_reply(card)
@@ -321,9 +323,14 @@ def make_app(routes: Routes, guard: Guard, log_requests: bool) -> Starlette:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer for a path that does not exist, or not with this method."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path[:80]!r}"
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    refused = Refused(error.status_code, f"{where}: {error.detail}", code=code, headers=error.headers)
+    path = request.url.path
+    methods = {name for route in request.app.routes if route.path_regex.match(path) for name in route.methods}
+    allowed = ", ".join(sorted(methods))
+    code, advice = "not_found", "the APIs' addresses begin with /v1, such as /v1/chat/completions"
+    if methods:
+        code, advice = "method_not_allowed", f"expected {allowed}"
+    said = f"{request.method} {path[:80]!r}: {error.detail}; {advice}"
+    refused = Refused(error.status_code, said, code=code, headers={"Allow": allowed} if methods else None)
     return error_reply(refused, request.url.path)
 
 

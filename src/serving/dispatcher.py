@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from rwkv_miss.errors import UserError
 
+from ..common.formatting import counted
 from .errors import Refused, failed
 from .limits import Limits
 from .metrics import Metrics
@@ -56,8 +57,8 @@ class Dispatcher:
         if self.open and self.open + answers > self.rows + self.limits.waiting:
             raise Refused(
                 429,
-                f"{self.waiting} answers wait already, and this server lets {self.limits.waiting} wait; try"
-                " again later",
+                f"{counted(self.waiting, 'answer')} of at most {self.limits.waiting} (--limit_waiting) wait"
+                " already; try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )

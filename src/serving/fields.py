@@ -97,7 +97,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.refuse(name, value, f"a whole number from {low} to {high}")
+            raise self.refuse(name, value, f"a whole number from {low} to {high}" if low < high else str(low))
         return value
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:

@@ -48,7 +48,7 @@ def read_tools(fields: Fields) -> Tools:
     if choice == "none" or not described and choice in (None, "auto"):
         return NO_TOOLS
     if not described:
-        raise wrong("tool_choice", f"got {shown(choice)} without tools")
+        raise wrong("tool_choice", f"got {shown(choice)} without tools; send some, or leave it out")
     if choice in (None, "auto"):
         return Tools(described, [], parallel)
     if choice == "required":
