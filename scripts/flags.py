@@ -28,7 +28,7 @@ GROUPS = (
     ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
     ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),
     ("Rows and steps", "How much text one step sees. It decides most of the memory.", "ctx_len"),
-    ("Learning rate and optimizer", "The optimizer is AdamW.", "lr_init"),
+    ("Learning rate and optimizer", "The optimizer is AdamW, with moments in fp32 or in 8 bits.", "lr_init"),
     ("Device and precision", "[scaling.md](scaling.md) is about several GPUs.", "precision"),
     ("Evaluation", "Held-out documents tell whether the model learns or memorises.", "eval_file"),
     ("Saving and going on", "[training.md](training.md) says what happens when a run stops.", "init_only"),

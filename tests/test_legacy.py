@@ -11,7 +11,7 @@ from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import AUTO, parse
 from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
-from src.config.legacy import DROPPED, NAMES, QUANTS, REFUSED, STRATEGIES, newest_model, translate
+from src.config.legacy import DROPPED, NAMES, OPTIMIZERS, QUANTS, REFUSED, STRATEGIES, newest_model, translate
 from src.config.legacy.data_flags import LOSS_MASKS
 from src.config.parse import flag_parser, read_flags
 
@@ -264,6 +264,14 @@ def test_todays_command_line_passes_unchanged():
     assert set(METHOD_ALIASES.values()) == {"miss"}
 
 
+def test_names_of_the_optimizer(capsys):
+    for words in (["--optim", "adam8bit"], ["--optimizer=adamw_8bit"], ["--optimizer", "adamw8bit"]):
+        assert read(*words).optimizer == "adamw8bit", words
+    assert "note: the optimizer adamw_8bit is --optimizer adamw8bit\n" in capsys.readouterr().out
+    assert read("--optim", "none").optimizer == read("--optimizer=").optimizer == "adamw"
+    assert "adamw8bit" in mistake("--optim", "muon")
+
+
 def test_a_command_line_of_today_reads_no_translator(monkeypatch):
     parser = flag_parser("train.py", "")
     assert not NAMES & {flag.removeprefix("--") for flag in parser._option_string_actions}
@@ -273,6 +281,7 @@ def test_a_command_line_of_today_reads_no_translator(monkeypatch):
     foreign = {
         "loss_mask": [*LOSS_MASKS, "se"],
         "quant": [*QUANTS, "1"],
+        "optimizer": OPTIMIZERS,
         "strategy": STRATEGIES,
         "peft": METHOD_ALIASES,
         "op": ["fla", "triton"],

@@ -518,6 +518,12 @@ def test_a_fix_keeps_the_rows_of_a_step():
     assert fix == {"micro_bsz": 3}
 
 
+def test_moments_in_8_bits_are_advised_where_all_is_trained():
+    for method, fix in (("none", {"grad_cp": 1, "optimizer": "adamw8bit"}), ("miss", None)):
+        config = settled_config(micro_bsz=1, ctx_len=256, peft=method)
+        assert cheapest_fix(config, "bf16", 256, lambda changed: changed.optimizer == "adamw8bit") == fix
+
+
 @pytest.mark.parametrize(
     "settings, found",
     [

@@ -35,6 +35,7 @@ FOREIGN = {
     "load_model": "0",
     "loss_mask": "none|pad|qa|se|",
     "op": "fla|triton",
+    "optimizer": "none|adam|adam8bit|adamw_8bit|adamw_bnb_8bit|",
     "peft": "|".join(METHOD_ALIASES),
     "quant": "0|1|4bit|fp4|fp8|",
     "random_seed": "-1",

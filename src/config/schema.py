@@ -188,6 +188,12 @@ class Config(LossSettings):
     warmup_steps: int = opt(
         -1, "optimizer steps of linear warm-up. -1: 5 % of the run", automatic=True, low=-1
     )
+    optimizer: str = opt(
+        "adamw",
+        "adamw, or adamw8bit: AdamW with moments of 8 bits, by bitsandbytes. They take 2 bytes for each"
+        " trained number instead of 8; tensors of fewer than 4096 numbers keep 8",
+        choices=("adamw", "adamw8bit"),
+    )
     beta1: float = opt(0.9, "AdamW beta1", low=0, below=1)
     beta2: float = opt(0.99, "AdamW beta2", low=0, below=1)
     adam_eps: float = opt(1e-8, "AdamW epsilon", low=0, high=1e30)

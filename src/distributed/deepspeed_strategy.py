@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import deepspeed.ops
 import torch
@@ -14,11 +15,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
-    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -26,6 +24,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from ..common.moments import packed, unpacked
 from ..common.zero_sizes import SIZES
 
 
@@ -66,6 +65,15 @@ def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
     parts = whole.chunk(dist.get_world_size(group))
     parts[dist.get_rank(group)].copy_(share)
     return Works([dist.broadcast(part, source, group, async_op=True) for source, part in enumerate(parts)])
+
+
+class Share(NamedTuple):
+    """Place of a rank's share of a parameter."""
+
+    piece: int  # of AnywhereDeepSpeed._pieces()
+    start: int  # in the piece
+    begin: int  # in the flat parameter
+    size: int
 
 
 class AnywhereDeepSpeed(DeepSpeedStrategy):
@@ -154,66 +162,75 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             pieces = zero.single_partition_of_fp32_groups
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
-    def _link(self, p: nn.Parameter) -> None:
-        """Link a parameter to its optimizer state under stage 1 and 2.
-
-        DeepSpeed does that once, after the step of the first parameter group: the others have no state yet.
-        """
+    def _share(self, p: nn.Parameter) -> Share:
+        """Find this rank's share of a trained parameter."""
         zero = self.deepspeed_engine.optimizer
-        if self.stage == 3 or p._hp_mapping is None:  # None: no part of it is on this rank
-            return
-        if not p._hp_mapping.optim_fragment:
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+        if self.stage == 3:
+            piece, start, size = zero.grad_position[zero.get_param_id(p)]
+            begin = min(size * self.global_rank, p.ds_numel)
+            return Share(piece, start, begin, min(size, p.ds_numel - begin))
+        link = p._hp_mapping
+        if link is None:
+            return Share(0, 0, 0, 0)
+        here, there = link.hp_fragment_address, link.lp_fragment_address
+        return Share(link.param_group_index, here.start, there.start, here.numel)
 
     def whole_gradient(self, p: nn.Parameter) -> Tensor | None:
         """Gather the gradient that the next optimizer step will use on every rank."""
         return safe_get_full_grad(p)
 
     def read_whole(self, p: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gather (parameter, its optimizer state) on every rank."""
-        _, state = self._pieces()[0]
-        self._link(p)
+        """Gather (parameter, its moments) on every rank."""
+        whole, share = safe_get_full_fp32_param(p), self._share(p)
+        _, state = self._pieces()[share.piece]
         kept = {}
-        for key, value in state.items():
-            kept[key] = safe_get_full_optimizer_state(p, key) if value.dim() else value
-        return safe_get_full_fp32_param(p), kept
+        for key, value in unpacked(state, share.start, share.size).items():
+            if value.dim():
+                part, value = value, torch.zeros_like(whole)
+                value.view(-1)[share.begin :][: share.size] = part
+                dist.all_reduce(value)
+            kept[key] = value
+        return whole, kept
 
     def write_whole(self, p: nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
-        """Invert read_whole(). State that is absent from `kept` becomes zero, as before the first step."""
+        """Invert read_whole(); pack_moments() follows after the last parameter.
+
+        Without `kept` there is no state, as before the first step.
+        """
         for piece, state in self._pieces():
-            # a process that has not done a step yet has no state
+            if not kept or "state1" in state:
+                state.clear()
             for key, value in kept.items():
                 if not value.dim():
                     state[key] = value.clone()
                 elif key not in state:
-                    state[key] = torch.zeros_like(piece)
-            for key in state.keys() - kept.keys():
-                state[key].zero_()
-        moments = {key: value for key, value in kept.items() if value.dim()}
+                    # Packed moments are for where memory is tight.
+                    state[key] = torch.zeros_like(piece, device="cpu" if self._packs else None)
+        share = self._share(p)
+        _, state = self._pieces()[share.piece]
+        for key, value in kept.items():
+            if value.dim():
+                state[key][share.start :][: share.size] = value.flatten()[share.begin :][: share.size]
         if self.stage == 3:
-            self._write_shares(p, whole, moments)
-            return
-        p.copy_(whole)
-        safe_set_full_fp32_param(p, whole)
-        if moments:
-            self._link(p)
-        for key, value in moments.items():
-            safe_set_full_optimizer_state(p, value, key)
-
-    def _write_shares(self, p: nn.Parameter, whole: Tensor, moments: dict[str, Tensor]) -> None:
-        """Do write_whole() under stage 3, where each rank has a share of p."""
-        size = p.ds_tensor.numel()
-
-        def share(tensor: Tensor) -> Tensor:
-            padded = F.pad(tensor.flatten(), (0, size * self.world_size - tensor.numel()))
-            return padded[size * self.global_rank :][:size]
-
-        safe_set_local_fp32_param(p, share(whole))
-        for key, value in moments.items():
-            safe_set_local_optimizer_state(p, share(value), key)
-        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            size = p.ds_tensor.numel()
+            padded = F.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
+            safe_set_local_fp32_param(p, padded[size * self.global_rank :][:size])
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.copy_(whole)
+        else:
             p.copy_(whole)
+            safe_set_full_fp32_param(p, whole)
+
+    @property
+    def _packs(self) -> bool:
+        return not isinstance(self.deepspeed_engine.optimizer.optimizer, torch.optim.AdamW)
+
+    def pack_moments(self) -> None:
+        """Pack the moments that write_whole() has written, for an optimizer that keeps them in 8 bits."""
+        zero = self.deepspeed_engine.optimizer
+        for piece, state in self._pieces() if self._packs else ():
+            zero.optimizer.state[piece] = packed(state, piece.device)
+        zero._hp_optimizer_states_linked = False  # stage 1 and 2 would keep views of the state before
 
 
 def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, object]:

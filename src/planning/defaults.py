@@ -255,7 +255,8 @@ def _halvings(rows: int, passes: int) -> Iterator[tuple[int, int]]:
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
     """Yield changes beside micro_bsz, the cheapest first, each with those before it.
 
-    Recomputing costs up to a forward, and chunks another. bf16 and nf4 cost precision. ZeRO-3 costs speed.
+    Recomputing costs up to a forward, and chunks another. Moments in 8 bits, bf16 and nf4 cost precision.
+    ZeRO-3 costs speed.
     """
     changes: dict[str, object] = {}
     yield changes
@@ -265,6 +266,9 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     row = min(tokens, config.ctx_len)
     if config.chunk_ctx == 0 and row > SUGGESTED_CHUNK_CTX:
         changes = changes | {"chunk_ctx": SUGGESTED_CHUNK_CTX}
+        yield changes
+    if config.peft == "none" and config.optimizer == "adamw":  # an adapter's moments are small
+        changes = changes | {"optimizer": "adamw8bit"}
         yield changes
     if precision == "fp32" and config.peft != "none":
         changes = changes | {"precision": "bf16"}

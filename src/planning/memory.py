@@ -5,7 +5,7 @@
 | base        | frozen parameters in --precision; of the layers in --quant     | RWKV.load and quantise
 | trained     | 4 a trained parameter, and what a method keeps beside them     | AdapterLinear.setup
 | gradients   | 4 a trained parameter                                          | kept between micro-batches
-| Adam        | 8 a trained parameter: exp_avg and exp_avg_sq                  | configure_optimizers
+| Adam        | 8 a trained parameter: exp_avg and exp_avg_sq; 2 in 8 bits     | moment_bytes
 | DeepSpeed   | 4 a trained parameter / processes: its master copy; buckets    | AnywhereDeepSpeed
 | rollback    | 24 a trained parameter: two copies of it and its moments       | LastGood, on the CPU
 | activations | what the layers keep for the backward                          | step_bytes, counted
@@ -32,6 +32,7 @@ from rwkv_miss.quantised import empty
 
 from ..common.available_memory import MIB
 from ..common.device import PRECISIONS
+from ..common.moments import moment_bytes
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..model import RWKV
@@ -50,8 +51,8 @@ CACHE_WASTE = 0.1
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 # AdamW's temporaries beside ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
-# form on a CPU, which makes two
-TEMPORARIES = {"cpu": 2, "gpu": 1}
+# form on a CPU, which makes two. bitsandbytes has a kernel on a GPU; on a CPU it unpacks the moments.
+TEMPORARIES = {("adamw", "cpu"): 2, ("adamw", "gpu"): 1, ("adamw8bit", "cpu"): 5, ("adamw8bit", "gpu"): 0}
 SUB_GROUP = 10**9  # numbers of its share that a process of stage 3 updates at once, DeepSpeed's default
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for unforeseen needs
 
@@ -103,12 +104,15 @@ def memory_parts(
     full = config.peft == "none"
     base_size = 4 if full else PRECISIONS[precision].itemsize
 
+    tensors = [p.numel() for p in model.parameters() if p.requires_grad]
+    updated = [trained / zero.world] * zero.world if stage else tensors  # ZeRO has flat tensors
+    moments = sum(moment_bytes(config.optimizer, numel) for numel in updated)
     base = base_size * frozen - saved_by_quant(model, config.quant, base_size)
     parts = {
         "base": zero.share(base, 3, offload and stage == 3),
         "trained": zero.share(4 * trained, 3, offload and stage == 3) + buffers,
         "gradients": zero.share(4 * trained, 2, offload),
-        "Adam": zero.share(8 * trained, 1, offload),
+        "Adam": zero.share(moments, 1, offload),
     }
     if stage:
         sizes = SIZES[accelerator]
@@ -132,7 +136,12 @@ def memory_parts(
     if stage and not offload:
         # the backward is over before; the update counts its own part of `gradients`
         of_backward = parts["gradients"] + buckets + parts["activations"] + parts["working"]
-        parts["update"] = max(0.0, update_bytes(zero, trained, accelerator) - of_backward)
+        temporaries = TEMPORARIES[config.optimizer, accelerator]
+        parts["update"] = max(0.0, update_bytes(zero, trained, temporaries) - of_backward)
+    elif config.optimizer == "adamw8bit" and accelerator == "cpu":
+        # a tensor at a time, after the backward
+        temporaries = 4 * TEMPORARIES[config.optimizer, accelerator] * max(tensors)
+        parts["update"] = max(0.0, temporaries - parts["activations"] - parts["working"])
     objective = objective_of(config)
     if sampling := objective.sampling_bytes(arch, precision, accelerator):
         # it is over before the forward begins
@@ -152,7 +161,7 @@ def memory_parts(
     return parts
 
 
-def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
+def update_bytes(zero: Zero, trained: int, temporaries: int) -> float:
     """Count the bytes of gradients, their copies and AdamW's temporaries in a step of DeepSpeed's optimizer.
 
     A process makes one flat tensor of the gradients of its share, while it still has them. Stage 1 has the
@@ -160,7 +169,7 @@ def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
     """
     share = 4 * trained / zero.world
     at_once = min(share, 4 * SUB_GROUP) if zero.stage == 3 else share
-    most = share + (1 + TEMPORARIES[accelerator]) * at_once
+    most = share + (1 + temporaries) * at_once
     return max(most, 4 * trained + share) if zero.stage == 1 else most
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
@@ -53,6 +55,7 @@ from .memory import USABLE, memory_parts, needed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
+BITSANDBYTES = "0.50"  # the oldest that was tried
 PROMPTS_COUNTED = 1000  # documents; of fewer the prompts are counted, because many may have the same
 
 
@@ -166,6 +169,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
 def device_here(config: Config, head_size: int) -> Device:
     """Describe the device at hand. Raises UserError if the requested one is not here."""
     check_packages(config.strategy, config.chunk_ctx)
+    check_optimizer(config.optimizer)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     if accelerator == "gpu" and local_rank():
         # kernels are tested on the GPU of this process, which takes no memory of another's
@@ -191,6 +195,22 @@ def check_packages(strategy: str, chunk_ctx: int) -> None:
             f"--chunk_ctx with --strategy {strategy} needs torch {needed} or newer, here it is"
             f" {torch.__version__}; "
             f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp'
+        )
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Raise UserError if the package of the 8-bit optimizer is absent or too old."""
+    if optimizer != "adamw8bit":
+        return
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if not version or TorchVersion(version) < BITSANDBYTES:
+        seen = f", here is {version}" if version else ", which is not installed"
+        raise UserError(
+            f"--optimizer adamw8bit needs the package bitsandbytes, {BITSANDBYTES} or newer{seen}; pip"
+            f" install 'bitsandbytes>={BITSANDBYTES}', or use --optimizer adamw"
         )
 
 

@@ -37,6 +37,8 @@ FAR = 5  # a rate on rewards this many times the first guess gets a warning
 HOUR = 3600  # seconds; a run on a CPU that takes longer gets advice
 LABEL = 11  # characters that a line begins with
 
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits"}
+
 
 def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     """Say what the run trains, on what, how, where and for how long, in at most LINES lines.
@@ -118,7 +120,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
         *held_out(run),
-        f"optimizer  AdamW, clip {config.grad_clip:g}, strategy {config.strategy}",
+        f"optimizer  {OPTIMIZERS[config.optimizer]}, clip {config.grad_clip:g}, strategy {config.strategy}",
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         *absent_writers(),
         f"template   {template_text(run.template)}{asks_otherwise(run.template)};"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -70,17 +71,17 @@ def parameter_groups(
     return rwkv_miss.parameter_groups(model, rate, weight_decay)
 
 
-def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.AdamW:
-    """Make AdamW over the groups of parameter_groups().
+def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.Optimizer:
+    """Make AdamW over the groups of parameter_groups(), with moments in fp32 or in 8 bits.
 
     On a GPU all tensors take one launch, not a dozen for each few. ZeRO has one flat tensor for a group, and
     offloaded it is on the CPU, where fused sums round differently from plain ones.
     """
+    settings: dict = {"lr": rate, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    if config.optimizer == "adamw8bit":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other uses
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
     fused = config.accelerator == "gpu" and not config.strategy.startswith("deepspeed")
-    return torch.optim.AdamW(
-        groups,
-        lr=rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=fused or None,
-    )
+    return torch.optim.AdamW(groups, fused=fused or None, **settings)

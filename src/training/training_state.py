@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+from ..common.moments import packed, unpacked
+
 
 def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
     """Yield every trained parameter as NAME, the optimizer's tensors for it as NAME:exp_avg etc., and
@@ -43,6 +45,8 @@ def write_state(trainer: pl.Trainer, state: Mapping[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad:
             _write(trainer, p, kept[name].pop(""), kept[name])
+    if hasattr(trainer.strategy, "deepspeed_engine"):
+        trainer.strategy.pack_moments()
     for name, buffer in _buffers(model):
         buffer.copy_(state[name])
 
@@ -57,7 +61,8 @@ def _read(trainer: pl.Trainer, p: torch.nn.Parameter) -> tuple[Tensor, dict[str,
     """Return (parameter, its optimizer state), whole."""
     if hasattr(trainer.strategy, "deepspeed_engine"):
         return trainer.strategy.read_whole(p)
-    return p.detach(), dict(trainer.optimizers[0].state.get(p, {}))
+    moments = unpacked(trainer.optimizers[0].state.get(p, {}))
+    return p.detach(), {key: value.view_as(p) if value.dim() else value for key, value in moments.items()}
 
 
 def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
@@ -66,6 +71,9 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
         return
     p.copy_(whole)
     optimizer = trainer.optimizers[0]
+    if not isinstance(optimizer, torch.optim.AdamW):
+        optimizer.state[p] = packed(kept, p.device)
+        return
     # the counter of updates is where AdamW makes it
     counter = p.device if optimizer.param_groups[0]["fused"] else "cpu"
     optimizer.state[p] = {

@@ -60,8 +60,6 @@ REFUSED = {
     "dropout": (("0",), "there is no dropout in the model; that of LoRA is in --peft_config"),
     "weight_decay_final": (("-1",), "the weight decay is constant; drop the flag"),
     "layerwise_lr": (("1",), "the decays always learn at twice the rate, as with 1; drop the flag"),
-    "optim": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
-    "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
     "tiny_att_dim": (("0", "-1"), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
     "my_pile_version": (("1",), "several files are --data_file a:1,b:1; drop the flag"),
     "my_pile_edecay": (("0",), "the rate decays from the end of the warm-up on; drop the flag"),
@@ -83,6 +81,10 @@ QUANTS = {
     "fp4": ("nf4", "nf4 is taken instead of fp4, with as many bits and smaller errors"),
     "fp8": ("int8", "int8 is taken instead of fp8, with as many bits"),
 }
+OPTIMIZERS = {
+    **dict.fromkeys(("", "none", "adam"), "adamw"),
+    **dict.fromkeys(("adam8bit", "adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
+}
 STRATEGIES = {"single_device": "auto", "single-device": "auto"}
 
 # flags of RWKV-LM and RWKV-PEFT about stages and epochs
@@ -93,6 +95,7 @@ NAMES = {
     "infctx",
     "quant_mode",
     "dataload",
+    "optim",
     "rwkv_version",
     *DROPPED,
     *REFUSED,
@@ -111,7 +114,6 @@ SHARED = {
     "prefetch_factor",
     "dropout",
     "optim",
-    "optimizer",
     "emb",
 }
 # flags that only RWKV-LM-RLHF has: there the layer profile chooses the method
@@ -252,6 +254,18 @@ def _quant(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[st
     return ["--quant", today]
 
 
+def _optimizer(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Translate --optim, as --optimizer was called until 2025, and other names of AdamW."""
+    given = value(kept, "optimizer")
+    if given is None:
+        given = old.get("optim")
+    today = OPTIMIZERS.get(given, given)
+    if today is None or today == value(kept, "optimizer"):
+        return []
+    notes.append(f"the optimizer {given or 'without a name'} is --optimizer {today}")
+    return ["--optimizer", today]
+
+
 def _kernel(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     kernel = value(kept, "op")
     if kernel not in ("fla", "triton"):
@@ -283,6 +297,7 @@ TRANSLATIONS = (
     _epoch_save,
     data_flags.loss_mask,
     _quant,
+    _optimizer,
     _kernel,
     _renamed,
     preference_flags.preference,
