@@ -1,6 +1,7 @@
 """States by id: a request that goes on from one is answered as if it had sent the whole conversation."""
 
 import asyncio
+import json
 import pathlib
 import string
 
@@ -131,6 +132,10 @@ def test_other_apis_go_on_from_a_state(server):
         # Anthropic counts cached tokens apart
         counts = [one["input_tokens"] + one.get("cache_read_input_tokens", 0) for one in usages]
         assert counts[0] == counts[1] > state["tokens"]
+    stream = post(server, "messages", **asked, messages=NEXT, state_id=state["id"], stream=True).text
+    events = [json.loads(line[6:]) for line in stream.split("\n") if line.startswith("data: ")]
+    begun, ended = events[0]["message"]["usage"], events[-2]["usage"]
+    assert begun["cache_read_input_tokens"] > 0 and begun | {"output_tokens": 12} == ended
 
 
 def test_a_text_goes_on_from_a_conversation(server):

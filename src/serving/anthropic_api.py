@@ -13,6 +13,7 @@ from .forms import read_format
 from .messages import check_call, read_content, read_role
 from .replies import Usage
 from .request_parsing import AskedChat, RequestReader, read_chat
+from .worker import Piece
 
 # names of a chat's fields -> names of this API
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format", "reasoning_effort": "thinking"}
@@ -136,9 +137,18 @@ def _turns(fields: Fields) -> list[dict[str, Any]]:
 class AnthropicReply(BlockReply):
     """Reply with the content blocks of an answer."""
 
+    has_begun = False
+
     def first(self) -> Iterator[dict[str, Any]]:
-        prompt = len(self.asked.requests[0].tokens)
-        yield {"type": "message_start", "message": self._message([], Usage(prompt, 0, 0))}
+        return iter(())
+
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        if not self.has_begun:  # only the first piece tells what was cached
+            self.has_begun = True
+            read = self.asked.kept
+            usage = Usage(read + len(self.asked.requests[0].tokens), 0, read + piece.cached_tokens)
+            yield {"type": "message_start", "message": self._message([], usage)}
+        yield from super().events(piece)
 
     def begun(self, block: Block) -> Iterator[dict[str, Any]]:
         content = self._content(block, {} if block.kind == "call" else "")

@@ -191,7 +191,7 @@ class ResponsesReply(BlockReply):
 
     def _response(self, status: str) -> dict[str, Any]:
         request = self.asked.requests[0]
-        said = {name: self.body.get(name) for name in ("instructions", "max_output_tokens", "user")}
+        said = {name: self.body.get(name) for name in ("instructions", "user")}
         return {
             "id": f"resp_{self.key}",
             "object": "response",
@@ -200,6 +200,7 @@ class ResponsesReply(BlockReply):
             "error": None,
             "incomplete_details": None,
             **said,
+            "max_output_tokens": request.max_tokens,
             "metadata": self.body.get("metadata") or {},
             "model": self.asked.model,
             "output": [],
