@@ -145,7 +145,7 @@ class AnthropicReply(BlockReply):
     def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if not self.has_begun:  # only the first piece tells what was cached
             self.has_begun = True
-            read = self.asked.kept
+            read = self.asked.state_tokens
             usage = Usage(read + len(self.asked.requests[0].tokens), 0, read + piece.cached_tokens)
             yield {"type": "message_start", "message": self._message([], usage)}
         yield from super().events(piece)
