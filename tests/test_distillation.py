@@ -234,7 +234,7 @@ def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_
     flags += ["--distill_top", "5", "--distill_temperature", "2", "--distill_mix", "1"]
     output = start(files, tmp_path / "run", *flags)
     assert "its 5 likeliest tokens of 256 at each trained token take 22 bytes" in output
-    assert "distill, 0 x the cross entropy + 1 x the KL from teacher.pth at temperature 2" in output
+    assert "distill, 0 x the cross entropy + 1 x T^2 x the KL from teacher.pth, T 2" in output
     found = [line["kl"] for line in lines(tmp_path / "run")]
     assert found[0] == pytest.approx(mean_kl(files, 5, 2.0), rel=1e-3)
     assert found[2] < found[1] < found[0]

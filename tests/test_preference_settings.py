@@ -37,7 +37,7 @@ GIVEN = named("""
 ALONE = named("""
     rewards=number=1 reward_file=own.py reward_regex=x reward_length=3 reward_timeout=2.5 group_size=5
     max_tokens=17 grpo_type=dr_grpo clip_low=0.125 clip_high=0.5 advantage_scale=none inner_steps=3
-    distill_top=16 distill_temperature=2 distill_mix=0.25
+    distill_top=16 distill_temperature=3 distill_mix=0.25
 """)
 
 

@@ -76,14 +76,14 @@ class LossSettings(DataSettings):
         alias=("ref_model",),
     )
     distill_top: int = opt(
-        32,
+        64,
         "distill: the number of likeliest tokens that are kept of the teacher at each trained token. All"
         " others count as one",
         low=1,
         high=2**16,
     )
     distill_temperature: float = opt(
-        1.0,
+        2.0,
         "distill: the temperature of the teacher's and the model's probabilities in the KL. Above 1 unlikely"
         " tokens count more",
         alias=("kd_temperature",),
@@ -91,7 +91,7 @@ class LossSettings(DataSettings):
         high=1000,
     )
     distill_mix: float = opt(
-        0.5,
+        0.9,
         "distill: the weight of the KL; the cross entropy has 1 minus that",
         low=0,
         high=1,
