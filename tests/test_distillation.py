@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rwkv_miss.errors import UserError
+from src.common.late_reading import Numbers
 from src.config import parse
 from src.data.collate import collate
 from src.data.dataset import Documents, load_documents
@@ -18,7 +19,8 @@ from src.model import loss as losses
 from src.model.batch_loss import Chunks, batch_distillation
 from src.model.distillation_loss import Teacher, distillation_sums, head_distillation, top_of
 from src.model.loss import head_loss
-from src.objectives.reference_pass import ReferencePass
+from src.objectives.reference_blocks import Blocks
+from src.objectives.reference_pass import ReferencePass, _Values
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
 
@@ -178,6 +180,27 @@ def test_values_are_packed_in_few_bytes(vocab):
     numbers = np.array([[vocab - 1, 0, -0.5, -1, -1.5], [3, 7, 0, -65504, -65504]], np.float32)
     assert (unpacked(packed(numbers, dtype)) == numbers).all()
     assert not are_finite(unknown(1, dtype)) and are_finite(packed(numbers, dtype))
+
+
+def test_a_pass_that_ended_within_a_round_is_gone_on_with():
+    """As after a kill, where the next run has a larger batch: the files have 2 values of its second round."""
+    documents = documents_with_values([6, 4, 9, 12, 3], 67, 3)
+    dtype, sizes = documents.reference.dtype, documents.target_counts
+    places = np.cumsum(sizes) - sizes
+    rounds = [[[[4], [0]]], [[[3, 1]], [[2]]]]  # the rows of each process
+    order = [[4, 0], [3, 1, 2]]
+    values = [
+        np.concatenate([documents.reference[places[i] : places[i] + sizes[i]] for i in chosen])
+        for chosen in order
+    ]
+    blocks, known = Blocks(None, dtype), len(values[0]) + 2
+    found = _Values(documents, known, blocks)
+    assert found.known_place(rounds[0]) == slice(0, len(values[0]))
+    found.put(rounds[0], values[0])
+    assert found.known_place(rounds[1]) is None
+    found.add(rounds[1], Numbers(torch.from_numpy(unpacked(values[1]))))
+    assert (found.all() == documents.reference).all()
+    assert (np.concatenate(blocks.waiting) == values[1][2:]).all(), "what the files lack"
 
 
 # whole runs
