@@ -8,6 +8,7 @@ import difflib
 import errno
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -148,6 +149,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += "; a flag takes one value, between quotes where it has spaces"
+        if found := re.fullmatch("argument (.*): invalid (int|float) value: (.*)", message):
+            flag, kind, value = found.groups()
+            message = f"{flag} {value}: expected {'a whole number' if kind == 'int' else 'a number'}"
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_known_args(

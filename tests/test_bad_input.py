@@ -322,6 +322,7 @@ def test_adapter_options_that_do_not_fit(refused, options, words):
         ({"tokenizer": "auto"}, "vocabulary of 256 is not the World one (65536); give --tokenizer"),
         ({"tokenizer": "absent.json"}, "absent.json"),
         ({"tokenizer": "world"}, "tokenizer world has a vocabulary of 65530, more than the model's 256"),
+        ({"tokenizer": "world"}, "trained with: --tokenizer bytes, utf16 or a FILE"),
         ({"eod": "x"}, "has its own end of document"),
     ],
 )
@@ -357,7 +358,7 @@ def test_a_model_with_too_few_ids(refused, folder):
         ({"top_p": 0}, "expected more than 0 and at most 1"),
         ({"top_k": -1}, "top_k -1: expected 0 or more"),
         ({"max_tokens": 0}, "--max_tokens 0: expected 1 or more"),
-        ({"max_tokens": "x"}, "invalid int"),
+        ({"max_tokens": "x"}, "--max_tokens 'x': expected a whole number"),
         ({"prompt": ""}, "--prompt is empty"),
         ({"tokenizer": "auto"}, "give --tokenizer"),
         ({"wkv": "x"}, "--wkv x: expected one of auto"),

@@ -29,6 +29,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     (tmp_path / "key").write_text("secret\n")
     words = ["-m", "demo.serve", "--model", str(tmp_path / "tiny.pth"), "--tokenizer", letters, "--port", "0"]
     words += ["--api_key_file", str(tmp_path / "key"), "--rows", "2", "--cache", "1MB", "--chunk", "16"]
+    words += ["--limit_answer", "9"]
     log = tmp_path / "log"
     process = CONTEXT.Process(target=logged, args=(log, run_program, os.getcwd(), words))
     process.start()
@@ -47,6 +48,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     finally:
         process.kill()
     said = log.read_text()
+    assert "at most --limit_answer 9 tokens, not --max_tokens 1024" in said
     assert "of memory" in said and "secret" not in said and "hi" not in said.split("Ctrl-C ends")[1]
 
 
@@ -55,6 +57,8 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
         (["--rows", "0"], "--rows 0: expected 1 or more"),
+        (["--rows", "x"], "--rows 'x': expected a whole number"),
+        (["--scale", "x"], "--scale 'x': expected a number"),
         (["--port", "70000"], "--port 70000"),
         (["--limit_waiting", "-1"], "--limit_waiting -1"),
         (["--limit_finishing", "0"], "--limit_finishing 0"),

@@ -67,7 +67,8 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's"
-            f" {vocab_size}; give the one that the model was trained with: --tokenizer {CHOICES}"
+            f" {vocab_size}; give the one that the model was trained with: --tokenizer"
+            f" {CHOICES.removeprefix(f'{spec}, ')}"
         )
     tokenizer.origin = spec, vocab_size, eod
     return tokenizer

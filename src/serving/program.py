@@ -114,6 +114,12 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
         )
         if note := modes_note(args.model, served.template):
             print(f"note: {note}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
+        if args.max_tokens > limits.answer_tokens:
+            print(
+                f"note: an answer has at most --limit_answer {limits.answer_tokens} tokens, not --max_tokens"
+                f" {args.max_tokens}",
+                file=sys.stderr,
+            )
         if note := plain_note():
             print(f"note: {note}", file=sys.stderr)
 
