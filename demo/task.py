@@ -1,12 +1,13 @@
 """Make data that a person can check by eye: reverse or sort a string of letters, as a conversation.
 
-python -m demo.task sort --rows 20000 --out sort.jsonl --heldout 500 --heldout_out sort-heldout.jsonl
+python -m demo.task sort --rows 20000 --out sort.jsonl --heldout 500
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import string
@@ -44,12 +45,13 @@ def write(path: str, data: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.task", description=__doc__)
+    # without its usage a mistake is one line
+    parser = argparse.ArgumentParser("python -m demo.task", argparse.SUPPRESS, __doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--heldout", type=int, default=500)
-    parser.add_argument("--heldout_out", required=True)
+    parser.add_argument("--heldout_out", help="default: --out with -heldout at the end of its name")
     parser.add_argument("--letters", type=int, help="number of letters in every string; default: 3 to 7")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -62,8 +64,9 @@ def main() -> None:
     questions = set()
     for row in heldout:
         questions |= {turn["content"].split()[-1] for turn in row["messages"] if turn["role"] == "user"}
+    name, suffix = os.path.splitext(args.out)
     try:
-        write(args.heldout_out, heldout)
+        write(args.heldout_out or f"{name}-heldout{suffix}", heldout)
         write(args.out, rows(args.task, args.rows, args.seed + 1, questions, lengths))
     except OSError as error:
         parser.error(f"{error.filename or 'a file'} could not be written: {error.strerror}")

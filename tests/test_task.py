@@ -9,8 +9,8 @@ from demo import task
 
 @pytest.mark.parametrize("flags, lengths", [([], {3, 4, 5, 6, 7}), (["--letters", "10"], {10})])
 def test_strings_of_the_length_asked_for_and_no_question_twice(tmp_path, monkeypatch, flags, lengths):
-    files = [tmp_path / "new" / name for name in ("rows.jsonl", "heldout.jsonl")]
-    sizes = ["--rows", "300", "--out", str(files[0]), "--heldout", "70", "--heldout_out", str(files[1])]
+    files = [tmp_path / "new" / name for name in ("rows.jsonl", "rows-heldout.jsonl")]
+    sizes = ["--rows", "300", "--out", str(files[0]), "--heldout", "70"]
     monkeypatch.setattr("sys.argv", ["task", "reverse", *sizes, *flags])
     task.main()
     asked = []
@@ -31,4 +31,5 @@ def test_strings_too_short_to_differ_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", "task sort --letters 2 --rows 9 --out a --heldout_out b".split())
     with pytest.raises(SystemExit):
         task.main()
-    assert "--letters 2: expected 3 or more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: --letters 2: expected 3 or more" in said and said.count("\n") == 1
