@@ -417,6 +417,7 @@ def test_forced_calls_end():
         ({"tools": [{"type": None}]}, "tools[0].type: got null"),
         ({"tool_choice": "required"}, "without tools; send some"),
         ({"n": 2}, "n: got 2, expected 1"),
+        ({"guided_regex": "a["}, "guided_regex: got 'a[', expected a regular expression: unclosed character"),
         ({"max_tokens": functools.reduce(lambda inner, _: [inner], range(2000), 0)}, "nested too deeply"),
     ],
 )

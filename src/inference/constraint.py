@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -94,9 +95,14 @@ class GrammarCompiler:
     def regex(self, text: str) -> dict[str, Any]:
         r"""Make a part for compile() from a regular expression, which the whole answer has to match.
 
-        \d and \w are ASCII's, as in the pattern of a schema.
+        \d and \w are ASCII's, as in the pattern of a schema. Raises UserError for a wrong one.
         """
-        return {"lark_grammar": f"start: /{self.package.regex_to_lark(text, 'dw')}/"}
+        grammar = f"start: /{self.package.regex_to_lark(text, 'dw')}/"
+        # compile() would show this grammar, and refuses longer ones
+        error = self.package.LLMatcher.validate_grammar(grammar) if len(grammar) < LONGEST else ""
+        if reason := re.search("^error: (.*)$", error, re.M):
+            raise UserError(f"got {short(text)}, expected a regular expression: {reason[1]}")
+        return {"lark_grammar": grammar}
 
     def grammar(self, text: str) -> dict[str, Any]:
         """Make a part for compile() from a grammar in Lark or GBNF. Raises UserError."""
