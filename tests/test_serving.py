@@ -221,6 +221,8 @@ def test_errors_are_openais():
         assert reply.status_code == 404 and "begin with /v1" in reply.json()["error"]["message"]
         lists = [httpx.get(f"{server.url}/v1/models{end}", headers=key).json() for end in ("", "/")]
         assert lists[0] == lists[1]
+        reply = httpx.delete(f"{server.url}/v1/adapters/", headers=key)
+        assert reply.status_code == 405 and "expected GET, HEAD, POST" in reply.json()["error"]["message"]
         reply = httpx.post(
             f"{server.url}/v1/chat/completions", headers=key, json={"messages": HI, "zeal": 1, "a\nb": 2}
         )

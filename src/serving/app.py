@@ -132,8 +132,6 @@ class Routes:
 
     async def model(self, request: Request) -> Response:
         name, served = request.path_params["name"], self.dispatcher.served
-        if not name:
-            return await self.models(request)
         for card in self._cards():
             if name == card["id"] or card["parent"] and name == f"{served.name}:{card['id']}":
                 return json_reply(card)

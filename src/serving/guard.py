@@ -124,6 +124,8 @@ class GuardMiddleware:
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http":
+            # before anybody looks: some clients end an address with a slash, and do not follow a redirection
+            scope["path"] = scope["path"].rstrip("/") or "/"
             try:
                 self.guard.check(scope["method"], scope["path"], dict(scope["headers"]))
             except Refused as refused:
