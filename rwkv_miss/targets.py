@@ -194,7 +194,10 @@ def layer_numbers(layers: Layers, there: Iterable[int]) -> set[int]:
     else:
         chosen = {layers} if isinstance(layers, int) else set(layers)
     if unknown := chosen - set(has):
-        raise UserError(f"layer {min(unknown)} has no targets; layers with targets: {has or 'none'}")
+        raise UserError(
+            f"layers {layers!r}: there is no layer {min(unknown)} to adapt; there are"
+            f" {layers_text(has) or 'none'}, counted from 0"
+        )
     return chosen
 
 
@@ -205,13 +208,14 @@ def _part_of_layers(layers: str, part: str, has: list[int]) -> Iterable[int]:
     if end:
         if not 1 <= int(count) <= len(has):
             raise UserError(
-                f"layers {part}: expected {end}:1 to {end}:{len(has)}, as there are {len(has)} layers to"
+                f"layers {layers!r}: expected {end}:1 to {end}:{len(has)}, as there are {len(has)} layers to"
                 " adapt"
             )
         return has[: int(count)] if end == "first" else has[-int(count) :]
     if not found or int(high or low) < int(low):
         raise UserError(
-            f"layers {layers!r}: expected last:K or first:K, numbers such as 0,3,11, or ranges such as 4-7"
+            f"layers {layers!r}: expected last:K or first:K with K from 1 to {len(has)}, numbers such as"
+            " 0,3,11 that count from 0, or ranges such as 4-7 with the smaller number first"
         )
     # of a range that goes on the caller needs one number, to refuse it
     return range(int(low), min(int(high or low), max(int(low), *has, 0) + 1) + 1)

@@ -108,15 +108,15 @@ def test_no_layer_below_has_a_backward_and_the_gradients_are_the_same(version, m
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--layers last:0", r"layers last:0: expected last:1 to last:3, as there are 3 layers to adapt"),
-        ("--layers first:4", r"layers first:4: expected first:1 to first:3, as there are 3"),
-        ("--layers 1-3", r"layer 3 has no targets; layers with targets: \[0, 1, 2\]"),
-        ("--layers 1-99999999999", r"layer 3 has no targets"),
-        ("--layers 9-99999999999", r"layer 9 has no targets"),
-        ("--layers 2-1", r"layers '2-1': expected last:K or first:K, numbers such as 0,3,11, or ranges"),
+        ("--layers last:0", r"layers 'last:0': expected last:1 to last:3, as there are 3 layers to adapt"),
+        ("--layers first:4", r"layers 'first:4': expected first:1 to first:3, as there are 3"),
+        ("--layers 1-3", r"layers '1-3': there is no layer 3 to adapt; there are 0-2, counted from 0"),
+        ("--layers 1-99999999999", r"there is no layer 3 to adapt"),
+        ("--layers 9-99999999999", r"there is no layer 9 to adapt"),
+        ("--layers 2-1", r"layers '2-1': expected last:K or first:K with K from 1 to 3, numbers such as"),
         ("--layers top", r"layers 'top': expected last:K"),
         ("--layers last:2 --train_parts emb", r"part 'emb' lies below layer 1, the lowest of `layers`"),
-        ("--layers last:4 --peft state", r"layers last:4: expected last:1 to last:3"),
+        ("--layers last:4 --peft state", r"layers 'last:4': expected last:1 to last:3"),
     ],
 )
 def test_layers_that_are_not_there_are_named_with_the_bounds(tmp_path, flags, words):

@@ -196,8 +196,8 @@ def test_targets_are_names_a_regular_expression_or_all_linears():
         ),
         ({"targets": "all-linear", "exclude": ["k_proj"]}, "exclude 'k_proj' matches no linear layer"),
         ({"targets": ["up"], "exclude": ["up"]}, "no linear layer to adapt: targets is empty"),
-        ({"targets": ["up"], "layers": [1, 12]}, r"layer 12 has no targets; layers with targets: \[0, 1, "),
-        ({"targets": ["lm_head"], "layers": 0}, "layer 0 has no targets; layers with targets: none"),
+        ({"targets": ["up"], "layers": [1, 12]}, r"there is no layer 12 to adapt; there are 0"),
+        ({"targets": ["lm_head"], "layers": 0}, "there is no layer 0 to adapt; there are none"),
     ):
         with pytest.raises(rwkv_miss.UserError, match=words):
             names(**arguments)
