@@ -31,7 +31,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # optimizers bring torch._inductor, a second of each process.
 PRELOADED = [
     __name__,
-    "bitsandbytes",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
