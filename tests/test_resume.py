@@ -121,9 +121,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
         ),
         ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"),
         ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
-        ({"reference": "other.pth"}, "has reference '', now it is other.pth"),
-        ({"layers": "last:1"}, "has layers '', now it is last:1"),
-        ({"init_adapter": "a.pth"}, "has init_adapter '', now it is a.pth"),
+        ({"reference": "other.pth"}, "has reference not given, now it is other.pth"),
+        ({"layers": "last:1"}, "has layers not given, now it is last:1"),
+        ({"init_adapter": "a.pth"}, "has init_adapter not given, now it is a.pth"),
         ({"think_weight": 0.5}, "think_weight 1.0, now it is 0.5"),
         ({"prompt_weight": 0.1}, "prompt_weight 0.0, now it is 0.1"),
         (
@@ -135,6 +135,19 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
 def test_another_run_is_not_gone_on_with(folder, changed, words):
     with pytest.raises(UserError, match=words):
         go_on(folder("config.yaml", STEP_2), **changed)
+
+
+def test_an_absent_init_adapter_is_the_one_difference(folder):
+    proj_dir = folder("config.yaml", STEP_2)
+    began = {"init_adapter": "a.pth", "peft": "lora", "layers": "1", "train_parts": "ln"}
+    configuration.save(Config(**SETTINGS | began), f"{proj_dir}/config.yaml")
+    with pytest.raises(UserError, match="has init_adapter a.pth, now it is not given. Resume with --config"):
+        go_on(proj_dir)
+    typed = {"layers": "0", "origins": {"layers": "command line"}}
+    with pytest.raises(
+        UserError, match="has layers 1, now it is 0; init_adapter a.pth, now it is not given. Res"
+    ):
+        go_on(proj_dir, **typed)
 
 
 def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):

@@ -3,17 +3,18 @@ not fit is refused with the way out.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import rwkv_miss
 from rwkv_miss.convert import convert
-from rwkv_miss.files.checkpoint import write_checkpoint
+from rwkv_miss.files.checkpoint import RUN_FORMAT, write_checkpoint
 from src.config import parse
 from src.model import RWKV
 from src.planning import start_adapter
-from src.planning.base_model import build_model, read_base
+from src.planning.base_model import build_model, check_reference, read_base
 from src.planning.draft import Draft
 from src.training.run_folder import adapter_of_step
 
@@ -75,6 +76,10 @@ def test_20_steps_are_10_and_10_that_begin_with_their_adapter(files, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")[10:], "to the last bit"
     want, got = (rwkv_miss.read_checkpoint(path) for path in (last, tmp_path / "again/adapter.pth"))
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+    card, details = ((tmp_path / "again" / name).read_text() for name in ("README.md", "run_card.md"))
+    assert (
+        "| layers with adapters | 1 |" in card and "train_parts ln,state, layers 1: in --init_ad" in details
+    )
     described, other = (rwkv_miss.read_metadata(path) for path in (last, tmp_path / "again/adapter.pth"))
     for name in ("method", "options", "linears", "targets", "train_parts", "layers", "trainable"):
         assert described[name] == other[name], name
@@ -142,6 +147,50 @@ def test_another_base_is_refused(files, adapters):
     assert "merge --base base.pth" in str(caught.value)
     with pytest.raises(rwkv_miss.UserError, match="absent.pth does not exist"):
         settings(files, files / "absent.pth")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "run/checkpoints/step-00000008.pth",
+            "is the checkpoint from which .* step 8; .* in .*run/adapter.pth$",
+        ),
+        ("base.pth", "base.pth is a whole model, and an adapter is expected; .* give it as --load_model$"),
+        ("run", "is a folder without adapter_config.json .*; give .*run/adapter.pth$"),
+        ("cut.pth", "cut.pth is truncated or not a torch checkpoint .*; download or copy it again$"),
+        (
+            "theirs.pth",
+            "theirs.pth does not hold LoRA's alpha: .* such as --peft_config alpha=16. A PiSSA file",
+        ),
+        (
+            "bone.pth",
+            "of two origins, .* Say it to python -m rwkv_miss convert .*bone.pth OUT.pth --to native",
+        ),
+        ("absent.pth", "absent.pth does not exist; give an adapter's file, such as the adapter.pth of a run"),
+    ],
+)
+def test_what_is_no_adapter_is_named_with_the_way_out(files, adapters, tmp_path, name, words):
+    own, _ = adapters("lora", rank=6)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    shutil.copy(own, tmp_path / "run/adapter.pth")
+    shutil.copy(files / "base.pth", tmp_path)
+    (tmp_path / "cut.pth").write_bytes(own.read_bytes()[:5000])
+    convert(own, tmp_path / "theirs.pth", "rwkv-peft")
+    trained = {"blocks.0.att.key.miss:exp_avg": torch.ones(2)}
+    of_run = {"format": RUN_FORMAT, "step": 8, "output": "adapter.pth"}
+    write_checkpoint(tmp_path / "run/checkpoints/step-00000008.pth", trained.items(), of_run)
+    torch.save({"blocks.0.att.key.bone": torch.ones(6, 6, 6)}, tmp_path / "bone.pth")
+    with pytest.raises(rwkv_miss.UserError, match=f"^--init_adapter:? .*{words}"):
+        settings(files, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "empty"])
+def test_what_is_no_reference_names_the_flag(files, tmp_path, name):
+    shutil.copy(files / "rows.jsonl", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(rwkv_miss.UserError, match=f"^--reference: .*{name} is (text|a folder)"):
+        check_reference(str(tmp_path / name), "base.pth", 256)
 
 
 @pytest.mark.parametrize("flags", ["--loss dpo", "--loss grpo --beta 0.1"])

@@ -12,9 +12,10 @@ import dataclasses
 import os
 
 from ..errors import UserError
-from ..files.checkpoint import check_finite
+from ..files.checkpoint import check_finite, refuse_run_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.output import refuse_inputs
+from ..files.wrapped import is_model
 
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, own_files, rwkv_peft  # noqa: F401
@@ -62,6 +63,12 @@ def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str
         adapter = FORMATS[name].read(source, hints)
         check_finite(adapter.tensors)
         return name, adapter
+    refuse_run_checkpoint(path, source.config)
+    if is_model(source.tensors):
+        raise UserError(
+            f"{path} is a whole model, and an adapter is expected; where it is the one to train, give it as"
+            " --load_model"
+        )
     raise UserError(
         f"{path} is no adapter of a known layout; its first tensors are"
         f" {', '.join(list(source.tensors)[:3]) or 'none'}; known are: {', '.join(FORMATS)}"

@@ -71,4 +71,6 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return Source(path, tensors, config, config_name, header)
     if is_folder(path):
         return Source(path, *read_described(path, any_folder=True))
-    raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")
+    of_run = os.path.join(path, "adapter.pth")
+    way = f"give {of_run}" if os.path.exists(of_run) else "give an adapter's file or folder"
+    raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; {way}")

@@ -300,8 +300,8 @@ class Config(LossSettings):
     )
     save_steps: int = opt(
         0,
-        "save the adapter and a checkpoint every N steps. Each adapter also stays as adapter-step-N.pth. -N:"
-        " every N passes over the data. 0: only at the end",
+        "save the adapter and a checkpoint every N steps. Each adapter also stays as adapter-step-N.pth;"
+        " full training leaves only the checkpoint. -N: every N passes over the data. 0: only at the end",
     )
     save_total_limit: int = opt(
         1, "number of checkpoints to keep. An older one is removed when the new one is complete", low=1

@@ -125,14 +125,18 @@ def check_reference(reference: str, load_model: str, vocab_size: int) -> None:
     """Raise UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
     if not os.path.exists(reference):
         raise UserError(f"--reference {reference} does not exist{hint(reference)}")
-    _, metadata = read_described(reference, shown=False)
-    if metadata.get("format") == ADAPTER_FORMAT:
+    try:
+        _, metadata = read_described(reference, shown=False)
+        is_adapter = metadata.get("format") == ADAPTER_FORMAT
+        tensors = {} if is_adapter else read_model_file(reference)
+    except UserError as error:
+        raise UserError(f"--reference: {error}") from None
+    if is_adapter:
         base = metadata.get("base") or "BASE"
         raise UserError(
             f"--reference {reference} is an adapter; merge it into its base first (python -m rwkv_miss"
             f" merge --base {base} --adapter {reference} --out merged.pth), and give the merged file"
         )
-    tensors = read_model_file(reference)
     other = Arch.detect(tensors)
     if other.vocab_size != vocab_size:
         raise UserError(

@@ -17,8 +17,9 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.convert import read_any
 from rwkv_miss.convert.formats import Adapter, Hints
 from rwkv_miss.convert.own_files import Native
-from rwkv_miss.errors import UserError, similar_path
+from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import adapter_tensors, find_targets
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
@@ -78,7 +79,8 @@ def _read(config: Config) -> Adapter:
     """
     path = config.init_adapter
     if not os.path.exists(path):
-        raise UserError(f"--init_adapter {path} does not exist{similar_path(path)}")
+        way = hint(path) or "; give an adapter's file, such as the adapter.pth of a run's folder"
+        raise UserError(f"--init_adapter {path} does not exist{way}")
     options = config.value_or_zero("peft_config")
     hints = Hints(alpha=options.get("alpha", options.get("lora_alpha")))
     first = os.path.join(os.path.dirname(path), "init_pissa.pth")
@@ -90,13 +92,23 @@ def _read(config: Config) -> Adapter:
             adapter = read_any(path, hints)[1]
         adapter = adapter or read_any(path)[1]
     except UserError as error:
-        raise UserError(
-            f"--init_adapter: {error}. If the file leaves something open, say it to python -m rwkv_miss"
-            f" convert {path} OUT.pth --to native, and give OUT.pth"
-        ) from None
+        raise UserError(f"--init_adapter: {_with_flags_of_training(path, str(error))}") from None
     # peft names modules that were saved as a whole, and no parts
     whole = [part for part in PARTS if part != adapter.method and _has_part(adapter, part)]
     return dataclasses.replace(adapter, metadata={**adapter.metadata, "train_parts": whole})
+
+
+def _with_flags_of_training(path: str, error: str) -> str:
+    """Return an error of reading with what helps here, where it asks for a flag of convert."""
+    asked = set(re.findall(r"--(alpha|base|init|origin|profile)\b", error))
+    if asked == {"alpha", "init"}:
+        return (
+            f"{path} does not hold LoRA's alpha: give that of its training, such as --peft_config alpha=16. A"
+            " PiSSA file looks the same: then give --peft pissa, with the init_pissa.pth of its training"
+            " beside the file"
+        )
+    convert = f". Say it to python -m rwkv_miss convert {path} OUT.pth --to native, and give OUT.pth"
+    return error + convert if asked else error
 
 
 def _has_part(adapter: Adapter, part: str) -> bool:

@@ -14,6 +14,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.files import hub_names as hub
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint
 from rwkv_miss.files.model_files import name_of
+from rwkv_miss.targets import layers_text
 from rwkv_miss.version import VERSION
 
 from ..common.files import write_text
@@ -125,6 +126,7 @@ def _trained(
         "method": ", ".join([config.peft, *(f"{name} {value}" for name, value in options.items())])
         if config.peft != "none"
         else "full training",
+        "layers with adapters": layers_text(config.adapted_layers(arch.n_layer)) if config.layers else "",
         "whole tensors": config.value_or_zero("train_parts"),
         "loss": objective_of(config).description,
         "data": ", ".join(files),

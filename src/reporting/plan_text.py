@@ -328,7 +328,8 @@ def chosen(run: Plan) -> list[str]:
         kind, _, reason = config.origin_of(name).partition(": ")
         # accelerator, precision and kernel have lines of their own
         if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):
-            by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}".strip())
+            value = getattr(config, name)
+            by_reason.setdefault(reason, []).append(f"{name} {'none' if value == '' else value}")
     lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
     labels = ["chosen", *[""] * len(lines)]
     chosen = [f"{label:<10} {line}" for label, line in zip(labels, lines)]

@@ -15,6 +15,7 @@ from ..config import AUTO, FIELDS, Config
 from ..config.launcher import is_first_process, launched, whole_number
 from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
+from ..config.schema import CHOSEN
 from ..data.examples import Examples
 from ..model import RWKV
 from ..planning.draft import Draft
@@ -62,6 +63,8 @@ MAY_CHANGE = {
 }
 
 
+# settings that the file of --init_adapter decides
+BROUGHT = ("peft", "peft_config", "train_parts", "layers")
 SO_FAR = "as the run has it so far"  # begins the reason of what is not chosen anew
 # settings that may change, and are not chosen again
 LENGTH = ("epoch_count", "eval_steps", "early_stop")
@@ -140,12 +143,15 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
                 + "choose another --proj_dir"
             )
         return None
+    # what another --init_adapter brought, or none did not, would hide the cause
+    brought = BROUGHT if recorded(config.init_adapter) != before.init_adapter else ()
     changed = [
         f"{name} {_shown(before.written(name))}, now it is {_shown(recorded(config.written(name)))}"
         for name in FIELDS
         if name not in MAY_CHANGE
         and not before.is_automatic(name)
         and getattr(before, name) != recorded(getattr(config, name))
+        and not (name in brought and config.origin_of(name).startswith(("default", CHOSEN)))
     ]
     if changed:
         raise UserError(
@@ -163,7 +169,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
 
 def _shown(value: object) -> object:
     """Make an empty text visible in an error."""
-    return "''" if value == "" else value
+    return "not given" if value == "" else value
 
 
 def inputs(
