@@ -92,6 +92,7 @@ class DataSettings:
     )
     data_cache: str = opt(
         "auto",
-        "folder for tokenised data. auto: rwkv-miss/data in the user's cache folder. none: tokenise"
-        " every time",
+        "folder for tokenised data, and for what a reference or a teacher says of them. auto: rwkv-miss/data"
+        " in the user's cache folder. none: tokenise every time, and keep the reference's in the run's"
+        " folder",
     )
