@@ -183,24 +183,28 @@ def test_values_are_packed_in_few_bytes(vocab):
 
 
 def test_a_pass_that_ended_within_a_round_is_gone_on_with():
-    """As after a kill, where the next run has a larger batch: the files have 2 values of its second round."""
+    """As after a kill, where the next run has a larger batch: the files have some values of its second round,
+    as many as a third one has."""
     documents = documents_with_values([6, 4, 9, 12, 3], 67, 3)
     dtype, sizes = documents.reference.dtype, documents.target_counts
     places = np.cumsum(sizes) - sizes
-    rounds = [[[[4], [0]]], [[[3, 1]], [[2]]]]  # the rows of each process
-    order = [[4, 0], [3, 1, 2]]
+    rounds = [[[[4]]], [[[3, 1]], [[2]]], [[[0]]]]  # the rows of each process
+    order = [[4], [3, 1, 2], [0]]
     values = [
         np.concatenate([documents.reference[places[i] : places[i] + sizes[i]] for i in chosen])
         for chosen in order
     ]
-    blocks, known = Blocks(None, dtype), len(values[0]) + 2
+    more = len(values[2])
+    blocks, known = Blocks(None, dtype), len(values[0]) + more
     found = _Values(documents, known, blocks)
     assert found.known_place(rounds[0]) == slice(0, len(values[0]))
     found.put(rounds[0], values[0])
-    assert found.known_place(rounds[1]) is None
-    found.add(rounds[1], Numbers(torch.from_numpy(unpacked(values[1]))))
+    for number in (1, 2):
+        assert found.known_place(rounds[number]) is None
+        found.add(rounds[number], Numbers(torch.from_numpy(unpacked(values[number]))))
     assert (found.all() == documents.reference).all()
-    assert (np.concatenate(blocks.waiting) == values[1][2:]).all(), "what the files lack"
+    lacking = np.concatenate([values[1][more:], values[2]])
+    assert (np.concatenate(blocks.waiting) == lacking).all(), "what the files lack"
 
 
 # whole runs

@@ -107,6 +107,11 @@ def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
     beside = sum(other["memory"][name] for name in ("gradients", "Adam", "rollback", "activations"))
     assert size - beside - other["memory"]["working"] < other["memory"]["reference"] + 1e6
     assert "reference" not in of["dpo"]["memory"]
+    # --layers counts the layers of the model in training, and a reference may have fewer
+    few = checkpoint(7, name="few.pth", n_layer=1, n_embd=32, head_size=16, vocab_size=256)
+    for more in ([], ["--layers", "1"]):
+        _, smaller = planned([*flags, "--loss", "dpo", "--reference", str(few), *more], capsys)
+        assert smaller["memory"]["reference"] >= 0
 
 
 def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, monkeypatch, tmp_path):

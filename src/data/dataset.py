@@ -42,9 +42,8 @@ class Documents(Examples):
     # whole conversation or text; None: all are
     conversation: np.ndarray | None = None
     untrained: int = 0
-    reference: np.ndarray | None = (
-        None  # values of a reference for the trained tokens, see reference_values.py
-    )
+    # values of a reference for the trained tokens, see reference_values.py
+    reference: np.ndarray | None = None
     reference_starts: np.ndarray | None = None  # (n,) int64: where those of each document begin
 
     def __len__(self) -> int:

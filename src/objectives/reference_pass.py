@@ -221,7 +221,8 @@ class ReferencePass:
         config, values = self.config, self.values
         # a method may change the base, up to its rounding
         parts = config.value_or_zero("train_parts")
-        start = [self.model.base_fingerprint, config.peft, config.written("peft_config"), parts]
+        method = [config.peft, config.written("peft_config"), parts, config.layers]
+        start = [self.model.base_fingerprint, *method]
         batch = []  # what decides which examples are in a batch together
         if values.as_in_steps:
             batch = [config.packing, config.micro_bsz, config.accumulation, self.processes.world]
@@ -234,7 +235,7 @@ class ReferencePass:
             documents.digest,
             self.other or start,
             [str(values.dtype), *values.settings],
-            [config.precision, config.quant, config.wkv, config.accelerator],
+            [config.precision, config.peft == "none", config.quant, config.wkv, config.accelerator],
             [config.ctx_len, *batch],
         ]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
@@ -256,9 +257,12 @@ class _Values:
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
     def known_place(self, batches: list[Rows]) -> slice | None:
-        """Return the place of the next round's values among the known ones; None if not all are known."""
+        """Return the place of the next round's values among the known ones; None if not all are known.
+
+        After a round that was read no later one is known: the position of a round on its way is not passed.
+        """
         end = self.position + sum(_count(self.documents, rows) for rows in batches)
-        return slice(self.position, end) if end <= self.known else None
+        return slice(self.position, end) if not self.late and end <= self.known else None
 
     def add(self, batches: list[Rows], numbers: Numbers) -> None:
         """Add the next round's numbers. They are read when the device has its next work."""

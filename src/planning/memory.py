@@ -22,6 +22,7 @@ too. Stage 3: base and trained too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -154,7 +155,8 @@ def memory_parts(
         # the pass is over before there are gradients, moments, copies and a step
         rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
         other = reference_arch(config.reference)
-        forward = step_bytes(other, config, kernel, precision, row, targets, backward=False)
+        of_all = dataclasses.replace(config, layers="")  # --layers counts those of the model in training
+        forward = step_bytes(other, of_all, kernel, precision, row, targets, backward=False)
         of_pass = held + forward.peak + allocator_waste(forward, accelerator)
         parts["reference"] = max(0.0, of_pass - rest)
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)

@@ -61,9 +61,7 @@ MAY_CHANGE = {
     "epoch_count",
     "epoch_steps",
 }
-
-
-# settings that the file of --init_adapter decides
+# Settings that the file of --init_adapter decides.
 BROUGHT = ("peft", "peft_config", "train_parts", "layers")
 SO_FAR = "as the run has it so far"  # begins the reason of what is not chosen anew
 # settings that may change, and are not chosen again
