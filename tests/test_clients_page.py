@@ -19,6 +19,10 @@ PACKAGES = {
     "openai": "openai",
     "openai-agents": "agents",
     "langchain": "langchain_openai",
+    "pydantic-ai": "pydantic_ai",
+    "instructor": "instructor",
+    "llama-index": "llama_index.llms.openai_like",
+    "llm": "llm",
     "anthropic": "anthropic",
 }
 
