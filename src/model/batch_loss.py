@@ -205,7 +205,7 @@ class _Walk:
         """Compute (gradients of the parameters by chunk i, gradient of the state before it).
 
         `dresult` is the gradient of its result, `dafter` that of the state after it. The gradient of a state
-        is empty if none crosses.
+        has None for a tensor that none reaches.
         """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach() for t in _flat(state)]
