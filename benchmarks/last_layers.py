@@ -51,7 +51,7 @@ def main() -> None:
     columns = ["task", "rows", "layers", "before", "best rate", "after", "share of the gain"]
     note = (
         "Nats a token, of which less is better, or right answers; the mean of"
-        f" {len(args.seeds)} seeds, and their range. Their gain is compared with all layers' gain."
+        f" {len(args.seeds)} seeds, and their range. The share is of the gain of all layers."
     )
     parts = [
         "# Adapters in the last layers alone",
