@@ -254,7 +254,7 @@ def try_rewards(objective: Objective, template: Template, data: Data) -> str | N
     with objective.judge(template) as rewards:
         if not rewards:
             return None
-        notes = rewards.check([*data.documents, *data.held_out])
+        notes = rewards.check([*data.documents, *data.held_out], data.encoder.tokenizer)
         if is_first_process():
             print_notes(notes)
         return rewards.digest

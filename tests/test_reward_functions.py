@@ -327,6 +327,7 @@ def test_what_was_read_at_first_runs_to_the_end(functions_of, tmp_path):
             " answer; expected def f(prompt, answers, right)",
         ),
         ("def f(p, a, r, more): 0", "f(p, a, r, more) cannot be called"),
+        ("def f(p, a, r, cut, more): 0", "and after these cut and tokens if it wants them"),
         ("def f(p, a, r): 0\ndef exact(p, a, r): 0", "its function exact has the name of a built-in reward"),
         ("import time\ntime.sleep(100)", "its import took more than 2 s (own.py, line 2: time.sleep(100))"),
     ],
@@ -345,6 +346,20 @@ def test_a_file_that_cannot_be_used_stays_so(functions_of):
     for start in (functions.start, functions.start, lambda: functions.call("f", "", [""], "")):
         with pytest.raises(FunctionFailed, match="it has no function f"):
             start()
+
+
+def test_functions_get_what_they_ask_for(functions_of):
+    """A parameter with a default is the function's own, whatever its name."""
+    functions = functions_of(
+        "def both(p, a, r, cut, tokens): return [len(ids) - 10 * end for ids, end in zip(tokens, cut)]\n"
+        "def named(p, a, r, *, tokens): return [ids[0] for ids in tokens]\n"
+        "def own(p, a, r, cut=0.5, tokens=None): return [cut] * len(a)\n"
+        "def first(cut, a, r): return [len(cut)] * len(a)\n",
+        "both named own first",
+    )
+    beside = {"cut": [True, False], "tokens": [[5, 6], [7]]}
+    found = [functions.call(name, "p", ["a", "b"], "", **beside) for name in functions.names]
+    assert found == [[-8, 1], [5, 7], [0.5, 0.5], [1, 1]]
 
 
 def test_what_may_be_called_may_be_a_reward(functions_of):

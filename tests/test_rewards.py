@@ -11,8 +11,10 @@ from src.config import Config
 from src.config.loss_settings import REWARDS
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
+from src.data.tokenizer import load_tokenizer
 from src.evaluation.rewards import GUARDED, JUDGES, Failed, Rewards, overlong, partial
 
+BYTES = load_tokenizer("bytes", 256)
 QUESTION = Question(["User: 3 + 4?\n\nAssistant:"], "7")
 
 
@@ -128,15 +130,18 @@ def test_the_rewards_that_are_built_in_are_those_of_the_flag():
 
 def test_right_answers_that_cannot_be_read():
     questions = [QUESTION, QUESTION._replace(answer="seven")]
-    rewards_of({"exact": 1, "partial": 1}).check(questions)
+    rewards_of({"exact": 1, "partial": 1}).check(questions, BYTES)
     with pytest.raises(UserError, match="--rewards number: a reference answer has no number: 'seven'"):
-        rewards_of({"exact": 1, "number": 1}).check(questions)
+        rewards_of({"exact": 1, "number": 1}).check(questions, BYTES)
 
 
 OWN = """
 def quality(prompt, answers, right):
     assert prompt == "User: 3 + 4?\\n\\nAssistant:" and right == "7"
     return [len(answer) / 10 for answer in answers]
+
+def unfinished(prompt, answers, right, cut, tokens):
+    return [len(ids) * (-1 if end else 1) for ids, end in zip(tokens, cut)]
 
 def fails_on_none(prompt, answers, right):
     return [1 / len(answer) for answer in answers]
@@ -156,7 +161,7 @@ def own_file(tmp_path):
 
 def test_functions_of_the_user_have_their_share_of_the_sum(own_file):
     with rewards_of({"exact": 1, "quality": 0.5}, reward_file=own_file) as rewards:
-        rewards.check([QUESTION])
+        rewards.check([QUESTION], BYTES)
         scored = rewards.score(QUESTION, [Answer(" 7"), Answer(" eight", cut=True)])
         assert scored.values.tolist() == [[1, 0.1], [0, 0.5]]
         assert scored.total.tolist() == [1.05, 0.25]
@@ -164,9 +169,16 @@ def test_functions_of_the_user_have_their_share_of_the_sum(own_file):
     assert rewards_of({"exact": 1}).digest is None
 
 
+def test_a_function_may_see_which_answers_were_cut_and_their_tokens(own_file):
+    with rewards_of({"unfinished": 1}, reward_file=own_file) as rewards:
+        assert rewards.check([QUESTION], BYTES) == [], "the end of document counts: 2 tokens, and 1"
+        answers = [Answer("7", (9, 0)), Answer("eight", (1, 2, 3), cut=True)]
+        assert rewards.score(QUESTION, answers).total.tolist() == [2, -3]
+
+
 def test_a_function_that_fails_costs_its_group(own_file):
     with rewards_of({"exact": 1, "fails_on_eight": 1}, reward_file=own_file) as rewards:
-        rewards.check([QUESTION])
+        rewards.check([QUESTION], BYTES)
         failed = [rewards.score(QUESTION, [Answer("8")] * count) for count in (2, 3)]
         assert [one.reason[:52] for one in failed] == [
             "fails_on_eight raised ValueError: 2 answers (own.py,",
@@ -182,24 +194,24 @@ def test_a_function_that_fails_costs_its_group(own_file):
 def test_functions_are_tried_before_the_run(own_file):
     said = (
         "own.py: in a trial with 3 reference answers and an empty one, fails_on_none raised"
-        " ZeroDivisionError: division by zero \\(own.py, line 7: .*the reference answer '7'"
+        " ZeroDivisionError: division by zero \\(own.py, line 10: .*the reference answer '7'"
     )
     with (
         rewards_of({"fails_on_none": 1}, reward_file=own_file) as rewards,
         pytest.raises(UserError, match=said),
     ):
-        rewards.check([QUESTION])
+        rewards.check([QUESTION], BYTES)
 
 
 def test_a_function_that_tells_nothing_apart_is_remarked(own_file):
     with rewards_of({"quality": 1, "fails_on_eight": 1}, reward_file=own_file) as rewards:
-        (note,) = rewards.check([QUESTION])
+        (note,) = rewards.check([QUESTION], BYTES)
         assert note.startswith("fails_on_eight of --reward_file gave 0.5 to the reference answer")
 
 
 def test_a_file_without_the_function_is_an_error_at_once(own_file):
     with pytest.raises(
-        UserError, match="own.py: it has no function qualty; it has quality, fails.*; expected a"
+        UserError, match="own.py: it has no function qualty; it has quality, unfinished, fails.*; expected a"
     ):
         rewards_of({"qualty": 1}, reward_file=own_file)
     with pytest.raises(UserError, match="none.py: there is no such file"):

@@ -84,13 +84,15 @@ class RewardFunctions:
             self.close()
             raise
 
-    def call(self, name: str, prompt: str, answers: list[str], right: str) -> list[float]:
+    def call(self, name: str, prompt: str, answers: list[str], right: str, **beside: list) -> list[float]:
         """Return a function's rewards for the answers to a prompt. Raises FunctionFailed without a number
-        each."""
+        each.
+
+        `beside` has `cut` and `tokens`, one for each answer, for functions with such parameters.
+        """
         self.start()
-        reply = self._ask(
-            {"name": name, "prompt": prompt, "answers": answers, "right": right}, self.seconds, name
-        )
+        given = {"name": name, "prompt": prompt, "answers": answers, "right": right, "beside": beside}
+        reply = self._ask(given, self.seconds, name)
         values = reply.get("values")
         if not (isinstance(values, list) and list(map(type, values)) == [float] * len(answers)):
             self._kill()

@@ -27,6 +27,8 @@ from typing import Any
 
 LONGEST = 500  # characters of an exception's message
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+# parameters that a function may have beside the prompt, the answers and the reference answer
+BESIDE = ("cut", "tokens")
 
 
 class RewardMistake(Exception):
@@ -110,25 +112,41 @@ def load(path: str, source: str, names: list[str], reserved: list[str]) -> Modul
 
 
 def check_function(name: str, function: Any, defined: list[str]) -> None:
-    """Raise Refused for a function that cannot be called with (prompt, answers, right)."""
+    """Raise Refused for a function that cannot be called with (prompt, answers, right) and some of BESIDE."""
     if not callable(function):
         has = f"it has {', '.join(defined)}" if defined else "it has none"
         why = "it has no function" if function is None else f"{described_value(function)} is no function, as"
         raise RewardMistake(f"{why} {name}; {has}")
     with contextlib.suppress(ValueError):  # a C function may not tell its parameters
         try:
-            inspect.signature(function).bind("", [], "")
+            inspect.signature(function).bind("", [], "", **dict.fromkeys(asked_beside(function)))
         except TypeError:
             raise RewardMistake(
                 f"{name}{inspect.signature(function)} cannot be called with the prompt, the list of answers"
-                f" and the reference answer; expected def {name}(prompt, answers, right)"
+                f" and the reference answer; expected def {name}(prompt, answers, right), and after these"
+                f" {' and '.join(BESIDE)} if it wants them"
             ) from None
 
 
-def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: str) -> list[float]:
-    """Call a function: a number for each answer. Raises Refused for anything else."""
-    count = len(answers)
-    returned = getattr(module, name)(prompt, answers, right)
+def asked_beside(function: Any) -> list[str]:
+    """Name the parameters of BESIDE that a function has after the first three, without a default."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[3:]
+    except ValueError:  # a C function may not tell its parameters
+        return []
+    return [one.name for one in parameters if one.name in BESIDE and one.default is one.empty]
+
+
+def call(
+    module: ModuleType, name: str, prompt: str, answers: list[str], right: str, beside: dict[str, list]
+) -> list[float]:
+    """Call a function: a number for each answer. Raises Refused for anything else.
+
+    `beside` has, by name, what the function may ask for: a value for each answer.
+    """
+    count, function = len(answers), getattr(module, name)
+    asked = {wanted: beside[wanted] for wanted in asked_beside(function)}
+    returned = function(prompt, answers, right, **asked)
     expected = f"expected a list of {plural(count, 'number')}, one for each answer"
     if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
         raise RewardMistake(

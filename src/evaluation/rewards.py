@@ -1,12 +1,13 @@
 """Rewards of drawn answers: the weighted sum of the rewards that --rewards names.
 
 rewards = Rewards.of(config, template)      # UserError for settings that make no sense
-rewards.check(questions)                    # notes; UserError where the rewards cannot judge these questions
+rewards.check(questions, tokenizer)         # notes; UserError where the rewards cannot judge these questions
 rewards.score(question, answers)            # Scored, or Failed: this group alone cannot be used
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -21,6 +22,7 @@ from ..config.loss_settings import REWARDS
 from ..data.chat_template import Template
 from ..data.questions import Question
 from ..data.templates import answer_text, whole_text
+from ..data.tokenizer import Tokenizer
 from .mathematics import require_math_verify
 from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable
@@ -53,7 +55,7 @@ class Spoken(NamedTuple):
 
     whole: str  # the answer with its thoughts
     said: str  # without thoughts, as scripts.evaluate judges it
-    tokens: int
+    tokens: Sequence[int]
     cut: bool
 
 
@@ -91,6 +93,13 @@ RANGES = dict.fromkeys(REWARDS, (0.0, 1.0)) | {"length": (-1.0, 0.0)}
 # rewards that a text may keep busy for hours, each in a process of its own
 GUARDED = {"regex": "guarded_regex.py", "math_verify": "guarded_mathematics.py"}
 PARSED = 64  # reference answers that math_verify reads before a run; each takes milliseconds, or seconds
+
+
+def _as_drawn(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a reference answer with its end; of a text without tokens the end alone."""
+    with contextlib.suppress(UserError):
+        return [*tokenizer.encode(text), *tokenizer.eod]
+    return list(tokenizer.eod)
 
 
 class Rewards:
@@ -133,7 +142,7 @@ class Rewards:
         """Return the SHA-256 of --reward_file; the bytes read at the start run to the end."""
         return self.own.digest if self.own else None
 
-    def check(self, questions: Sequence[Question]) -> list[str]:
+    def check(self, questions: Sequence[Question], tokenizer: Tokenizer) -> list[str]:
         """Return notes on odd rewards. Raises UserError if they cannot judge answers to these questions.
 
         The user's functions are called once, with reference answers to the first question and an empty one.
@@ -144,10 +153,11 @@ class Rewards:
                 require_readable(name, asked, f"--rewards {name}")
         question = questions[0]
         answers = [question.answer] * (self.config.group_size - 1) + [""]
-        notes = []
+        tokens = [_as_drawn(tokenizer, answer) for answer in answers]
+        beside, notes = {"cut": [False] * len(answers), "tokens": tokens}, []
         for name in self.own.names if self.own else ():
             try:
-                values = self.own.call(name, question.prompt, answers, question.answer)
+                values = self.own.call(name, question.prompt, answers, question.answer, **beside)
             except FunctionFailed as failed:
                 raise UserError(
                     f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} reference"
@@ -187,7 +197,7 @@ class Rewards:
 
     def _spoken(self, question: Question, answer: GivenAnswer) -> Spoken:
         asked = answer.text, self.template, question.opening
-        return Spoken(whole_text(*asked).strip(), answer_text(*asked), len(answer.tokens), answer.cut)
+        return Spoken(whole_text(*asked).strip(), answer_text(*asked), answer.tokens, answer.cut)
 
     def _column(self, name: str, spoken: list[Spoken], question: Question) -> list[float]:
         """Return one reward of each answer."""
@@ -195,7 +205,7 @@ class Rewards:
         whole = [answer.whole for answer in spoken]
         if name == "length":
             most, limit = self.config.reward_length, self.config.max_tokens
-            return [overlong(answer.tokens, most, limit) for answer in spoken]
+            return [overlong(len(answer.tokens), most, limit) for answer in spoken]
         if name == "regex":
             return self.guarded[name].call(name, prompt, whole, self.config.reward_regex)
         if name == "math_verify":
@@ -204,4 +214,5 @@ class Rewards:
             return [0.0 if answer.cut else next(judged) for answer in spoken]
         if name in JUDGES:
             return [JUDGES[name](answer, right) for answer in spoken]
-        return self.own.call(name, prompt, whole, right)
+        cut, tokens = [answer.cut for answer in spoken], [list(answer.tokens) for answer in spoken]
+        return self.own.call(name, prompt, whole, right, cut=cut, tokens=tokens)
