@@ -12,7 +12,7 @@ from src.config import parse
 from src.data.collate import collate
 from src.data.dataset import Documents, load_documents
 from src.data.file_documents import Document
-from src.data.reference_values import are_finite, packed, top_tokens, unknown, unpacked
+from src.data.reference_values import LOG_PROB, are_finite, packed, top_tokens, unknown, unpacked
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV, rwkv
 from src.model import loss as losses
@@ -20,9 +20,11 @@ from src.model.batch_loss import Chunks, batch_distillation
 from src.model.distillation_loss import Teacher, distillation_sums, head_distillation, top_of
 from src.model.loss import head_loss
 from src.objectives.reference_blocks import Blocks
-from src.objectives.reference_pass import ReferencePass, _Values
+from src.objectives.reference_model import build_reference
+from src.objectives.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
+from src.planning.memory import memory_parts
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
@@ -283,7 +285,9 @@ def test_a_killed_run_goes_on_and_a_later_one_begins_without_a_pass(files, tmp_p
     same_lines(lines(proj_dir), lines(whole), rel=0)
     same_adapters(proj_dir, whole, ratio=0)
     batch = ["--micro_bsz", "1", "--accumulate_grad_batches", "4"]
-    start(files, tmp_path / "parts", *batch, sabotage=no_pass)
+    assert "in all; they are kept in --data_cache" in start(
+        files, tmp_path / "parts", *batch, sabotage=no_pass
+    )
     same_lines(lines(tmp_path / "parts"), lines(whole))
 
 
@@ -303,6 +307,32 @@ def test_two_processes_make_the_same_steps(files, tmp_path, whole):
     start(files, tmp_path / "run", *two)
     same_lines(lines(tmp_path / "run"), lines(whole))
     same_adapters(tmp_path / "run", whole)
+
+
+def test_where_documents_share_no_rows_the_teacher_reads_none_that_are_longer(files):
+    """And as a frozen base is read, also where all of the student is trained."""
+    given = ["--load_model", str(files / "base.pth"), "--data_file", "rows.jsonl", "--loss", "distill"]
+    given += ["--reference", str(files / "teacher.pth"), "--peft", "none", "--precision", "bf16"]
+    given += ["--ctx_len", "4096", "--packing"]
+    apart, together = (parse([*given, packing]) for packing in "01")
+    documents = documents_with_values([6, 4, 9], 67, 3)
+    values = TokenValues(LOG_PROB, None, as_in_steps=False)
+    assert [longest_row(config, values, documents) for config in (apart, together)] == [8, 4096]
+    assert longest_row(apart, LOG_PROBS, documents) == 4096, "those of the run's own evaluations"
+    assert {p.dtype for p in build_reference(apart).parameters()} == {torch.bfloat16}
+
+
+def test_the_plan_has_the_values_of_a_teacher_in_memory_and_in_the_pass_twice(files):
+    given = ["--load_model", "x.pth", "--data_file", "x.jsonl", "--loss", "distill", "--micro_bsz", "1"]
+    config = parse(
+        [*given, "--grad_cp", "0", "--peft_config", "r=4", "--reference", str(files / "teacher.pth")]
+    )
+    arch, kind = make_arch(7, vocab_size=256), ("cpu", "cpu", "fp32", 32, 32)
+    none, many = (memory_parts(arch, config, *kind, values=size) for size in (0, 10**9))
+    rest = {"values", "reference"}
+    assert {**many, **dict.fromkeys(rest)} == {**none, **dict.fromkeys(rest)} and "values" not in none
+    assert many["values"] == 10**9 and many["reference"] > 0.9e9
+    assert "values" not in memory_parts(arch, config, "gpu", "cuda", "fp32", 32, 32, values=10**9)
 
 
 def test_a_teacher_that_is_missing_or_has_other_tokens_is_refused(files, tmp_path):

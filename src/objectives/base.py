@@ -207,6 +207,10 @@ class Objective(abc.ABC):
         """Tell whether examples share rows."""
         return self.config.packing
 
+    def reference_bytes(self, schedule: Schedule, arch: Arch) -> int:
+        """Count the bytes of a reference's values that every process keeps, where they are many."""
+        return 0
+
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
         """Count the answers that a process samples at once for a step."""
         return 0

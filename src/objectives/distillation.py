@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.merging.rounding import percent
 
 from .. import ops
 from ..common.formatting import counted, size_text
@@ -28,10 +29,11 @@ from ..model import RWKV
 from ..model.batch_loss import batch_distillation
 from ..model.log_probs import top_log_probs
 from .base import TrainingData
+from .estimates import Speed, Times
 from .loss_metrics import Shown
 from .policy import Policy
 from .reference_model import reference_arch, relative_work
-from .reference_pass import ReferencePass, TokenValues
+from .reference_pass import ReferencePass, TokenValues, kept_share
 from .sft import SUPERVISED, Supervised
 
 DISTILLED = dataclasses.replace(
@@ -80,8 +82,21 @@ class Distilled(Supervised):
 
         return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
 
+    def reference_bytes(self, schedule: Schedule, arch: Arch) -> int:
+        return self._values(arch).dtype.itemsize * sum(schedule.targets)
+
     def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         return FORWARD * relative_work(self.config.reference, arch) * trained
+
+    def times(
+        self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
+    ) -> Times:
+        found = super().times(data, arch, schedule, steps, evaluations, speed)
+        if not found.reference:
+            return found
+        asked = asked_of(data.documents, schedule, steps)
+        missing = 1 - kept_share(self.config, self._values(arch), asked)
+        return dataclasses.replace(found, reference=missing * found.reference)
 
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
@@ -104,16 +119,27 @@ class Distilled(Supervised):
         )
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
-        config, dtype = self.config, self._values(arch).dtype
+        config, values = self.config, self._values(arch)
         kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
-        likeliest = counted(row_shape(dtype)[0] // 2, "likeliest token")
-        size, teacher = dtype.itemsize, reference_arch(config.reference).describe()
+        teacher = reference_arch(config.reference).describe()
+        count, size = row_shape(values.dtype)[0] // 2, values.dtype.itemsize
+        likeliest = counted(count, "likeliest token")
+        fewer = f", fewer than --distill_top {config.distill_top}," if count < config.distill_top else ""
+        asked = asked_of(documents, schedule, config.total_steps(schedule.steps_per_pass))
+        found = "found once before step 1 and"
+        if known := kept_share(config, values, asked):
+            found = f"{percent(known)} of them are" if known < 1 else "they are"
         return [
             f"loss       {self.description}",
-            f"teacher    {teacher}; its {likeliest} of {arch.vocab_size:,} at each trained token take {size}"
-            f" bytes, {size_text(size * documents.targets)} in all; found once before step 1 and kept in"
-            f" {kept_in}",
+            f"teacher    {teacher}; its {likeliest} of {arch.vocab_size:,}{fewer} at each trained token take"
+            f" {size} bytes, {size_text(size * asked.targets)} in all; {found} kept in {kept_in}",
         ]
+
+
+def asked_of(documents: Examples, schedule: Schedule, steps: int) -> Examples:
+    """Return the documents whose values a run of `steps` steps needs."""
+    whole = steps >= schedule.steps_per_pass
+    return documents if whole else documents.take(documents_of(schedule, steps))
 
 
 def documents_of(schedule: Schedule, steps: int) -> np.ndarray:

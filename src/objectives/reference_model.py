@@ -26,7 +26,6 @@ from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV, read_model_file
-from ..model.dtypes import dtype_of, dtype_of_base
 from ..model.log_probs import token_features
 
 EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
@@ -40,11 +39,9 @@ def reference_of(reference: str) -> Identity | None:
 
 
 def build_reference(config: Config) -> RWKV:
-    """Load the model of --reference, which computes as the base without its adapter does."""
+    """Load the model of --reference as a frozen base is loaded, also where all of the own one is trained."""
     dtype = PRECISIONS[config.precision]
-    of_base = dtype_of_base(config.peft, config.quant, dtype)
-    model = RWKV.load(config.reference, of_base, kernel=config.wkv)
-    model.computes_in = dtype_of(config.peft, config.precision)
+    model = RWKV.load(config.reference, None if config.quant != "none" else dtype, kernel=config.wkv)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model.requires_grad_(False).eval()

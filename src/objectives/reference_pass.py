@@ -30,6 +30,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from ..common.late_reading import Numbers
+from ..config import Config
 from ..data.batches import Schedule
 from ..data.collate import row_by_row, to_device
 from ..data.examples import Examples
@@ -40,11 +41,12 @@ from ..model import RWKV
 from ..ops.build import announce
 from .base import Objective
 from .policy import Policy, policy_of
-from .reference_blocks import Blocks, blocks_in
+from .reference_blocks import NAMES, Blocks, blocks_in
 from .reference_model import build_reference, reference_of
 
 VERSION = 2  # raised when the code changes the values
 FOLDER = "reference"  # in the run's folder
+ALL = "evaluation"  # the order of a pass over all examples
 
 Rows = list[list[int]]  # of a batch: the places of the examples of each row
 
@@ -76,7 +78,7 @@ def held_out_rounds(batches: list[Rows], world: int) -> Rounds:
         now = batches[number * world : (number + 1) * world]
         return now + [[]] * (world - len(now))
 
-    return Rounds("evaluation", -(-len(batches) // world), batches_of)
+    return Rounds(ALL, -(-len(batches) // world), batches_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,8 @@ class ReferencePass:
         """Return the values of all examples, (targets,), in batches of an evaluation."""
         config = self.config
         seed = config.random_seed if self.values.as_in_steps else 0
-        batches = evaluation_rows(documents, config.ctx_len, config.micro_bsz, seed)
+        row = longest_row(config, self.values, documents)
+        batches = evaluation_rows(documents, row, config.micro_bsz, seed)
         return self._values_of(documents, held_out_rounds(batches, self.processes.world), what)
 
     def part(self, documents: Examples, chosen: np.ndarray, what: str) -> np.ndarray:
@@ -128,8 +131,9 @@ class ReferencePass:
         sizes = documents.target_counts.astype(np.int64)
         is_chosen = np.zeros(len(sizes), bool)
         is_chosen[chosen] = True
+        values = self.all(documents.take(chosen), what)
         found = unknown(int(sizes.sum()), self.values.dtype)
-        found[np.repeat(is_chosen, sizes)] = self.all(documents.take(chosen), what)
+        found[np.repeat(is_chosen, sizes)] = values
         return found
 
     def _values_of(self, documents: Examples, rounds: Rounds, what: str) -> np.ndarray:
@@ -218,30 +222,54 @@ class ReferencePass:
 
     def _folder(self, documents: Examples, order: str) -> pathlib.Path:
         """Return the folder for the values of these documents, read in this order."""
-        config, values = self.config, self.values
+        config = self.config
         # a method may change the base, up to its rounding
         parts = config.value_or_zero("train_parts")
         method = [config.peft, config.written("peft_config"), parts, config.layers]
         start = [self.model.base_fingerprint, *method]
         batch = []  # what decides which examples are in a batch together
-        if values.as_in_steps:
+        if self.values.as_in_steps:
             batch = [config.packing, config.micro_bsz, config.accumulation, self.processes.world]
             batch += [config.random_seed, config.chunk_ctx, self.shared]
-        described = [
-            VERSION,
-            torch.__version__,
-            np.__version__,  # its random numbers are the order
-            order,
-            documents.digest,
-            self.other or start,
-            [str(values.dtype), *values.settings],
-            [config.precision, config.peft == "none", config.quant, config.wkv, config.accelerator],
-            [config.ctx_len, *batch],
-        ]
-        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
-        if config.data_cache == "none":
-            return pathlib.Path(config.proj_dir, FOLDER, digest)
-        return cache_folder(config.data_cache) / digest
+        return folder_of(config, self.values, documents, order, self.other or start, batch)
+
+
+def folder_of(
+    config: Config, values: TokenValues, documents: Examples, order: str, model: str | list, batch: list
+) -> pathlib.Path:
+    """Return the folder for the values of these documents, read in this order. `model` tells which model
+    reads, and `batch` what else decides."""
+    in_fp32 = config.peft == "none" and not isinstance(model, str)  # is the model in training
+    described = [
+        VERSION,
+        torch.__version__,
+        np.__version__,  # its random numbers are the order
+        order,
+        documents.digest,
+        model,
+        [str(values.dtype), *values.settings],
+        [config.precision, in_fp32, config.quant, config.wkv, config.accelerator],
+        [longest_row(config, values, documents), *batch],
+    ]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
+    if config.data_cache == "none":
+        return pathlib.Path(config.proj_dir, FOLDER, digest)
+    return cache_folder(config.data_cache) / digest
+
+
+def longest_row(config: Config, values: TokenValues, documents: Examples) -> int:
+    """Return the most tokens of a row in a pass over all documents: a teacher's rows are no longer than the
+    steps' own, also where documents share none there."""
+    shares_rows = values.as_in_steps or config.packing
+    return config.ctx_len if shares_rows else int(documents.lengths.max()) - 1
+
+
+def kept_share(config: Config, values: TokenValues, documents: Examples) -> float:
+    """Return the share of a teacher's values of these documents that earlier passes have left."""
+    teacher = reference_of(config.reference).fingerprint
+    files = folder_of(config, values, documents, ALL, teacher, []).glob(NAMES)
+    kept = sum(file.stat().st_size for file in files)
+    return kept / max(1, values.dtype.itemsize * documents.targets)
 
 
 class _Values:

@@ -11,6 +11,7 @@
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
 | update      | what DeepSpeed's optimizer step needs beyond all of the step   | update_bytes
+| values      | what a teacher says of the trained tokens, in each process     | reference_bytes
 | reference   | what --reference and its pass need beyond all above            | reference_weights, step_bytes
 | drawing     | what drawing answers needs beyond activations and working      | sampling_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
@@ -90,11 +91,13 @@ def memory_parts(
     prompts: SharedPrompts | None = None,
     documents: Sequence[Sequence[int]] = (),
     step: StepBytes | None = None,
+    values: int = 0,
 ) -> dict[str, float]:
     """Count bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
     `targets` are the trained tokens of a micro-batch, and `prompts` its sizes if prompts are read once.
     `documents` are the lengths of those in each of its rows. `step` is the result of step_bytes(), if known.
+    `values` are the bytes of a teacher's values in main memory.
     """
     model = model_on_meta(arch, config.adapter)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -148,7 +151,10 @@ def memory_parts(
         # it is over before the forward begins
         of_step = parts["activations"] + parts["working"]
         parts["drawing"] = max(0.0, sampling - of_step)
-    held = reference_weights(config.reference, config.quant, base_size) if config.reference else 0
+    if values and accelerator == "cpu":
+        parts["values"] = values
+    size = PRECISIONS[precision].itemsize
+    held = reference_weights(config.reference, config.quant, size) if config.reference else 0
     if config.reference and objective.keeps_reference:
         parts["reference"] = held
     elif config.reference:
@@ -157,7 +163,8 @@ def memory_parts(
         other = reference_arch(config.reference)
         of_all = dataclasses.replace(config, layers="")  # --layers counts those of the model in training
         forward = step_bytes(other, of_all, kernel, precision, row, targets, backward=False)
-        of_pass = held + forward.peak + allocator_waste(forward, accelerator)
+        # those of an earlier pass are there twice
+        of_pass = held + forward.peak + allocator_waste(forward, accelerator) + 2 * parts.get("values", 0)
         parts["reference"] = max(0.0, of_pass - rest)
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts

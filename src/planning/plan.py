@@ -309,6 +309,7 @@ def estimate(
         sizes.targets,
         sizes.shared,
         sizes.documents,
+        values=objective_of(config).reference_bytes(schedule, arch),
     )
 
 
