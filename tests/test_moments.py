@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import shutil
+import sys
 
 import pytest
 import torch
 
 from rwkv_miss import read_checkpoint
 from rwkv_miss.errors import UserError
+from src.common import moments as packing
 from src.common.moments import packed, unpacked
 from src.model import RWKV
 from src.planning.memory import memory_parts
@@ -62,7 +64,7 @@ def test_the_first_steps_are_adamws_and_the_memory_is_as_counted():
         assert sum(kept) == counted
 
 
-def test_moments_that_are_unpacked_and_packed_again_have_the_same_bits():
+def test_moments_that_are_unpacked_and_packed_again_have_the_same_bits(monkeypatch):
     """Whichever part is unpacked. Blocks have their largest number on either side of 0; one is 0."""
     from bitsandbytes.optim import AdamW8bit
 
@@ -75,15 +77,17 @@ def test_moments_that_are_unpacked_and_packed_again_have_the_same_bits():
         optimizer.step()
     state = optimizer.state[p]
     moments = unpacked(state)
-    again = packed(
-        {key: value.view(p.shape) if value.dim() else value for key, value in moments.items()}, p.device
-    )
+    whole = {key: value.view(p.shape) if value.dim() else value for key, value in moments.items()}
+    again = packed(whole, p.device)
     assert again["step"] == 3 and again.keys() == state.keys()
     for number in "12":
         scales = state[f"absmax{number}"]
         assert torch.equal(again[f"absmax{number}"], scales) and 0 < (scales == 0).sum() < len(scales)
         matters = scales.repeat_interleave(256)[:4500].view(p.shape) > 0
         assert torch.equal(again[f"state{number}"][matters], state[f"state{number}"][matters])
+    monkeypatch.setattr(packing, "AT_ONCE", 512)
+    for key, value in packed(whole, p.device).items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(again[key])), f"{key} in slices"
     for start, size in ((0, 4500), (300, 1), (255, 258), (4400, 100), (512, 0)):
         part = unpacked(state, start, size)
         for key in ("exp_avg", "exp_avg_sq"):
@@ -122,4 +126,10 @@ def test_the_package_is_asked_for_before_anything_is_read(monkeypatch, version, 
     with pytest.raises(
         UserError, match=rf"bitsandbytes, 0.50 or newer, {seen}; pip install 'bitsandbytes>=0.50'"
     ):
+        check_optimizer("adamw8bit")
+
+
+def test_a_package_that_does_not_work_here_is_told_before_anything_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"importing .* fails here \(ModuleNotFoundError: .*mend the install"):
         check_optimizer("adamw8bit")

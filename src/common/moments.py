@@ -7,6 +7,7 @@ block of numbers as its scale. Packing what was unpacked gives the same bits, wh
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # numbers with one scale
+AT_ONCE = BLOCK << 12  # numbers that are packed at a time
 SMALL = 4096  # tensors of fewer numbers keep their moments in fp32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,19 +50,35 @@ def packed(moments: Mapping[str, Tensor], device: torch.device) -> dict:
         return {}
     state: dict = {"step": int(moments["step"])}
     for number, name in enumerate(MOMENTS, 1):
-        moment = moments[name].to(device, copy=True)
+        moment = moments[name]
         if moment.numel() < SMALL:
-            state[f"state{number}"] = moment
+            state[f"state{number}"] = moment.to(device, copy=True)
             continue
         codes, _ = _maps(device)[name]
-        # The library's own quantisation takes the nearest code but for small numbers.
-        blocks = F.pad(moment.flatten(), (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
-        scales = blocks.abs().amax(1)
-        shares = blocks / scales.clamp(min=torch.finfo().tiny)[:, None]
-        nearest = torch.bucketize(shares, (codes[1:] + codes[:-1]) / 2, out_int32=True).to(torch.uint8)
-        nearest = nearest.flatten()[: moment.numel()].view_as(moment)
-        state |= {f"state{number}": nearest, f"absmax{number}": scales, f"qmap{number}": codes}
+        # a slice at a time: the work on one takes several times its bytes
+        parts = [_nearest(part.to(device), codes) for part in moment.flatten().split(AT_ONCE)]
+        nearest, scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        state |= {f"state{number}": nearest.view_as(moment), f"absmax{number}": scales}
+        state[f"qmap{number}"] = codes
     return state
+
+
+def _nearest(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes of these numbers, the scale of each block). The library's own quantisation takes the
+    nearest code but for small numbers."""
+    blocks = F.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    shares = blocks / scales.clamp(min=torch.finfo().tiny)[:, None]
+    nearest = torch.bucketize(shares, (codes[1:] + codes[:-1]) / 2, out_int32=True)
+    return nearest.flatten()[: len(part)].to(torch.uint8), scales
+
+
+def adamw_of_8_bits() -> type[torch.optim.Optimizer]:
+    """Import bitsandbytes' optimizer."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other uses
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 @functools.cache

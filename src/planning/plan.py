@@ -18,6 +18,7 @@ from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
 from ..common.formatting import counted, size_text
+from ..common.moments import adamw_of_8_bits
 from ..config import Config
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
@@ -199,7 +200,7 @@ def check_packages(strategy: str, chunk_ctx: int) -> None:
 
 
 def check_optimizer(optimizer: str) -> None:
-    """Raise UserError if the package of the 8-bit optimizer is absent or too old."""
+    """Raise UserError if the package of the 8-bit optimizer is absent, too old, or does not work here."""
     if optimizer != "adamw8bit":
         return
     try:
@@ -212,6 +213,13 @@ def check_optimizer(optimizer: str) -> None:
             f"--optimizer adamw8bit needs the package bitsandbytes, {BITSANDBYTES} or newer{seen}; pip"
             f" install 'bitsandbytes>={BITSANDBYTES}', or use --optimizer adamw"
         )
+    try:
+        adamw_of_8_bits()
+    except Exception as error:  # whatever a broken installation raises
+        raise UserError(
+            f"--optimizer adamw8bit needs bitsandbytes, and importing {version} fails here"
+            f" ({type(error).__name__}: {error}); mend the installation, or use --optimizer adamw"
+        ) from None
 
 
 def choose_device(draft: Draft, device: Device) -> None:

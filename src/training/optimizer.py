@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import most_specific
 
+from ..common.moments import adamw_of_8_bits
 from ..config import Config
 from ..planning.defaults import warm_up
 from .validation_log import no_better
@@ -79,9 +79,6 @@ def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.Optimi
     """
     settings: dict = {"lr": rate, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
     if config.optimizer == "adamw8bit":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other uses
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **settings)
+        return adamw_of_8_bits()(groups, **settings)
     fused = config.accelerator == "gpu" and not config.strategy.startswith("deepspeed")
     return torch.optim.AdamW(groups, fused=fused or None, **settings)
