@@ -795,7 +795,11 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 @torch.no_grad()
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], force: bool = False, keep_first: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    force: bool = False,
+    keep_first: bool = True,
+    content: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
@@ -804,7 +808,7 @@ def load_adapter(
     call it.
 
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
-    is. keep_first: as for inject().
+    is. keep_first: as for inject(). content: the tensors and metadata of a file that was read already.
     """
     is_new = not hasattr(unwrapped(model), "injection")
     model = unwrapped(model, to_inject=is_new)
@@ -816,7 +820,7 @@ def load_adapter(
             " values first, with load_state_dict(assign=True) or to_empty()"
         )
     require_whole(model)
-    linears, replaced, metadata = fit_adapter(model, path, force)
+    linears, replaced, metadata = fit_adapter(model, path, force, content)
     if is_new:
         _keep_first(model, keep_first)
     reshard(model)
@@ -844,13 +848,16 @@ def _replaceable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fit_adapter(
-    model: nn.Module, path: str | os.PathLike[str], force: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    force: bool = False,
+    content: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
     """Return (tensors of each adapted linear by its name, whole tensors, metadata) of a file that fits.
 
     The model is injected where needed, and may be on the meta device. Raises UserErrors as in load_adapter().
     """
-    tensors, metadata = read_adapter(path)
+    tensors, metadata = content or read_adapter(path)
     check_finite(tensors)
     recorded = metadata["base_fingerprint"]
     if not force and recorded and getattr(model, "base_fingerprint", None) not in (None, recorded):

@@ -137,17 +137,15 @@ def test_another_run_is_not_gone_on_with(folder, changed, words):
         go_on(folder("config.yaml", STEP_2), **changed)
 
 
-def test_an_absent_init_adapter_is_the_one_difference(folder):
+@pytest.mark.parametrize("given, now", [("", "not given"), ("b.pth", "b.pth")])
+def test_another_init_adapter_is_told_before_its_file_is_read(folder, given, now):
+    """What it brings, such as a rank, would be named as the difference."""
     proj_dir = folder("config.yaml", STEP_2)
     began = {"init_adapter": "a.pth", "peft": "lora", "layers": "1", "train_parts": "ln"}
     configuration.save(Config(**SETTINGS | began), f"{proj_dir}/config.yaml")
-    with pytest.raises(UserError, match="has init_adapter a.pth, now it is not given. Resume with --config"):
-        go_on(proj_dir)
-    typed = {"layers": "0", "origins": {"layers": "command line"}}
-    with pytest.raises(
-        UserError, match="has layers 1, now it is 0; init_adapter a.pth, now it is not given. Res"
-    ):
-        go_on(proj_dir, **typed)
+    draft = Draft(Config(**SETTINGS, init_adapter=given, proj_dir=proj_dir, resume="auto"))
+    with pytest.raises(UserError, match=f"has init_adapter a.pth, now it is {now}. Resume with --config"):
+        inherit(draft, earlier_settings(proj_dir, "auto"))
 
 
 def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):

@@ -14,7 +14,7 @@ from rwkv_miss.files.checkpoint import RUN_FORMAT, write_checkpoint
 from src.config import parse
 from src.model import RWKV
 from src.planning import start_adapter
-from src.planning.base_model import build_model, check_reference, read_base
+from src.planning.base_model import build_model, check_reference, choose_train_parts, read_base
 from src.planning.draft import Draft
 from src.training.run_folder import adapter_of_step
 
@@ -110,6 +110,9 @@ def test_settings_come_from_the_file_of_any_project(files, adapters, tmp_path):
     (tmp_path / "rwkv-4.init_pissa.pth").rename(tmp_path / "init_pissa.pth")
     config = settings(files, theirs, "--peft", "pissa", "--peft_config", "r=5")
     assert torch.equal(build_model(config, live.arch, "torch", torch.float32)(ids)[0], live(ids)[0])
+    (tmp_path / "init_pissa.pth").write_bytes(b"damaged")
+    with pytest.raises(rwkv_miss.UserError, match="--init_adapter: .*init_pissa.pth is "):
+        settings(files, theirs, "--peft", "pissa", "--peft_config", "r=5")
     for method, options in (("state", {}), ("pissa", {"rank": 5})):  # the second changes frozen weights
         path, live = adapters(method, **options)
         config = settings(files, path)
@@ -141,9 +144,8 @@ def test_another_base_is_refused(files, adapters):
     path, _ = adapters("lora", rank=6)
     with pytest.raises(rwkv_miss.UserError, match=r"was trained on RWKV-7, 2 layers, width 48, .* width 64"):
         settings(files, path, base="wide")
-    config = settings(files, path, base="other")
     with pytest.raises(rwkv_miss.UserError, match="was trained on another base, base.pth") as caught:
-        build_model(config, make_arch(7, **SIZES), "torch", torch.float32)
+        settings(files, path, base="other")
     assert "merge --base base.pth" in str(caught.value)
     with pytest.raises(rwkv_miss.UserError, match="absent.pth does not exist"):
         settings(files, files / "absent.pth")
@@ -202,6 +204,19 @@ def test_a_reference_is_asked_for(files, flags):
 def test_full_training_begins_with_no_adapter(files):
     with pytest.raises(rwkv_miss.UserError, match="has no meaning with --peft none; merge it first"):
         settings(files, "a.pth", "--peft", "none")
+
+
+@pytest.mark.parametrize(
+    "given, factors", [((), {"emb": 0.1, "head": 0.1}), (["--train_parts", "emb,head"], {})]
+)
+def test_embedding_and_head_of_the_file_have_rates_of_their_own(files, adapters, given, factors):
+    """Unless they were asked for, as in the run that chose to train them."""
+    path, live = adapters("lora", rank=6, train_parts="emb,head")
+    flags = f"--load_model {files}/base.pth --data_file {files}/rows.jsonl --tokenizer bytes".split()
+    draft = Draft(parse([*flags, "--init_adapter", str(path), *given]))
+    _, tokenizer = read_base(draft)
+    choose_train_parts(draft, live.arch, None, tokenizer)
+    assert draft.config.train_parts == "emb,head" and draft.config.value_or_zero("lr_map") == factors
 
 
 def test_an_adapter_that_changed_is_noticed(files, adapters):

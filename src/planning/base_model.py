@@ -16,9 +16,11 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.merging.rounding import percent
+from rwkv_miss.methods.whole_tensors import split_parts
 
 from ..common.formatting import counted
 from ..config import Config
+from ..config.schema import CHOSEN
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
 from ..data.examples import Examples
@@ -81,6 +83,8 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
     """
     config = draft.config
     if not config.is_automatic("train_parts"):
+        if config.init_adapter and config.origin_of("train_parts").startswith(CHOSEN):
+            choose_factors(draft, arch, config.train_parts)
         return
     has_kl = config.value_or_zero("beta") and objective_of(config).keeps_reference and not config.reference
     if config.peft in ("none", "state") or has_kl:
@@ -105,7 +109,13 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
         parts.remove("emb")
         reason += "; emb lies below --layers"
     draft.choose("train_parts", ",".join(parts), reason)
-    factor = first_rate_of_all(arch) / first_rate(config, arch)
+    choose_factors(draft, arch, ",".join(parts))
+
+
+def choose_factors(draft: Draft, arch: Arch, train_parts: str) -> None:
+    """Fill in lr_map for embedding and head, which nobody asked to train."""
+    factor = first_rate_of_all(arch) / first_rate(draft.config, arch)
+    parts = [part for part in split_parts(train_parts) if part in ("emb", "head")]
     factors = dict.fromkeys(parts, float(f"{min(factor, 1.0):.1g}"))
     draft.choose("lr_map", factors, "whole tensors move as far in a step as in full training")
 

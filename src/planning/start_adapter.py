@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
-import tempfile
 from typing import Any
 
 import torch
@@ -16,17 +14,17 @@ import rwkv_miss
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.convert import read_any
 from rwkv_miss.convert.formats import Adapter, Hints
-from rwkv_miss.convert.own_files import Native
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
-from rwkv_miss.files.identity import fingerprint
-from rwkv_miss.inject import adapter_tensors, find_targets
+from rwkv_miss.files.identity import Identity, fingerprint
+from rwkv_miss.inject import adapter_tensors, checked_metadata, find_targets
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
 from ..config import Config
 from ..config.adapter_options import TARGET_NAMES
+from ..config.launcher import is_first_process
 from ..config.schema import PUBLISHED
 from ..model import RWKV
 from .draft import Draft
@@ -42,6 +40,10 @@ def take_settings(draft: Draft, arch: Arch) -> None:
     names = ("version", "n_layer", "n_embd", "vocab_size")
     if described and any(described.get(name) != getattr(arch, name) for name in names):
         _refuse(config, f"was trained on {_sizes(described)}, and --load_model is {arch.describe()}")
+    recorded = adapter.metadata["base_fingerprint"]
+    if recorded and recorded != Identity(config.load_model, shown=is_first_process()).fingerprint:
+        base = adapter.metadata["base"]
+        _refuse(config, f"was trained on another base, {base}, and not on this --load_model", base)
     found = _settings(adapter, arch)
     for name, value in found.items():
         given = getattr(config, name)
@@ -59,15 +61,9 @@ def take_settings(draft: Draft, arch: Arch) -> None:
 
 def put(model: RWKV, config: Config) -> None:
     """Adapt the model as the file of --init_adapter is, with its values."""
-    adapter = _read(config)
-    recorded = adapter.metadata["base_fingerprint"]
-    if recorded and recorded != model.base_fingerprint:
-        base = adapter.metadata["base"]
-        _refuse(config, f"was trained on another base, {base}, and not on this --load_model", base)
-    with tempfile.TemporaryDirectory() as folder:  # the file may be another project's
-        own = os.path.join(folder, "adapter.pth")
-        Native.write(adapter, own)
-        rwkv_miss.load_adapter(model, own, keep_first=False)
+    path, adapter = config.init_adapter, _read(config)
+    content = adapter.tensors, checked_metadata(path, adapter.metadata)
+    rwkv_miss.load_adapter(model, path, keep_first=False, content=content)
     model.start_fingerprint = fingerprint(adapter.tensors)
 
 
@@ -86,13 +82,13 @@ def _read(config: Config) -> Adapter:
     first = os.path.join(os.path.dirname(path), "init_pissa.pth")
     if config.peft == "pissa" and os.path.exists(first):
         hints = Hints(init=first)
-    adapter = None
     try:
-        with contextlib.suppress(UserError):  # of a format that leaves nothing open
-            adapter = read_any(path, hints)[1]
-        adapter = adapter or read_any(path)[1]
+        adapter = read_any(path, hints)[1]
     except UserError as error:
-        raise UserError(f"--init_adapter: {_with_flags_of_training(path, str(error))}") from None
+        try:
+            adapter = read_any(path)[1]  # of a format that leaves nothing open
+        except UserError:
+            raise UserError(f"--init_adapter: {_with_flags_of_training(path, str(error))}") from None
     # peft names modules that were saved as a whole, and no parts
     whole = [part for part in PARTS if part != adapter.method and _has_part(adapter, part)]
     return dataclasses.replace(adapter, metadata={**adapter.metadata, "train_parts": whole})

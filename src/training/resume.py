@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+from collections.abc import Iterable
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
@@ -15,7 +16,6 @@ from ..config import AUTO, FIELDS, Config
 from ..config.launcher import is_first_process, launched, whole_number
 from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
-from ..config.schema import CHOSEN
 from ..data.examples import Examples
 from ..model import RWKV
 from ..planning.draft import Draft
@@ -61,8 +61,6 @@ MAY_CHANGE = {
     "epoch_count",
     "epoch_steps",
 }
-# Settings that the file of --init_adapter decides.
-BROUGHT = ("peft", "peft_config", "train_parts", "layers")
 SO_FAR = "as the run has it so far"  # begins the reason of what is not chosen anew
 # settings that may change, and are not chosen again
 LENGTH = ("epoch_count", "eval_steps", "early_stop")
@@ -114,6 +112,8 @@ def inherit(draft: Draft, earlier: Recorded) -> None:
             f" and only the command line may name code; add --reward_file {before.reward_file}"
         )
     check_rewards(draft.config)
+    # which brings settings that would hide the cause
+    _refuse_changes(config, before, ["init_adapter"])
 
 
 def _still(reason: str) -> str:
@@ -141,21 +141,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
                 + "choose another --proj_dir"
             )
         return None
-    # what another --init_adapter brought, or none did not, would hide the cause
-    brought = BROUGHT if recorded(config.init_adapter) != before.init_adapter else ()
-    changed = [
-        f"{name} {_shown(before.written(name))}, now it is {_shown(recorded(config.written(name)))}"
-        for name in FIELDS
-        if name not in MAY_CHANGE
-        and not before.is_automatic(name)
-        and getattr(before, name) != recorded(getattr(config, name))
-        and not (name in brought and config.origin_of(name).startswith(("default", CHOSEN)))
-    ]
-    if changed:
-        raise UserError(
-            f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. Resume with --config"
-            f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
-        )
+    _refuse_changes(config, before, [name for name in FIELDS if name not in MAY_CHANGE])
     # a share might have been chosen only after the command was checked
     if config.value_or_zero("eval_steps") and not config.eval_file and config.eval_split == 0:
         raise UserError(
@@ -163,6 +149,20 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
         )
     return paths[-1]
+
+
+def _refuse_changes(config: Config, before: Config, names: Iterable[str]) -> None:
+    """Raise UserError if one of these settings is another one than before."""
+    changed = [
+        f"{name} {_shown(before.written(name))}, now it is {_shown(recorded(config.written(name)))}"
+        for name in names
+        if not before.is_automatic(name) and getattr(before, name) != recorded(getattr(config, name))
+    ]
+    if changed:
+        raise UserError(
+            f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. Resume with --config"
+            f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
+        )
 
 
 def _shown(value: object) -> object:
