@@ -514,7 +514,7 @@ def test_a_phone_a_dark_room_and_chinese(browser):
             assert luminance(page, "body", "backgroundColor") > 0.9
             for selector in (f"{DONE} p", ".figures", ".label", ".foot button"):
                 assert contrast(page, selector) > 4.5, selector
-            english, chinese = page.evaluate("import('/page/translations.js').then(m => m.languages)")
+            english, chinese = page.evaluate("import('/page/words.js').then(m => m.languages)")
             assert english.keys() == chinese.keys()
             for name, text in english.items():
                 assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name]))

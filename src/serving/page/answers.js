@@ -3,7 +3,7 @@
 import { streamAnswer } from "./api.js";
 import { contentOf } from "./files.js";
 import { BLANK, state } from "./store.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 // a step is the finest that is taken
 export const NUMBERS = [

@@ -1,7 +1,7 @@
 // What is asked of the server, and its errors in words.
 
 import { readKey } from "./store.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 export class ServerError extends Error {
   constructor(message, status = 0) {
@@ -10,7 +10,8 @@ export class ServerError extends Error {
   }
 }
 
-async function ask(path, options = {}) {
+/** The reply to a request. Throws ServerError with what the server said, or why it said nothing. */
+export async function ask(path, options = {}) {
   const key = readKey();
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   let response;

@@ -11,7 +11,7 @@ import { listenToSettings, showSettings, wrongSetting } from "./settings.js";
 import { keepKey, readKey, restore, save, state } from "./store.js";
 import { byId } from "./text.js";
 import { grow, onEnter, showTurns } from "./turns.js";
-import { useLanguage, word } from "./translations.js";
+import { useLanguage, word } from "./words.js";
 
 const [log, draft, problem, settings] = ["log", "draft", "problem", "settings"].map(byId);
 let server = null; // what /v1/server said

@@ -4,7 +4,7 @@ import { asJson, asMarkdown, drop, isKept, keep, keepFile, keeps } from "./kept.
 import { kept, newId, setKeeps, titleOf } from "./kept.js";
 import { state } from "./store.js";
 import { byId, make } from "./text.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 /** Keep the conversation of now, if the reader wants that. False where the browser has no more room. */
 export function keepNow() {

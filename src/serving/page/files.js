@@ -1,7 +1,7 @@
 // Text files beside a message: read in the browser, and put before it under their names.
 
 import { make } from "./text.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 const MOST_BYTES = 256 * 1024;
 

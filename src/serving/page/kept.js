@@ -2,7 +2,7 @@
 
 import { contentOf } from "./files.js";
 import { readTurn } from "./store.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 const KEEP = "rwkv-miss-keep";
 const PREFIX = "rwkv-miss-chat-";

@@ -1,8 +1,8 @@
-// The panels at the sides: conversations and settings. A narrow page has room for one of them, or for none.
+// The panels at the sides. A narrow page has room for one of them, or for none.
 
 import { byId } from "./text.js";
 
-const PANELS = ["chats", "settings"];
+const PANELS = [...document.querySelectorAll(".panel")].map((panel) => panel.id);
 const NARROW = "(max-width: 75rem)";
 
 export function togglePanel(name, open) {

@@ -1,11 +1,10 @@
 // The controls: an adapter and its scale for each side, system prompt, tools, thinking, sampling, colours.
 
 import { NUMBERS, toolsProblem } from "./answers.js";
+import { listenToColours } from "./colours.js";
 import { save, state } from "./store.js";
 import { byId, make } from "./text.js";
-import { word } from "./translations.js";
-
-const THEME = "rwkv-miss-theme"; // theme.js reads it
+import { word } from "./words.js";
 
 /** Show the controls for what this server has, with what was chosen. */
 export function showSettings(server) {
@@ -114,12 +113,7 @@ export function listenToSettings(server, changed) {
     checkTools();
     save();
   });
-  byId("theme").value = document.documentElement.dataset.theme;
-  byId("theme").addEventListener("change", ({ target: { value } }) => {
-    document.documentElement.dataset.theme = value;
-    if (value) localStorage.setItem(THEME, value);
-    else localStorage.removeItem(THEME);
-  });
+  listenToColours();
   byId("mode").addEventListener("change", (event) => {
     state.mode = event.target.value;
     changed();

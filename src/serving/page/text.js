@@ -1,6 +1,6 @@
 // An answer's text as nodes of the page: plain, or rendered by the server. HTML in it is never run.
 
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
 

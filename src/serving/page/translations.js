@@ -1,6 +1,6 @@
-// What the page says, in English and Chinese. {name} is filled in.
+// What the chat page says, in English and Chinese. {name} is filled in.
 
-const ENGLISH = {
+export const ENGLISH = {
   chats: "Chats",
   new: "New",
   language: "中文",
@@ -89,7 +89,7 @@ const ENGLISH = {
   about: "{template} template. rwkv-miss {version}.",
 };
 
-const CHINESE = {
+export const CHINESE = {
   chats: "对话",
   new: "新对话",
   language: "English",
@@ -177,25 +177,3 @@ const CHINESE = {
   full: "对话太长，刷新页面后无法保留。",
   about: "模板 {template}。rwkv-miss {version}。",
 };
-
-let chosen = ENGLISH;
-
-export function word(name, values = {}) {
-  return chosen[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
-}
-
-export function useLanguage(name) {
-  chosen = name === "zh" ? CHINESE : ENGLISH;
-  document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
-  for (const [attribute, set] of [
-    ["word", (element, text) => (element.textContent = text)],
-    ["label", (element, text) => element.setAttribute("aria-label", text)],
-    ["placeholder", (element, text) => (element.placeholder = text)],
-  ]) {
-    for (const element of document.querySelectorAll(`[data-${attribute}]`)) {
-      set(element, word(element.dataset[attribute]));
-    }
-  }
-}
-
-export const languages = [ENGLISH, CHINESE];

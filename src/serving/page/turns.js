@@ -5,7 +5,7 @@ import { fileViews } from "./files.js";
 import { markdownView } from "./rendering.js";
 import { state } from "./store.js";
 import { copyButton, make, plainNodes, showNodes } from "./text.js";
-import { word } from "./translations.js";
+import { word } from "./words.js";
 
 const shown = new WeakMap(); // what was made for a turn, and of what
 

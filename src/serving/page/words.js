@@ -1,0 +1,25 @@
+// The words of a page, in the language that was chosen.
+
+import { CHINESE, ENGLISH } from "./translations.js";
+
+let chosen = ENGLISH;
+
+export function word(name, values = {}) {
+  return chosen[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
+}
+
+export function useLanguage(name) {
+  chosen = name === "zh" ? CHINESE : ENGLISH;
+  document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
+  for (const [attribute, set] of [
+    ["word", (element, text) => (element.textContent = text)],
+    ["label", (element, text) => element.setAttribute("aria-label", text)],
+    ["placeholder", (element, text) => (element.placeholder = text)],
+  ]) {
+    for (const element of document.querySelectorAll(`[data-${attribute}]`)) {
+      set(element, word(element.dataset[attribute]));
+    }
+  }
+}
+
+export const languages = [ENGLISH, CHINESE];
