@@ -10,6 +10,7 @@ import gc
 import io
 import os
 import pickle
+import signal
 import stat
 import struct
 import subprocess
@@ -292,6 +293,21 @@ def test_permissions_are_those_of_any_new_file(tmp_path, write):
         for path in ((tmp_path / "x").iterdir() if (tmp_path / "x").is_dir() else [tmp_path / "x"])
     }
     assert modes == {0o640}
+
+
+def test_what_is_half_written_at_a_sigterm_is_removed(tmp_path):
+    def killed(path):
+        write_text(path + "-whole", "a")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for write in (
+        lambda: write_folder(tmp_path / "x", {"a": killed}),
+        lambda: write_checkpoint(tmp_path / "x.pth", (killed(str(tmp_path / "b")) for _ in range(1))),
+    ):
+        with pytest.raises(SystemExit, match="143"):
+            write()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [path.name for path in tmp_path.iterdir()] == ["b-whole"]
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -188,6 +188,26 @@ def test_native_code_and_numpy_draw_the_same(compiler):
             assert one.logprob == pytest.approx(exact[row, one.token].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "schema, words",
+    [
+        ({"type": "strin"}, "strin'$"),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"items": {"type": "strin"}}}},
+            r"Invalid type: strin' at '/\$defs/b/items'$",
+        ),
+        (
+            {"anyOf": [{"type": "null"}, {"properties": {"c": {"pattern": "("}}}]},
+            "at '/anyOf/1/properties/c'$",
+        ),
+        ({"properties": {"a": {"const": 1}, "b": {"$ref": "#/none"}}}, "not exist\" at '/properties/b'$"),
+    ],
+)
+def test_a_wrong_schema_is_refused_with_the_place(compiler, schema, words):
+    with pytest.raises(UserError, match=words):
+        compiler.compile("start: @it", {"it": {"json_schema": {**schema, "x-guidance": {"lenient": True}}}})
+
+
 def test_wrong_and_large_forms_are_refused(compiler, monkeypatch):
     for value, word in (
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),

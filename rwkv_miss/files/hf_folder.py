@@ -22,7 +22,7 @@ from .provenance import KEY, Entry, Provenance
 from .safetensors_io import read_safetensors
 from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
 from .untrusted import read_json
-from .weight_files import read_weights, weight_files
+from .weight_files import of_all, read_weights, weight_files
 
 MODEL_TYPE = "rwkv7"  # in config.json
 LARGEST_DEPTH = 1 << 12  # layers
@@ -72,7 +72,7 @@ def read_folder(path: str | os.PathLike[str]) -> HfFolder:
             f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected {MODEL_TYPE}"
         )
     files, header = read_weights(path)
-    stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    stored = of_all(files)
     provenance = Provenance.found(header, path)
     if any(name.startswith(OFFICIAL) for name in stored):
         layout, tensors = "official", _official(path, config, stored)

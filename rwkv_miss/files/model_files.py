@@ -18,7 +18,7 @@ from .hf_folder import MODEL_TYPE, folder_files, is_folder, read_config, read_fo
 from .hf_names import in_usual_order
 from .provenance import Provenance
 from .safetensors_io import is_safetensors, read_header, read_safetensors
-from .weight_files import read_weights
+from .weight_files import of_all, read_weights
 from .wrapped import contained, is_model, plain_names
 
 
@@ -73,9 +73,8 @@ def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 def _of_folder(path: str | os.PathLike[str], any_folder: bool) -> ModelFile:
     if any_folder and read_config(os.fspath(path)).get("model_type") != MODEL_TYPE:
         files, header = read_weights(path)
-        tensors = {name: tensor for part in files.values() for name, tensor in part.items()}
         provenance = Provenance.found(header, path)
-        return ModelFile(tensors, provenance and provenance.metadata, [])
+        return ModelFile(of_all(files), provenance and provenance.metadata, [])
     folder = read_folder(path)
     return _as_recorded(path, in_usual_order(folder.tensors), folder.provenance, folder.notes)
 

@@ -8,9 +8,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from ..errors import UserError, listed
@@ -47,6 +50,24 @@ def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
 
 
 @contextlib.contextmanager
+def _tidy() -> Iterator[None]:
+    """Let a SIGTERM raise SystemExit inside the block, so that what is half written is removed."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # somebody else answers it
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "") -> Iterator[BinaryIO]:
     """Open a new file under a temporary name; it becomes `path` when the block ends and it is on the disk.
 
@@ -61,7 +82,7 @@ def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "")
     temporary, written = temporary or f"{place}.{secrets.token_hex(4)}.tmp", 0
     try:
         try:
-            with open(temporary, mode) as file:
+            with _tidy(), open(temporary, mode) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -109,6 +130,7 @@ def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
     require_writable(f"{os.path.realpath(out)}.tmp")
 
 
+@_tidy()
 def write_folder(out: str | os.PathLike[str], writers: dict[str, Callable[[str], None]]) -> None:
     """Write a folder of files, each made by a function of its path. It appears when all are complete.
 

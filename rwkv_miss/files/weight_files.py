@@ -78,6 +78,11 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tens
     return found, header
 
 
+def of_all(files: Files) -> dict[str, Tensor]:
+    """Return the tensors of all files."""
+    return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+
+
 def check_new_folder(out: str | os.PathLike[str], size: int = 0) -> None:
     """Raise UserError unless a new folder of `size` bytes can be made at `out`: nothing or an empty one is
     there."""

@@ -26,7 +26,7 @@ from ..files.model_files import name_of, read_model, weight_paths
 from ..files.output import refuse_inputs, require_writable
 from ..files.provenance import Provenance
 from ..files.safetensors_io import file_order, is_safetensors
-from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, read_weights, write_like
+from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, of_all, read_weights, write_like
 from ..files.wrapped import is_model
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
@@ -237,7 +237,7 @@ def merge_file(
             _refuse_second_merge(base, before, m)
         _check_base(base, m, identity, tensors, force)
     files, header = read_weights(base) if to_folder else ({"": tensors}, {})
-    stored = {name: tensor for part in files.values() for name, tensor in part.items()}
+    stored = of_all(files)
     if to_folder or is_folder(base) and not is_model(tensors):
         members = placed(base, stored, members)
     adapters = Combination(members)
@@ -296,8 +296,8 @@ def _forms(
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors that each file of a merged folder gets, as shapes and dtypes alone."""
     forms = {file: dict(tensors) for file, tensors in files.items()}
-    base = [name for part in files.values() for name in part]
-    forms[list(forms)[-1]] |= {name: adapters.added_value(name) for name in adapters.added(base)}
+    new = adapters.added(list(of_all(files)))
+    forms[list(forms)[-1]] |= {name: adapters.added_value(name) for name in new}
 
     def form(tensor: Tensor) -> Tensor:
         kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype

@@ -11,6 +11,7 @@ import concurrent.futures
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 LONGEST = 1 << 16  # bytes of a grammar
 SYMBOLS = 10_000
 LEXER_STATES = 5000
+SEARCH = 0.5  # seconds to find the wrong part of a schema
+NAMED = ("properties", "patternProperties", "$defs", "definitions")  # have schemas by names
 
 
 class Constraint(Protocol):
@@ -89,8 +92,28 @@ class GrammarCompiler:
         )
         matcher = self.package.LLMatcher(self.tokens, text, log_level=0, limits=limits)
         if matcher.is_error():
-            raise UserError(f"the form can't be compiled: {short(matcher.get_error().strip())}")
+            reason = matcher.get_error()
+            schemas = (part["json_schema"] for part in (parts or {}).values() if "json_schema" in part)
+            place = next(filter(None, (self._place(schema, reason) for schema in schemas)), "")
+            at = f" at {short(place)}" if place else ""
+            raise UserError(f"the form can't be compiled: {short(reason.strip())}{at}")
         return GrammarForm(self, matcher)
+
+    def _place(self, schema: dict[str, Any], reason: str) -> str:
+        """Return the JSON pointer to the smallest part of a schema that fails for this reason, or ""."""
+        until, options = time.monotonic() + SEARCH, schema.get("x-guidance")
+
+        def fails(part: dict[str, Any]) -> bool:
+            grammar = {"grammars": [{"json_schema": {**part, "x-guidance": options}}]}
+            return self.package.LLMatcher.validate_grammar(json.dumps(grammar)) == reason
+
+        place = ""
+        while time.monotonic() < until:
+            key, schema = next((found for found in _parts(schema) if fails(found[1])), ("", {}))
+            if not key:
+                break
+            place += f"/{key}"
+        return place
 
     def regex(self, text: str) -> dict[str, Any]:
         r"""Make a part for compile() from a regular expression, which the whole answer has to match.
@@ -112,6 +135,17 @@ class GrammarCompiler:
             return {"lark_grammar": any_to_lark(text)}
         except Exception as error:  # its own class, and Python's for grammars that are cut off
             raise UserError(f"the grammar is neither Lark nor GBNF: {error}") from None
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schemas in a schema, with their places: anyOf/0, properties/NAME."""
+    for key, value in schema.items():
+        inner = enumerate(value) if isinstance(value, list) else ()
+        if key in NAMED and isinstance(value, dict):
+            inner = value.items()
+        elif isinstance(value, dict) and key != "x-guidance":
+            yield key, value
+        yield from ((f"{key}/{name}", part) for name, part in inner if isinstance(part, dict))
 
 
 class GrammarForm:
