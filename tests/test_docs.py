@@ -120,7 +120,7 @@ CASES = [
 
 def test_tables_that_commands_print():
     commands = {command for _, command, _ in BLOCKS}
-    memory = {f"scripts.memory_table{flag}" for flag in ("", " --cpu", " --scaling")}
+    memory = {f"scripts.memory_table{flag}" for flag in ("", " --cpu", " --moments", " --scaling")}
     methods = {"scripts.methods_table", "scripts.methods_table --options"}
     assert commands == {"scripts.flags", "tests.fake_gpu --launches", *memory, *methods}
     marks = sum(text.count("<!-- begin: ") + text.count("<!-- end: ") for text in pages().values())

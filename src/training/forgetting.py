@@ -15,9 +15,10 @@ class Forgetting(Callback):
     """Callback that measures mean KL(base || tuned) at the end of a run, for each section of the text and
     "all".
 
-    They are in `result`, which is empty if the tokenizer has no tokens for the text. It is None for a new
-    model, which has no base file, and for a run that was interrupted. It starts before a resumed run has its
-    state back, so this callback stands before the Saver.
+    They are in `result`, which is empty if the tokenizer has no tokens for the text. It stays None where
+    `base_file` is empty, because there is no base to compare with, as in a training from scratch, and where
+    the run was interrupted. The callback starts before a resumed run has its state back, so it stands before
+    the Saver.
     """
 
     def __init__(self, tokenizer, base_file: str, is_complete):
