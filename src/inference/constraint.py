@@ -27,7 +27,6 @@ LONGEST = 1 << 16  # bytes of a grammar
 SYMBOLS = 10_000
 LEXER_STATES = 5000
 SEARCH = 0.5  # seconds to find the wrong part of a schema
-NAMED = ("properties", "patternProperties", "$defs", "definitions")  # have schemas by names
 
 
 class Constraint(Protocol):
@@ -102,18 +101,13 @@ class GrammarCompiler:
     def _place(self, schema: dict[str, Any], reason: str) -> str:
         """Return the JSON pointer to the smallest part of a schema that fails for this reason, or ""."""
         until, options = time.monotonic() + SEARCH, schema.get("x-guidance")
-
-        def fails(part: dict[str, Any]) -> bool:
+        for place, part in _objects(schema):
             grammar = {"grammars": [{"json_schema": {**part, "x-guidance": options}}]}
-            return self.package.LLMatcher.validate_grammar(json.dumps(grammar)) == reason
-
-        place = ""
-        while time.monotonic() < until:
-            key, schema = next((found for found in _parts(schema) if fails(found[1])), ("", {}))
-            if not key:
+            if self.package.LLMatcher.validate_grammar(json.dumps(grammar)) == reason:
+                return place
+            if time.monotonic() > until:
                 break
-            place += f"/{key}"
-        return place
+        return ""
 
     def regex(self, text: str) -> dict[str, Any]:
         r"""Make a part for compile() from a regular expression, which the whole answer has to match.
@@ -137,15 +131,13 @@ class GrammarCompiler:
             raise UserError(f"the grammar is neither Lark nor GBNF: {error}") from None
 
 
-def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the schemas in a schema, with their places: anyOf/0, properties/NAME."""
-    for key, value in schema.items():
-        inner = enumerate(value) if isinstance(value, list) else ()
-        if key in NAMED and isinstance(value, dict):
-            inner = value.items()
-        elif isinstance(value, dict) and key != "x-guidance":
-            yield key, value
-        yield from ((f"{key}/{name}", part) for name, part in inner if isinstance(part, dict))
+def _objects(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects in a JSON value with their places, such as /anyOf/0, the inner ones first."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from _objects(inner, f"{place}/{key}")
+    if isinstance(value, dict):
+        yield place, value
 
 
 class GrammarForm:
