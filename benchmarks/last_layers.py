@@ -1,11 +1,11 @@
 """An experiment: what do adapters in the last layers alone cost in loss?
 
-    python -m benchmarks.last_layers [--data ../shared/data] [--tasks shakespeare ...] [--seeds 0 1]
+    python -m benchmarks.last_layers [--data ../shared/data] [--tasks shakespeare ...] [--seeds 0 1 2]
     [--out out/last-layers] [--report docs/results]
 
 MiSS is trained in all layers and in the last ones alone, on tasks of benchmarks.first_run, in whole runs of
 train.py of 100 steps. Each has a rate of its own: with the first seed rates are tried from a middle one to
-the better side, until the best has a worse one on both sides. The other seed trains at that rate.
+the better side, until the best has a worse one on both sides. The other seeds train at that rate.
 
 What counts is the loss on texts that are not in the training data, or the right answers to such questions. A
 finished training is kept in --out, and is not repeated. --report FOLDER gets last-layers.md. The last line is
@@ -30,7 +30,7 @@ def percent(share: float) -> str:
 
 def main() -> None:
     parser = experiment.parser(__doc__, "last-layers", tasks=LAYERS)
-    parser.set_defaults(tasks=["capitals", "shakespeare", "sort"], seeds=[0, 1])
+    parser.set_defaults(tasks=["capitals", "shakespeare", "sort"])
     args = experiment.parsed(parser)
     rows, figures, lines = [], {}, []
     for name, layers in ((task, layers) for task in args.tasks for layers in LAYERS[task]):
