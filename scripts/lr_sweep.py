@@ -104,10 +104,10 @@ def check(ours: argparse.Namespace, config: Config) -> None:
         )
     if config.init_only:
         raise UserError("--init_only trains nothing; drop it")
-    if config.on_rewards:
+    if config.draws_answers:
         raise UserError(
-            "--loss grpo has no sweep: its trainings make no rollouts, and their loss says nothing about"
-            " the rewards. Run train.py at two or three rates (--lr_init) and compare the held-out rewards"
+            f"--loss {config.loss} has no sweep: its trainings make no rollouts. Run train.py at two or three"
+            " rates (--lr_init) and compare what they measure on held-out questions"
         )
 
 

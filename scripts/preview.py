@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         if not config.data_file:
             show_forms(config, encoder, plain)
             return 0
-        if config.on_rewards:
+        if config.draws_answers:
             found = preview_questions(config, encoder, args, plain)
             return int(args.strict and found)
         lint, report, loaded = inspect(config, encoder)

@@ -1,5 +1,5 @@
-"""Preview of the questions of --loss grpo, for scripts.preview: the prompts, and the rewards of reference
-answers."""
+"""Preview of the questions of a training on drawn answers, for scripts.preview: the prompts, and the rewards
+of reference answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from src.data.formats import Reading, Report, encodable
 from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.objectives.kinds import objective_of
-from src.objectives.rewards.sizes import longest_answer, needs_answer
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
 
@@ -91,7 +90,8 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
         for name in odd_question(row, encoder):
             lint.note(name, asked.where)
 
-    reader = QuestionReader(encoder, reading, report, needs_answer(config.rewards))
+    objective = objective_of(config)
+    reader = QuestionReader(encoder, reading, report, objective.needs_answers)
     loaded = reader.load(config.data_file, config.random_seed, note)
     for file in report.files.values():
         if file.bad:
@@ -105,9 +105,8 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
                 lint.note("known prompt", asked.where)
 
         QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)
-    ctx_len = config.value_or_zero("ctx_len")
-    longest = longest_answer(loaded, encoder.tokenizer, config.rewards, config.reward_length, ctx_len)
-    draft.choose("max_tokens", *longest)
+    for choice in objective.defaults_by_data(loaded, encoder.tokenizer):
+        draft.choose(*choice)
     draft.choose("ctx_len", *row_length(loaded.longest + draft.config.max_tokens - 1, config.chunk_ctx))
     config = draft.config
     questions = loaded.examples(config.ctx_len, config.group_size, config.max_tokens)
@@ -253,6 +252,6 @@ def sample_lines(found: Looked, i: int, rewards: Rewards, encoder: Encoder, plai
     return [
         f"question {i + 1} of {len(found.loaded.questions)}, {len(prompt)} tokens, as it is asked:",
         shown(asked, encoder.tokenizer, plain),
-        f"  right, {len(right.tokens)} tokens with its end; it gets {worth}:",
+        f"  right, {len(right.tokens)} tokens with its end{f'; it gets {worth}' if rewards.names else ''}:",
         *(f"    | {line}" for line in answer.splitlines()),
     ]

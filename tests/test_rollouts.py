@@ -28,7 +28,7 @@ from src.model.log_probs import token_log_probs
 from src.objectives.base import TrainingData
 from src.objectives.kinds import objective_of
 from src.objectives.policy import policy_of
-from src.objectives.rewards.feed import AllFailed, RolloutFeed, Totals
+from src.objectives.rewards.feed import AllFailed, Reference, RolloutFeed, Totals
 from src.objectives.rewards.rollouts import Rollouts
 from src.objectives.rewards.sizes import STATE_BYTES, STATES, rows_at_once
 from src.planning.defaults import choose_loss
@@ -113,7 +113,7 @@ def feed_of(
     )
     policy = policy_of(model, objective.chunks, processes)
     schedule = make_schedule(questions, config, world)
-    return RolloutFeed(rollouts, schedule, steps, objective, policy)
+    return RolloutFeed(rollouts, schedule, steps, objective, policy, Reference(objective, policy))
 
 
 def plus(**of_others):

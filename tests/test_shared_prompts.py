@@ -14,7 +14,7 @@ from src.data.batches import make_schedule
 from src.data.encode import tokens_of
 from src.data.file_documents import Document
 from src.data.preferences import Preference, fit_examples
-from src.model import RWKV, log_probs
+from src.model import RWKV, batch_loss
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
@@ -107,12 +107,12 @@ def test_a_state_without_its_gradient_is_seen(monkeypatch):
     """What the answers say of the prompt is a large part of the gradient."""
     model, rows = make_model(7), make_rows()
     want = results(model, rows, False)
-    begins = log_probs.after_prompts
+    begins = batch_loss.after_prompts
 
     def detached(*given):
         return [LayerState(*(t.detach() for t in layer)) for layer in begins(*given)]
 
-    monkeypatch.setattr(log_probs, "after_prompts", detached)
+    monkeypatch.setattr(batch_loss, "after_prompts", detached)
     found = results(model, rows, True)
     close("ln p", found[0], want[0], 1e-12)
     name = "blocks.0.att.value.miss"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rwkv_miss.errors import UserError
 
-from .loss_settings import LOSSES
+from .loss_settings import LOSSES, TAUGHT
 from .option import AUTO, Auto
 from .schema import Config
 
@@ -29,10 +29,12 @@ OF_LOSSES = {
     "desirable_weight": (("kto",), {}),
     "undesirable_weight": (("kto",), {}),
     "reference": (
-        ("distill", "dpo", "ipo", "kto", "grpo"),
+        (*TAUGHT, "dpo", "ipo", "kto", "grpo"),
         dict.fromkeys(("orpo", "simpo"), "orpo and simpo compare with no other model"),
     ),
-    **dict.fromkeys(("distill_top", "distill_temperature", "distill_mix"), (("distill",), {})),
+    "distill_temperature": (TAUGHT, {}),
+    **dict.fromkeys(("distill_top", "distill_mix"), (("distill",), {})),
+    **dict.fromkeys(("group_size", "max_tokens", "inner_steps"), (("grpo", "distill_on_policy"), {})),
     **dict.fromkeys(
         (
             "rewards",
@@ -40,13 +42,10 @@ OF_LOSSES = {
             "reward_regex",
             "reward_length",
             "reward_timeout",
-            "group_size",
-            "max_tokens",
             "grpo_type",
             "clip_low",
             "clip_high",
             "advantage_scale",
-            "inner_steps",
         ),
         (GRPO, {}),
     ),
@@ -69,7 +68,7 @@ def check_loss(config: Config) -> None:
             )
     if config.has_teacher and not config.reference:
         raise UserError(
-            "--loss distill needs a teacher: give the file of a larger or better model with the same"
+            f"--loss {config.loss} needs a teacher: give the file of a larger or better model with the same"
             " vocabulary as --reference, or train without one with --loss sft"
         )
     if config.is_supervised:

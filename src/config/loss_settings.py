@@ -7,9 +7,10 @@ import dataclasses
 from .data_settings import DataSettings
 from .option import opt
 
-# losses on preferences; --loss also takes sft, the usual one, distill, with a teacher, and grpo, on rewards
+# losses on preferences; --loss also takes sft, the usual one, those with a teacher, and grpo, on rewards
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 # built-in rewards of --loss grpo (src/evaluation/rewards.py); others are functions of --reward_file
+TAUGHT = ("distill", "distill_on_policy")  # with a teacher
 REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
 
 
@@ -20,11 +21,12 @@ class LossSettings(DataSettings):
     loss: str = opt(
         "sft",
         "what is minimised. sft: the cross entropy of the trained tokens. distill: the same, and the KL from"
-        " a teacher, the model of --reference (docs/training.md). dpo, ipo, orpo or simpo: a"
+        " a teacher, the model of --reference (docs/training.md). distill_on_policy: the model answers"
+        " questions, and the KL is taken at each token of its own answers. dpo, ipo, orpo or simpo: a"
         " preference between two answers, for rows with chosen and rejected. kto: the same for single"
         " answers, with label true or false. docs/preferences.md says which is for what. grpo: the model"
         " answers questions, and learns from the rewards of its answers (docs/rewards.md)",
-        choices=("sft", "distill", *LOSSES, "grpo"),
+        choices=("sft", *TAUGHT, *LOSSES, "grpo"),
     )
     beta: float = opt(
         0.0,
@@ -70,9 +72,9 @@ class LossSettings(DataSettings):
     undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
     reference: str = opt(
         "",
-        "the reference model of dpo, ipo, kto and the KL of grpo, and the teacher of distill, of any size: a"
-        " file, a folder or a name of the hub, as for --load_model. Empty: the base model, with the adapter"
-        " off; distill needs one",
+        "the reference model of dpo, ipo, kto and the KL of grpo, and the teacher of distill and"
+        " distill_on_policy, of any size: a file, a folder or a name of the hub, as for --load_model. Empty:"
+        " the base model, with the adapter off; a teacher must be given",
         alias=("ref_model",),
     )
     distill_top: int = opt(
@@ -84,8 +86,8 @@ class LossSettings(DataSettings):
     )
     distill_temperature: float = opt(
         2.0,
-        "distill: the temperature of the teacher's and the model's probabilities in the KL. Above 1 unlikely"
-        " tokens count more",
+        "distill, distill_on_policy: the temperature of the teacher's and the model's probabilities in the"
+        " KL. Above 1 unlikely tokens count more",
         alias=("kd_temperature",),
         low=0.01,
         high=1000,
@@ -132,16 +134,16 @@ class LossSettings(DataSettings):
     )
     group_size: int = opt(
         8,
-        "grpo: rollouts of each question; --loss grpo needs 2 or more",
+        "grpo, distill_on_policy: rollouts of each question; grpo needs 2 or more",
         alias=("num_generations",),
         low=1,
         high=2**16,
     )
     max_tokens: int = opt(
         0,
-        "grpo: the longest rollout, in tokens. A rollout that has no end by then is cut. 0: for exact"
-        " and partial 1.25 times the longest reference answer, plus 16; for other rewards see"
-        " docs/rewards.md. It must fit into --ctx_len",
+        "grpo, distill_on_policy: the longest rollout, in tokens. A rollout that has no end by then is cut."
+        " 0: for exact and partial, and with a teacher, 1.25 times the longest reference answer, plus 16; for"
+        " other rewards see docs/rewards.md. It must fit into --ctx_len",
         alias=("max_completion_length",),
         automatic=True,
         low=0,
@@ -180,8 +182,8 @@ class LossSettings(DataSettings):
     )
     inner_steps: int = opt(
         1,
-        "grpo: optimizer steps on the same rollouts. More steps need fewer rollouts, and learn from"
-        " answers that are no longer the model's own",
+        "grpo, distill_on_policy: optimizer steps on the same rollouts. More steps need fewer rollouts, and"
+        " learn from answers that are no longer the model's own",
         alias=("num_iterations",),
         low=1,
     )
@@ -193,8 +195,8 @@ class LossSettings(DataSettings):
 
     @property
     def has_teacher(self) -> bool:
-        """Tell whether the loss is supervised and compares with a teacher."""
-        return self.loss == "distill"
+        """Tell whether the loss compares with a teacher."""
+        return self.loss in TAUGHT
 
     @property
     def is_supervised(self) -> bool:
@@ -205,3 +207,8 @@ class LossSettings(DataSettings):
     def on_rewards(self) -> bool:
         """Tell whether the model learns from the rewards of answers that it draws itself."""
         return self.loss == "grpo"
+
+    @property
+    def draws_answers(self) -> bool:
+        """Tell whether the model learns from answers that it draws itself."""
+        return self.loss in ("grpo", "distill_on_policy")

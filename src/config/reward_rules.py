@@ -1,4 +1,4 @@
-"""Rules of --loss grpo: its rewards exist, its steps end with their draws, and a model can draw."""
+"""Rules of losses on drawn answers: rewards exist, steps end with their draws, and a model can draw."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
 
 
 def check_rewards(config: Config) -> None:
-    """Check all rules of --loss grpo but one, if a resumed run does not name its --reward_file.
+    """Check all these rules but one, if a resumed run does not name its --reward_file.
 
     Such a run calls check_own_functions() once it has the settings of the run so far, which name the file.
     """
+    if config.draws_answers:
+        check_draws(config)
     if not config.on_rewards:
         return
     if config.group_size < 2:
@@ -50,7 +52,6 @@ def check_rewards(config: Config) -> None:
             f"--spike_sigmas {config.spike_sigmas:g} has no meaning with --loss grpo, whose loss jumps from"
             " step to step and cannot show a bad step; drop it. The run watches its rewards, and warns"
         )
-    check_draws(config)
     check_reference_of_kl(config)
 
 
@@ -102,12 +103,13 @@ def check_draws(config: Config) -> None:
     work without answers falls between two draws."""
     if config.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--strategy {config.strategy} has no whole model in any process, which --loss grpo needs for"
-            " its rollouts; use ddp, deepspeed_stage_1 or _2"
+            f"--strategy {config.strategy} has no whole model in any process, which --loss {config.loss}"
+            " needs for its rollouts; use ddp, deepspeed_stage_1 or _2"
         )
     if not config.packing:
         raise UserError(
-            "--packing 0 has no meaning with --loss grpo, whose questions never share a row; drop it"
+            f"--packing 0 has no meaning with --loss {config.loss}, whose questions never share a row; drop"
+            " it"
         )
     for name in ("save_steps", "eval_steps", "epoch_steps"):
         steps = config.value_or_zero(name)

@@ -440,4 +440,5 @@ def read(name: str, value: Any) -> Any:
 def uncommon_bounds(name: str) -> str:
     """Describe a number's bounds for help and docs; "" for "not negative", as nearly all are."""
     bounds = FIELDS[name].metadata["bounds"]
-    return bounds.text() if (bounds.low or 0) > 0 or bounds.below else ""
+    has_high = bounds.high is not None and bounds.high < 1e30
+    return bounds.text() if (bounds.low or 0) > 0 or bounds.below or has_high else ""

@@ -107,8 +107,9 @@ class Rewards:
 
     def __init__(self, config: Config, template: Template):
         self.config, self.template = config, template
-        self.names = tuple(config.rewards)
-        self.weights = torch.tensor(list(config.rewards.values()), dtype=torch.float64)
+        rewards = config.value_or_zero("rewards")
+        self.names = tuple(rewards)
+        self.weights = torch.tensor(list(rewards.values()), dtype=torch.float64)
         self.own, here, seconds = None, pathlib.Path(__file__), config.reward_timeout
         if names := tuple(name for name in self.names if name not in REWARDS):
             self.own = RewardFunctions(config.reward_file, names, seconds, REWARDS)
@@ -124,7 +125,7 @@ class Rewards:
 
         Raises UserError for a file without the functions, and if math_verify is not installed.
         """
-        if "math_verify" in config.rewards:
+        if "math_verify" in config.value_or_zero("rewards"):
             require_math_verify()
         rewards = cls(config, template)
         if rewards.own:
@@ -180,7 +181,7 @@ class Rewards:
             first = f", the first answer {answers[0].text[:80]!r}" if answers else ""
             where = f"; the question was {question.prompt[-80:]!r}{first}"
             return Failed(failed.kind, f"{failed.reason}{where}")
-        values = torch.tensor(columns, dtype=torch.float64).T
+        values = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(spoken)).T
         return Scored(values, values @ self.weights)
 
     def close(self) -> None:

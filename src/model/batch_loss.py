@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.files.checkpoint import Arch
 
 from .distillation_loss import Teacher
+from .reverse_kl import WholeTeacher
 from .rwkv import RWKV, LayerState, State
 
 
@@ -76,18 +77,17 @@ def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tens
 
 
 def batch_distillation(
-    model: RWKV, batch: dict, chunks: Chunks, width: int, mix: float, temperature: float
+    model: RWKV, batch: dict, chunks: Chunks, width: int, teacher: Teacher | WholeTeacher
 ) -> Tensor:
-    """Sum the loss of distillation, the cross entropy and the KL of the trained tokens, (3,), each weighted.
+    """Add up the sums of a teacher over the trained tokens, each weighted.
 
-    batch["teacher"] are distillation_loss.Teacher.numbers of the trained tokens. Others are as for
-    batch_loss().
+    batch["teacher"] are the teacher's numbers for these tokens. Others are as for batch_loss().
     """
 
     def part_sums(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
         x, state = model.features(part["ids"], state, part["reset"], part["where"])
-        teacher = Teacher(part["teacher"], mix, temperature)
-        return model.distillation(x, part["targets"], part["weights"], teacher), state
+        of_part = teacher._replace(numbers=part["teacher"])
+        return model.distillation(x, part["targets"], part["weights"], of_part), state
 
     return run_rows(model, batch, chunks, width, part_sums)
 
@@ -97,7 +97,15 @@ def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part, e
 
     Results of the chunks are summed. With `each` they are numbers for each of a chunk's trained tokens,
     (n, ...), and are concatenated. `batch`, `width` and the gradients are as for batch_loss().
+
+    A batch with "prompts" (P, S) int64 has them read once: its rows "ids" are answers, and row i goes on from
+    the state after prompt prompt_of[i], so its first token is the prompt's last. Prompts are padded on the
+    left, and "prompt_reset" (P, S) bool is true where a padded one begins. Such rows are whole.
     """
+    if "prompts" in batch:
+        if chunks.size:
+            raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
+        return part(model, batch, after_prompts(model, batch))[0]
     if batch["chunk"] != chunks.size:
         raise ValueError(
             f"the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size}; give"
@@ -110,6 +118,14 @@ def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part, e
     if not torch.is_grad_enabled():
         return walk.forward()[0]
     return _InChunks.apply(walk, *(p for p in model.parameters() if p.requires_grad))
+
+
+def after_prompts(model: RWKV, batch: dict) -> State:
+    """Compute the state before each row of a batch with "prompts": the state after its prompt."""
+    prompts, of = batch["prompts"], batch["prompt_of"]
+    nothing = of.new_empty(0)  # no output is wanted, and the last layer computes none
+    _, state = model.features(prompts, None, batch["prompt_reset"], nothing)
+    return [LayerState(*(t.index_select(0, of) for t in layer)) for layer in state]
 
 
 def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.native import ACTIVATION_DTYPES
-from .loss import Blocks, HeadLoss, in_place_of, loss_sum
+from .loss import Blocks, HeadLoss, in_place_of, loss_sum, wide
+from .reverse_kl import WholeTeacher
 
 LOWEST = -65504.0  # the smallest ln p, in fp16; its exp() is 0
 
@@ -38,6 +39,14 @@ class Teacher(NamedTuple):
     mix: float
     temperature: float
 
+    @property
+    def blocks(self) -> type[Blocks]:
+        return TeacherBlocks
+
+    def sums(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Call distillation_sums()."""
+        return distillation_sums(logits, targets, weights, self)
+
     def classes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return (ids (tokens, k) int64, ln p (tokens, k + 1), of which the exp() adds up to 1)."""
         count = self.numbers.shape[1] // 2
@@ -46,7 +55,7 @@ class Teacher(NamedTuple):
 
 def top_of(logits: Tensor, count: int, temperature: float) -> Tensor:
     """Return Teacher.numbers of logits (tokens, V), in at least fp32."""
-    log_probs = (_wide(logits) / temperature).log_softmax(1)
+    log_probs = (wide(logits) / temperature).log_softmax(1)
     top, ids = log_probs.topk(count, 1)
     rest = log_probs.scatter_(1, ids, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([ids.to(top.dtype), top.clamp(min=LOWEST), rest.clamp(min=LOWEST)], 1)
@@ -57,7 +66,7 @@ def distillation_sums(logits: Tensor, targets: Tensor, weights: Tensor | None, t
 
     logits (tokens, V), targets (tokens,) int64, weights (tokens,). Only the loss has a gradient.
     """
-    exact = _wide(logits)
+    exact = wide(logits)
     ids, log_p = teacher.classes(exact.dtype)
     log_q = (exact / teacher.temperature).log_softmax(1)
     others = log_q.scatter(1, ids, torch.finfo(exact.dtype).min).logsumexp(1, keepdim=True)
@@ -73,16 +82,16 @@ def head_distillation(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    teacher: Teacher,
+    teacher: Teacher | WholeTeacher,
     native: bool = False,
     weights: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
-    """Compute distillation_sums(x W^T, ...), (3,). All others are as for loss.head_loss()."""
+    """Compute teacher.sums(x W^T, targets, weights). All others are as for loss.head_loss()."""
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-    blocks = TeacherBlocks(x, weight, targets, weights, native, exact, teacher=teacher)
+    blocks = teacher.blocks(x, weight, targets, weights, native, exact, teacher=teacher)
     return HeadLoss.apply(x, weight, blocks)
 
 
@@ -113,7 +122,7 @@ class TeacherBlocks(Blocks):
 
 def kl_and_gradient(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
     """Compute KL(p || q) of each token, (tokens,), and its gradient by the logits, (tokens, V)."""
-    exact = _wide(logits)
+    exact = wide(logits)
     ids, log_p = teacher.classes(exact.dtype)
     scaled = exact / teacher.temperature
     top = scaled.amax(1, keepdim=True)
@@ -126,7 +135,3 @@ def kl_and_gradient(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
     kl = (p * (log_p - log_q)).sum(1)
     q.mul_(1 / total - p[:, -1:] / others).scatter_(1, ids, log_q[:, :-1].exp() - p[:, :-1])
     return kl, q.div_(teacher.temperature)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,6 +15,7 @@ from ..ops.elementwise import add_layer_norm, native_functions
 from ..ops.elementwise_reference import layer_norm
 from .distillation_loss import Teacher, head_distillation
 from .loss import head_log_probs, head_loss
+from .reverse_kl import WholeTeacher
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
@@ -129,8 +130,8 @@ class Head(Linear):
     """The map to the vocabulary: logits.
 
     With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed; with a
-    `teacher` the sums of distillation_loss.py; with `each` ln p of each target, (tokens,). None of them ever
-    holds all logits.
+    `teacher` its sums, of distillation_loss.py or reverse_kl.py; with `each` ln p of each target, (tokens,).
+    None of them ever holds all logits.
 
     On a GPU logits are fp32 from the product on: rounded to bf16, those of 16 to 32 would have steps of
     0.125. On a CPU they have the dtype of x, since nothing there hands out the sums of a product in bf16.
@@ -147,7 +148,7 @@ class Head(Linear):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         each: bool = False,
-        teacher: Teacher | None = None,
+        teacher: Teacher | WholeTeacher | None = None,
     ) -> Tensor:
         on_gpu = self.on_gpu or x.is_cuda
         if targets is None:

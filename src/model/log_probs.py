@@ -8,28 +8,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .batch_loss import Chunks, Part, run_rows
-from .rwkv import RWKV, LayerState, State
+from .batch_loss import Chunks, run_rows
+from .rwkv import RWKV, State
 
 
 def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """Compute ln p of each trained token, (n,) in at least fp32, in the order of batch["targets"].
 
-    `batch`, `chunks` and `width` are as for batch_loss(); its weights are not read. A batch with "prompts"
-    (P, S) int64 has them read once: its rows "ids" are answers, and row i goes on from the state after prompt
-    prompt_of[i], so its first token is the prompt's last. Prompts are padded on the left, and "prompt_reset"
-    (P, S) bool is true where a padded one begins. Such rows are whole.
+    `batch`, `chunks` and `width` are as for run_rows(); its weights are not read.
 
     The result is differentiable in the model's trained parameters, through the states after prompts, too.
     Equal rows give the same numbers with and without shared prompts, except with dropout: answers that share
     a prompt share its dropped entries.
     """
-    return _of_tokens(model, batch, chunks, width, part_log_probs)
+    return run_rows(model, batch, chunks, width, part_log_probs, each=True)
 
 
 def token_features(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """Return the head's input for each trained token, (n, C), in token_log_probs()' order."""
-    return _of_tokens(model, batch, chunks, width, part_features)
+    return run_rows(model, batch, chunks, width, part_features, each=True)
 
 
 def top_log_probs(
@@ -42,15 +39,7 @@ def top_log_probs(
         x, state = part_features(model, part, state)
         return model.top_log_probs(x, count, temperature), state
 
-    return _of_tokens(model, batch, chunks, width, top)
-
-
-def _of_tokens(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
-    if "prompts" not in batch:
-        return run_rows(model, batch, chunks, width, part, each=True)
-    if chunks.size:
-        raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
-    return part(model, batch, after_prompts(model, batch))[0]
+    return run_rows(model, batch, chunks, width, top, each=True)
 
 
 def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
@@ -65,11 +54,3 @@ def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor
 def part_features(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
     """Return the head's input for the part's trained tokens, and the state after the part."""
     return model.features(part["ids"], state, part["reset"], part["where"])
-
-
-def after_prompts(model: RWKV, batch: dict) -> State:
-    """Compute the state before each row of a batch with "prompts": the state after its prompt."""
-    prompts, of = batch["prompts"], batch["prompt_of"]
-    nothing = of.new_empty(0)  # no output is wanted, and the last layer computes none
-    _, state = model.features(prompts, None, batch["prompt_reset"], nothing)
-    return [LayerState(*(t.index_select(0, of) for t in layer)) for layer in state]

@@ -206,6 +206,11 @@ class _HeadLogProbs(torch.autograd.Function):
         return dx, dw.to(weight.dtype), None, None, None
 
 
+def wide(logits: Tensor) -> Tensor:
+    """Return the logits in at least fp32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def in_place_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """View (tokens, V) of a narrower dtype in the memory of logits: each row begins where its row begins."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
@@ -223,7 +228,7 @@ def softmax_loss_(
     The logits become their gradient in place, with L2Wrap's term of this factor: in their own dtype, or in
     `dtype` as by in_place_of().
     """
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    exact = wide(logits)
     top, where = exact.max(-1, keepdim=True)
     targets = targets.unsqueeze(1)
     own = exact.gather(1, targets)

@@ -29,9 +29,10 @@ from ..config.launcher import is_first_process
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
-from .distillation_loss import Teacher, distillation_sums, top_of
+from .distillation_loss import Teacher, top_of
 from .layers import Embedding, Head, LayerNorm, chosen
 from .loss import LOGITS_AT_ONCE, loss_sum
+from .reverse_kl import WholeTeacher
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -327,14 +328,17 @@ class RWKV(nn.Module):
             return self.head(x, targets, weights)
         return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
 
-    def distillation(self, x: Tensor, targets: Tensor, weights: Tensor | None, teacher: Teacher) -> Tensor:
-        """Compute the sums of distillation_loss.py, (3,); all but `teacher` are as for loss()."""
+    def distillation(
+        self, x: Tensor, targets: Tensor, weights: Tensor | None, teacher: Teacher | WholeTeacher
+    ) -> Tensor:
+        """Compute the sums of a teacher, of distillation_loss.py or reverse_kl.py; all others are as for
+        loss()."""
         if isinstance(self.head, Head):
             return self.head(x, targets, weights, teacher=teacher)
 
         def of_block(x: Tensor, targets: Tensor, numbers: Tensor, *weights: Tensor) -> Tensor:
             own = weights[0] if weights else None
-            return distillation_sums(self.head(x), targets, own, teacher._replace(numbers=numbers))
+            return teacher._replace(numbers=numbers).sums(self.head(x), targets, own)
 
         return torch.stack(self._in_blocks(of_block, x, targets, teacher.numbers, weights)).sum(0)
 

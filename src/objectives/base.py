@@ -37,6 +37,7 @@ from .estimates import BatchSizes, Speed, Times, largest_batch
 from .held_out_answers import ASKED, affordable, limit_of
 from .loss_metrics import LossMetrics
 from .policy import Policy
+from .reference_model import TeacherBeside
 
 
 class BetweenSteps(UserError):
@@ -72,6 +73,7 @@ class TrainingData:
     # for a training on rewards
     encoder: Encoder | None = None  # it made the questions
     rewards: Rewards | None = None
+    teacher: TeacherBeside | None = None  # of a training on drawn answers
 
 
 class Feed:

@@ -27,6 +27,7 @@ from ..data.held_out import FORWARD
 from ..data.reference_values import row_shape, top_tokens
 from ..model import RWKV
 from ..model.batch_loss import batch_distillation
+from ..model.distillation_loss import Teacher
 from ..model.log_probs import top_log_probs
 from .base import TrainingData
 from .estimates import Speed, Times
@@ -54,8 +55,8 @@ class Distilled(Supervised):
     ) -> tuple[Tensor, Tensor]:
         if "teacher" not in batch and not torch.is_grad_enabled():
             return super().__call__(model, batch, keep)
-        mix, temperature = self.config.distill_mix, self.config.distill_temperature
-        sums = batch_distillation(model, batch, self.chunks, batch.get("width", 0), mix, temperature)
+        teacher = Teacher(batch["teacher"], self.config.distill_mix, self.config.distill_temperature)
+        sums = batch_distillation(model, batch, self.chunks, batch.get("width", 0), teacher)
         weights = batch["weights"]
         weight = torch.ones_like(batch["targets"]).sum() if weights is None else weights.sum()
         return sums[0], torch.cat([sums[1:].detach(), weight.unsqueeze(0)]).double()

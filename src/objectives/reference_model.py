@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
@@ -26,6 +27,7 @@ from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV, read_model_file
+from ..model.batch_loss import Chunks
 from ..model.log_probs import token_features
 
 EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
@@ -49,13 +51,28 @@ def build_reference(config: Config) -> RWKV:
 
 def reference_arch(reference: str) -> Arch:
     """Return the sizes of the model of --reference."""
-    return Arch.detect(read_model_file(reference))
+    with _disable_current_modes():  # the plan asks while its tensors have no values
+        return Arch.detect(read_model_file(reference))
 
 
 def relative_work(reference: str, arch: Arch) -> float:
     """Return the work of a token in the layers of --reference, in that of the model's own; 1 without."""
     other = reference_arch(reference) if reference else arch
     return other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
+
+
+class TeacherBeside:
+    """Model of --reference that stays beside the one in training, and reads its answers."""
+
+    def __init__(self, config: Config, chunks: Chunks, device: torch.device):
+        self.model, self.chunks = build_reference(config).to(device), chunks
+
+    @torch.no_grad()
+    def of(self, batch: dict) -> dict:
+        """Return the entries of a batch on the device for reverse_kl.WholeTeacher: the inputs of the head for
+        each trained token, and the head."""
+        inputs = token_features(self.model, batch, self.chunks)
+        return {"teacher": inputs, "teacher_head": self.model.head.weight}
 
 
 class FromReference:

@@ -156,7 +156,18 @@ def memory_parts(
     size = PRECISIONS[precision].itemsize
     held = reference_weights(config.reference, config.quant, size) if config.reference else 0
     if config.reference and objective.keeps_reference:
-        parts["reference"] = held
+        # it reads a micro-batch before the forward begins
+        forward = step_bytes(
+            reference_arch(config.reference),
+            dataclasses.replace(config, layers=""),  # --layers counts those of the model in training
+            kernel,
+            precision,
+            row,
+            targets,
+            prompts,
+            backward=False,
+        )
+        parts["reference"] = held + max(0.0, forward.peak - parts["activations"] - parts["working"])
     elif config.reference:
         # the pass is over before there are gradients, moments, copies and a step
         rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))

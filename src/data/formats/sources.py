@@ -44,9 +44,8 @@ class Reading:
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
-        rows = {"sft": SFT, "distill": SFT, "grpo": SFT, "kto": LABELS}.get(
-            getattr(config, "loss", SFT), PAIRS
-        )
+        rows = dict.fromkeys(("sft", "distill", "distill_on_policy", "grpo"), SFT) | {"kto": LABELS}
+        rows = rows.get(getattr(config, "loss", SFT), PAIRS)
         return cls(tuple(filter(None, names)), config.sft_split, rows)
 
 

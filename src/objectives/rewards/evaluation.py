@@ -132,32 +132,35 @@ class RewardEvaluation(Evaluation):
         self.told |= failures.keys()
 
     def _evaluated(self, questions: Questions, judged: list[Judged], samples: int) -> Evaluated:
-        scored = [one for one in judged if one.values]
-        reward = _mean(one.total for one in scored)
-        metrics = {
-            "reward": reward,
-            "reward_error": _error_of_mean([one.total for one in scored]),
-            **{
-                f"reward_{name}": _mean(one.values[number] for one in scored)
-                for number, name in enumerate(self.rewards.names)
-            },
-            "length": _mean(one.tokens for one in judged),
-            "cut": _mean(one.cut for one in judged),
-            "failed": float(len(judged) - len(scored)),
-        }
+        loss, metrics = self._scores(questions, judged)
+        metrics |= {"length": _mean(one.tokens for one in judged), "cut": _mean(one.cut for one in judged)}
         shown = [
             {
                 "prompt": questions[one.place].prompt,
                 "answer": both_ends(one.text.strip(), SAMPLE_CHARACTERS),
                 "right": both_ends(str(questions[one.place].answer), SAMPLE_CHARACTERS),
-                "reward": one.total if one.values else None,
+                **({"reward": one.total if one.values else None} if self.rewards.names else {}),
             }
             for one in judged[:samples]
         ]
         tokens, cut = sum(one.tokens for one in judged), sum(one.cut for one in judged)
         said = [one.text.strip() for one in judged]
         common = in_common(said, [str(questions[one.place].answer) for one in judged], cut)
-        return Evaluated(-reward, metrics, len(judged), tokens, shown, common)
+        return Evaluated(loss, metrics, len(judged), tokens, shown, common)
+
+    def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
+        """Return (the loss of an evaluation, its metrics): minus the mean reward, and what rewards tell."""
+        scored = [one for one in judged if one.values]
+        reward = _mean(one.total for one in scored)
+        return -reward, {
+            "reward": reward,
+            "reward_error": _error_of_mean([one.total for one in scored]),
+            **{
+                f"reward_{name}": _mean(one.values[number] for one in scored)
+                for number, name in enumerate(self.rewards.names)
+            },
+            "failed": float(len(judged) - len(scored)),
+        }
 
 
 def _rows(model: RWKV) -> int:

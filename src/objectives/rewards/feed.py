@@ -92,13 +92,19 @@ class RolloutFeed(Feed):
     always_has_loss = True  # of groups of equal rewards it is 0
 
     def __init__(
-        self, rollouts: Rollouts, schedule: Schedule, steps: range, objective: Objective, policy: Policy
+        self,
+        rollouts: Rollouts,
+        schedule: Schedule,
+        steps: range,
+        objective: Objective,
+        policy: Policy,
+        reference: Reference | None,
     ):
         self.rollouts, self.schedule, self.steps, self.policy = rollouts, schedule, steps, policy
         self.loss: GrpoLoss = objective.loss
         self.rewards, self.chunk = rollouts.rewards, objective.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
-        self.reference = Reference(objective, policy)
+        self.reference = reference
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
         self.batches: list[dict] = []
@@ -167,7 +173,7 @@ class RolloutFeed(Feed):
             sampled = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
             self.step_sums = self.phase_sums + self.loss.sums(self.policy.device, **sampled)
             self._share_out(self._share_of(examples))
-            for batch in self.batches:
+            for batch in self.batches if self.reference else ():
                 batch["reference"] = self.reference.of(batch, phase)
 
     def _is_trained(self, group: Group) -> bool:
@@ -217,7 +223,7 @@ class RolloutFeed(Feed):
             dead_groups=sum(not group.live for group in scored),
             failed_groups=len(groups) - len(scored),
             reward=sum(float(total.sum()) for total in totals),
-            spread=sum(float(total.std()) for total in totals),
+            spread=sum(float(total.std()) for total in totals if len(total) > 1),
             length=sum(len(answer.tokens) for answer in answers),
             cut=sum(answer.cut for answer in answers),
             entropy=-sum(float(answer.log_probs.sum(dtype=np.float64)) for answer in answers),

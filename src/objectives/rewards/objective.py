@@ -100,8 +100,13 @@ class OnRewards(Objective):
         yield "max_tokens", *longest_answer(loaded, tokenizer, config.rewards, config.reward_length, ctx_len)
 
     def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
-        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_answer(self.config.rewards))
+        reader = QuestionReader(encoder, Reading.of(self.config), found, self.needs_answers)
         return reader.load(path, self.config.random_seed)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Tell whether a question needs a reference answer."""
+        return needs_answer(self.config.rewards)
 
     def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
         answer = self.config.max_tokens - 1  # the first token is read after the last one of the prompt
@@ -155,8 +160,12 @@ class OnRewards(Objective):
         prompts, answers = rollout_tokens(schedule, steps, asked)
         prompts_of_training = prompts * (asked.group_size if self.config.chunk_ctx else 1)
         batch = prompts_of_training + answers
-        reference = FORWARD * batch if self.config.beta else 0.0
-        return Work(schedule.repeats * batch + FORWARD * prompts + reference, answers)
+        return Work(schedule.repeats * batch + FORWARD * prompts + self.reading * batch, answers)
+
+    @property
+    def reading(self) -> float:
+        """Work of reading a token of a draw once more, for the reference."""
+        return FORWARD if self.config.beta else 0.0
 
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
@@ -236,11 +245,11 @@ class OnRewards(Objective):
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool
     ) -> Feed:
-        from .feed import RolloutFeed  # the engine, which a plan need not load
+        from .feed import Reference, RolloutFeed  # the engine, which a plan need not load
         from .rollouts import Rollouts
 
         rollouts = Rollouts(policy.model, data.documents, data.encoder, data.rewards, self.config)
-        return RolloutFeed(rollouts, schedule, steps, self, policy)
+        return RolloutFeed(rollouts, schedule, steps, self, policy, Reference(self, policy))
 
     def evaluation(self, module) -> Evaluation:
         from .evaluation import RewardEvaluation

@@ -22,7 +22,8 @@ class SampleWriter(Callback):
     {"step", "prompt", "right", "answers": [{"answer", "tokens", "cut", "reward", "reward_NAME",
     "advantage"}]}
 
-    Where the rewards of the group failed, "failed" says why, and its answers have no rewards.
+    Where the rewards of the group failed, "failed" says why, and its answers have no rewards. Without
+    --rewards none has.
     """
 
     def __init__(self, folder: str):
@@ -66,7 +67,7 @@ def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
     ]
     if isinstance(group.scored, Failed):
         return line | {"failed": group.scored.reason, "answers": answers}
-    for number, answer in enumerate(answers):
+    for number, answer in enumerate(answers if names else ()):
         answer["reward"] = float(group.scored.total[number])
         for name, value in zip(names, group.scored.values[number].tolist(), strict=True):
             answer[f"reward_{name}"] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
@@ -13,7 +13,15 @@ from ...config.loss_settings import REWARDS
 from ...data.batches import Schedule
 from ...data.chat_template import begins_thoughts
 from ...data.held_out import FORWARD
-from ...data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit, text_length
+from ...data.questions import (
+    LIMITS,
+    THOUGHTS,
+    LoadedQuestions,
+    Question,
+    Questions,
+    answer_limit,
+    text_length,
+)
 from ...data.tokenizer import Tokenizer
 from ...model.batch_loss import state_bytes
 from ..estimates import BatchSizes, SharedPrompts, Work
@@ -38,6 +46,11 @@ def needs_answer(rewards: Iterable[str]) -> bool:
     return any(name in REWARDS and name not in WITHOUT_REFERENCE_ANSWER for name in rewards)
 
 
+def have_answers(questions: Sequence[Question]) -> bool:
+    """Tell whether questions have reference answers: they do not if all have the same, or none."""
+    return len({str(question.answer).strip() for question in questions}) > 1
+
+
 def longest_answer(
     loaded: LoadedQuestions,
     tokenizer: Tokenizer,
@@ -52,18 +65,25 @@ def longest_answer(
     telling = [name for name, weight in rewards.items() if weight and _tells_length(name)]
     limits = (_limit(name, loaded, tokenizer, reward_length) for name in telling or rewards)
     limit, reason = max(limits, key=lambda choice: choice[0])
-    if not ctx_len:
-        return limit, reason
-    # half of the row at least: a few long prompts are left out and do not shorten all answers
-    room = max(ctx_len + 1 - loaded.longest, ctx_len // 2, 1)
-    if limit <= room:
-        return limit, reason
-    if reward_length >= room:
+    room = _room(loaded, ctx_len)
+    if limit > room and reward_length >= room:
         raise UserError(
             f"--reward_length {reward_length}: --ctx_len {ctx_len} has room for answers of"
             f" {room} tokens, so that none would be too long; raise --ctx_len, or lower --reward_length"
         )
-    return room, f"what --ctx_len {ctx_len} has room for"
+    return within_row(limit, reason, loaded, ctx_len)
+
+
+def within_row(limit: int, reason: str, loaded: LoadedQuestions, ctx_len: int) -> tuple[int, str]:
+    """Lower a choice of max_tokens to what --ctx_len has room for, if that is set."""
+    room = _room(loaded, ctx_len)
+    return (limit, reason) if limit <= room else (room, f"what --ctx_len {ctx_len} has room for")
+
+
+def _room(loaded: LoadedQuestions, ctx_len: int) -> float:
+    """Count the tokens of an answer that --ctx_len has room for."""
+    # half of the row at least: a few long prompts are left out and do not shorten all answers
+    return max(ctx_len + 1 - loaded.longest, ctx_len // 2, 1) if ctx_len else math.inf
 
 
 def _tells_length(name: str) -> bool:

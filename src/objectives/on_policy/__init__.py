@@ -1,0 +1,1 @@
+"""On-policy distillation: answers that the model samples, and a teacher that reads them."""

@@ -1,0 +1,76 @@
+"""Evaluation of on-policy distillation: greedy answers to the held-out questions, and their KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rwkv_miss.progress import Progress
+
+from ...data.answer_batches import GROUP, collate_answers
+from ...data.answer_example import AnswerGroup
+from ...data.collate import to_device
+from ...data.held_out import SampleQuestion
+from ...data.questions import Questions
+from ...data.templates import answer_text
+from ...distributed.process_group import processes_of
+from ...evaluation.scoring import SCORES
+from ...inference.request import Answer
+from ...model import RWKV
+from ..base import Evaluated
+from ..held_out_answers import Judge
+from ..rewards.evaluation import Judged, RewardEvaluation
+from ..rewards.sizes import have_answers
+
+
+class TaughtEvaluation(RewardEvaluation):
+    """Evaluation by the KL from the teacher, per token of greedy answers, and by how many are right.
+
+    Answers are judged as a supervised training judges them (held_out_answers.Judge), if there are reference
+    answers.
+    """
+
+    def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
+        self.module = module = trainer.lightning_module
+        # T^2 KL, and tokens
+        self.sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+        if not (found := super().measure(trainer, is_stopped)):
+            return None
+        kl, tokens = processes_of(trainer).total(self.sums).tolist()
+        return found._replace(loss=kl / tokens / module.config.distill_temperature**2)
+
+    def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
+        given, size = super()._given(model, questions, block, bar), self.module.config.micro_bsz
+        groups = [
+            AnswerGroup.of(questions.prompts[place], [answer.tokens], [0.0], [np.zeros(len(answer.tokens))])
+            for place, answer in zip(block, given, strict=True)
+        ]
+        for start in range(0, len(groups), size):
+            self._read(model, groups[start : start + size])
+        return given
+
+    def _read(self, model: RWKV, groups: list[AnswerGroup]) -> None:
+        """Add the KL of some answers."""
+        objective, shared = self.module.objective, self.module.shared
+        rows = [[group] for group in groups]
+        batch = to_device(collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP), self.sums.device)
+        loss, _ = objective(model, batch | self.module.data.teacher.of(batch))
+        self.sums += torch.stack([loss.double(), torch.ones_like(batch["targets"]).sum().double()])
+
+    def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
+        """Return (a loss that measure() replaces, the share of right answers)."""
+        tokenizer, template = self.encoder.tokenizer, self.encoder.template
+        if not have_answers(questions.questions):
+            return 0.0, {}
+        asked = [
+            SampleQuestion(prompt.tolist(), tokenizer.encode(question.answer))
+            for prompt, question in zip(questions.prompts, questions.questions, strict=True)
+        ]
+        judge = Judge(asked, self.encoder)
+        if not judge.score:
+            return 0.0, {}
+        said = [answer_text(one.text, template, questions[one.place].opening) for one in judged]
+        right = [judge.right[one.place] for one in judged]
+        return 0.0, {"right_answers": sum(map(SCORES[judge.score].agree, said, right)) / len(judged)}

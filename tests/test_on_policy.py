@@ -1,0 +1,248 @@
+"""On-policy distillation: the reverse KL and its gradient, a teacher beside the steps, and whole runs."""
+
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
+from src.config import parse
+from src.data.answer_batches import GROUP, collate_answers
+from src.data.answer_example import AnswerGroup
+from src.data.tokenizer import load_tokenizer
+from src.model import RWKV, rwkv
+from src.model import loss as losses
+from src.model.batch_loss import Chunks, batch_distillation
+from src.model.distillation_loss import head_distillation
+from src.model.log_probs import token_features
+from src.model.reverse_kl import WholeTeacher
+from src.objectives.kinds import objective_of
+from src.planning.memory import memory_parts
+
+from . import program
+from .conftest import ROOT, make_arch, random_tensors
+from .loss_cases import VOCAB, adapted_head, head_inputs, make_model
+from .program import at_file, kill, lines, same_adapters, same_lines
+
+# as in test_distillation.py
+ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+TRL = json.loads((ROOT / "tests/fixtures/distillation_losses.json").read_text(encoding="utf-8"))
+
+TIMES = ("draw_seconds", "draw_tokens_per_second", "train_tokens_per_second")
+TWICE = ("--inner_steps", "2")
+
+
+def reverse_kl(logits, teacher_logits, temperature):
+    """KL(q || p) of each token in words of probabilities: logits (tokens, V) float64."""
+    q, p = (logits / temperature).softmax(1), (teacher_logits / temperature).softmax(1)
+    return (q * (q / p).log()).sum(1)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("trained, exact", [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_value_and_gradient(monkeypatch, dtype, trained, exact, temperature):
+    """In blocks of 5 tokens, with weights, against all probabilities in float64."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCAB)
+    x, weight, targets = head_inputs(13, dtype, trained)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(13, 7, generator=generator).to(dtype)
+    head = torch.randn(VOCAB, 7, generator=generator).to(dtype)
+    weights = 0.1 + torch.rand(13, generator=generator)
+    leaves = [x, weight] if trained else [x]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    logits = doubles[0] @ (doubles[1] if trained else weight.double()).t()
+    kl = reverse_kl(logits, inputs.double() @ head.double().t(), temperature)
+    expected = temperature**2 * (kl * weights).sum()
+    want = torch.autograd.grad(2.5 * expected, doubles)
+    teacher = WholeTeacher(inputs, head, temperature)
+    of = weights.to(torch.promote_types(dtype, torch.float32))
+    got = head_distillation(x, weight, targets, teacher, False, of, exact)
+    assert got.item() == pytest.approx(expected.item(), rel=ROUNDING[dtype])
+    for mine, theirs in zip(torch.autograd.grad(2.5 * got, leaves), want, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm()
+
+
+@pytest.mark.parametrize("case", TRL["reverse"], ids=lambda case: f"T {case['temperature']}")
+def test_the_kl_is_that_of_trl(case):
+    """GKD's loss at beta 1."""
+    logits, teacher = (torch.tensor(TRL[name], dtype=torch.float64) for name in ("student", "teacher"))
+    logits.requires_grad_()
+    temperature = case["temperature"]
+    one = torch.eye(teacher.shape[1], dtype=torch.float64)  # a head whose inputs are logits
+    loss = WholeTeacher(teacher, one, temperature).sums(logits, None, None)
+    assert loss.item() == pytest.approx(temperature**2 * case["kl"], rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    want = temperature**2 * torch.tensor(case["gradient"], dtype=torch.float64)
+    torch.testing.assert_close(gradient, want, rtol=1e-10, atol=1e-12)
+
+
+def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
+    monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
+    adapted, x, targets, leaves = adapted_head("lora", 13)
+    teacher = WholeTeacher(torch.randn(13, 5), torch.randn(67, 5), 2.0)
+    got = adapted.distillation(x, targets, None, teacher)
+    logits, others = adapted.head(x), F.linear(teacher.numbers, teacher.head)
+    want = 4.0 * reverse_kl(logits.double(), others.double(), 2.0).sum().float()
+    torch.testing.assert_close(got, want)
+    for pair in zip(*(torch.autograd.grad(loss, leaves) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(*pair, rtol=2e-5, atol=1e-6)
+
+
+def test_shared_prompts_rows_and_chunks_make_the_same_loss_and_gradients():
+    """Each token keeps the teacher's inputs of its place, which its id and the tokens before it tell."""
+    model, generator = make_model(7, dtype=torch.float64), torch.Generator().manual_seed(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    draws = [(3, (5, 2)), (1, (4, 4)), (9, (7, 1))]  # tokens of a prompt, and of its answers
+    rows = []
+    for prompt, answers in draws:
+        ids = torch.randint(67, (prompt,), generator=generator).numpy()
+        tokens = [torch.randint(67, (count,), generator=generator).tolist() for count in answers]
+        rows.append([AnswerGroup.of(ids, tokens, [0.0, 0.0], [torch.zeros(n).numpy() for n in answers])])
+    other = make_model(7, dtype=torch.float64, peft=False, n_layer=1)
+    found = {}
+    for name, chunk, shared in (("shared", 0, True), ("rows", 0, False), ("chunks", 8, False)):
+        batch = collate_answers(rows, 1.0, chunk, shared, GROUP)
+        with torch.no_grad():
+            batch["teacher"] = token_features(other, batch, Chunks(chunk))
+        teacher = WholeTeacher(batch["teacher"], other.head.weight, 1.5)
+        loss = batch_distillation(model, batch, Chunks(chunk), 0, teacher)
+        found[name] = [loss.detach(), *torch.autograd.grad(loss, trained)]
+    for name in ("rows", "chunks"):
+        for got, want in zip(found[name], found["shared"], strict=True):
+            assert (got - want).norm() <= 1e-10 * want.norm(), name
+
+
+# whole runs, as in test_grpo_run.py
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, a teacher of another size, and questions; the held-out ones have no reference answers."""
+    folder = tmp_path_factory.mktemp("on_policy")
+    sizes = {"base": {"n_embd": 40}, "teacher": {"n_embd": 64, "n_layer": 3}}
+    for seed, (name, size) in enumerate(sizes.items()):
+        arch = make_arch(7, vocab_size=256, head_size=8, **size)
+        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+    rng = random.Random(0)
+    for name, count in (("rows", 12), ("held", 3)):
+        prompts = [name[0] + "".join(rng.choices("abc ", k=rng.choice([1, 2, 9]))) for _ in range(count)]
+        rows = [{"prompt": f"{prompt}{i}:", "completion": "-"} for i, prompt in enumerate(prompts)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags_of(files, proj_dir, *flags):
+    own = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --eval_file {files}/held.jsonl
+        --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu --loss distill_on_policy
+        --reference {files}/teacher.pth --group_size 3 --max_tokens 5 --lr_init 1e-2 --adam_eps 1e-3
+        --peft_config r=7 --micro_bsz 4 --epoch_count 1 --eval_docs 3 --eval_samples 0 --data_cache none
+    """.split()
+    given = dict(zip(own[::2], own[1::2])) | dict(zip(flags[::2], flags[1::2]))
+    return [str(word) for pair in given.items() for word in pair]
+
+
+def start(files, proj_dir, *flags, sabotage=None, code=0):
+    got, output = program.run(flags_of(files, proj_dir, *flags), sabotage)
+    assert got == code, output
+    return output
+
+
+def without_times(proj_dir, name="metrics.jsonl"):
+    found = lines(proj_dir, name)
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        ours, theirs = without_times(proj_dir, name), without_times(want, name)
+        assert [line.pop("answers", None) for line in ours] == [line.pop("answers", None) for line in theirs]
+        same_lines(ours, theirs, rel)
+        for key in ("tokens", "length", "cut"):
+            assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs]), key
+    same_adapters(proj_dir, want, ratio)
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    """The folder of a run of 3 draws of four questions, of two steps each, in one process."""
+    start(files, files / "whole", *TWICE)
+    return files / "whole"
+
+
+def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, whole):
+    """Its first held-out loss is the KL on greedy answers, from the models' logits in float64."""
+    models = [RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "teacher")]
+    tokenizer = load_tokenizer("bytes", 256)
+    found = []
+    for row in map(json.loads, (files / "held.jsonl").read_text().splitlines()):
+        ids = tokenizer.encode(row["prompt"])
+        begin = len(ids)
+        while len(ids) < begin + 5 and (len(ids) == begin or ids[-1] != 0):
+            with torch.no_grad():
+                own, other = (model(torch.tensor([ids]))[0][0, -1:] for model in models)
+            found.append(reverse_kl(own, other, 2.0))
+            ids.append(own.argmax().item())
+    steps, evaluations = lines(whole), lines(whole, "validation.jsonl")
+    assert evaluations[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
+    assert evaluations[-1]["loss"] < 0.9 * evaluations[0]["loss"]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert "right_answers" not in evaluations[0], "there is no reference answer"
+    assert not {"reward", "dead_groups", "engine_gap"} & steps[0].keys()
+
+
+def test_micro_batches_in_chunks_make_the_same_steps(files, tmp_path, whole):
+    flags = ["--micro_bsz", "1", "--accumulate_grad_batches", "4", "--chunk_ctx", "8"]
+    start(files, tmp_path / "run", *TWICE, *flags)
+    ours, theirs = without_times(tmp_path / "run"), without_times(whole)
+    for line, other in zip(ours, theirs, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5) and line["length"] == other["length"]
+    same_adapters(tmp_path / "run", whole, 1e-4)
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
+    proj_dir, flags = tmp_path / "run", (*TWICE, "--save_steps", "2")
+    start(files, proj_dir, *flags, sabotage=at_file("checkpoints/step-00000004", 2, proj_dir, kill), code=-9)
+    start(files, proj_dir, *flags, "--resume", "auto")
+    same_runs(proj_dir, whole, rel=0, ratio=0)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps(files, tmp_path, whole):
+    two = "--devices 2 --micro_bsz 2 --strategy deepspeed_stage_2".split()
+    start(files, tmp_path / "run", *TWICE, *two)
+    same_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--reference=", "--loss distill_on_policy needs a teacher: give the file of a larger"),
+        ("--strategy deepspeed_stage_3", "which --loss distill_on_policy needs for its rollouts; use ddp"),
+        ("--rewards exact", "exact=1.0 has no meaning with --loss distill_on_policy: it is for grpo"),
+        ("--distill_mix 0.5", "has no meaning with --loss distill_on_policy: it is for distill; drop it"),
+        ("--distill_temperature 0", "--distill_temperature 0.0: must be at least 0.01"),
+        ("--loss_mask all", "which trains on the answers it draws"),
+    ],
+)
+def test_settings_that_have_no_meaning_are_refused(flags, words):
+    needed = "--load_model base.pth --data_file rows.jsonl --loss distill_on_policy --reference big.pth"
+    with pytest.raises(UserError) as raised:
+        parse([*needed.split(), *flags.split()])
+    assert words in str(raised.value)
+
+
+def test_the_plan_has_a_teacher_that_stays(files, tmp_path):
+    """Its memory, and its pass over each draw as work."""
+    flags = "--precision fp32 --grad_cp 0 --accumulate_grad_batches 1 --ctx_len 256 --wkv torch".split()
+    config = parse(flags_of(files, tmp_path / "run", *flags))
+    base, other = (Arch.detect(torch.load(files / f"{name}.pth")) for name in ("base", "teacher"))
+    assert objective_of(config).reading == pytest.approx(1 / 3 * 3 * 64**2 / (2 * 40**2))
+    weights = 4 * sum(p.numel() for p in RWKV(other).parameters())
+    parts = memory_parts(base, config, "cpu", "torch", "fp32", 30, 60)
+    assert weights <= parts["reference"] < weights + parts["activations"] + parts["working"]
