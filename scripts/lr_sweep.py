@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 
 if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.lr_sweep")
@@ -279,24 +280,24 @@ def conclude(
         print(f"no rate is better than not training; try lower ones: --rates {further(done[0].rate, -1)}")
         return 1
     print(f"best       {setting} {best.rate:g}: held-out loss {before:.4f} to {best.deciding_loss:.4f}")
-    for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
-        if best is end:
-            print(
-                f"note       it is the {word} rate tried; one beyond may be better: --rates"
-                f" {further(best.rate, step)}"
-            )
-    if shortened:
-        print(
-            f"note       --epoch_steps {shortened} made the sweep short; "
-            "the command is that of a run over the whole data"
-        )
-    if holds_run(given):
-        print(
-            f"note       {given.proj_dir} holds a run already, which stays as it is; give the command another"
-            " --proj_dir"
-        )
+    for note in notes(best, given, done, shortened):
+        print(f"note       {note}")
     print(best_command)
     return 0
+
+
+def notes(best: Trial, given: Config, done: list[Trial], shortened: int) -> Iterator[str]:
+    """Tell what to know of the best rate and of its command."""
+    for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
+        if best is end:
+            beyond = further(best.rate, step)
+            yield f"it is the {word} rate tried; one beyond may be better: --rates {beyond}"
+    if shortened:
+        yield f"--epoch_steps {shortened} made the sweep short; the command has a run over the whole data"
+    if holds_run(given):
+        yield (
+            f"{given.proj_dir} holds a run already, which stays as it is; give the command another --proj_dir"
+        )
 
 
 def holds_run(config: Config) -> bool:
