@@ -1,5 +1,6 @@
 """Distillation: the loss and its gradient, a teacher's values from the pass to the batch, and whole runs."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from src.common.late_reading import Numbers
-from src.config import parse
+from src.config import Config, parse
 from src.data.collate import collate
 from src.data.dataset import Documents, load_documents
 from src.data.file_documents import Document
@@ -19,12 +20,14 @@ from src.model import loss as losses
 from src.model.batch_loss import Chunks, batch_distillation
 from src.model.distillation_loss import Teacher, distillation_sums, head_distillation, top_of
 from src.model.loss import head_loss
+from src.objectives.kinds import objective_of
 from src.objectives.reference_blocks import Blocks
 from src.objectives.reference_model import build_reference
 from src.objectives.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
+from src.training.short_runs import held_out_loss, put_back, train
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
@@ -162,6 +165,21 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
     for name in ("chunks", "alone"):
         for got, want in zip(found[name], found["whole"], strict=True):
             assert (got - want).norm() <= 1e-10 * want.norm(), name
+
+
+def test_a_search_for_the_rate_judges_by_the_cross_entropy():
+    """With values of the teacher in the batches, as where nothing is held out."""
+    documents, model = documents_with_values([6, 4, 9, 12, 3], 67, 3), make_model(7, torch.float32)
+    taught = Config(
+        loss="distill", distill_mix=1.0, distill_temperature=1.5, micro_bsz=5, accumulate_grad_batches=1,
+        ctx_len=64, lr_init=1e-3, warmup_steps=0, precision="fp32",
+    )  # fmt: skip
+    alone, found = dataclasses.replace(taught, loss="sft"), {}
+    for config, data in ((taught, documents), (alone, Documents(documents.items))):
+        with put_back(model):
+            first = next(train(model, config, data, 1))
+        found[config.loss] = first, held_out_loss(model, objective_of(config), data)
+    assert found["distill"] == pytest.approx(found["sft"], rel=1e-6)
 
 
 def test_documents_that_are_taken_keep_their_values():

@@ -149,6 +149,7 @@ class Objective(abc.ABC):
     one_row = ""  # content of a row; "": as many documents as fit
     evaluates = "loss on"  # text for an evaluation
     asks_samples = True  # whether it has sample answers beside that
+    called = "reference"  # the model of --reference, in a run's lines
     keeps_reference = False  # whether the model of --reference stays beside the one in training
 
     def __init__(self, config: Config):

@@ -49,6 +49,7 @@ class Distilled(Supervised):
     """Objective of --loss distill. The loss of held-out documents is the cross entropy alone."""
 
     metrics = DISTILLED
+    called = "teacher"
 
     def __call__(
         self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None

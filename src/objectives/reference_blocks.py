@@ -26,8 +26,8 @@ class Blocks:
     One process writes. The others, and one whose folder is None, keep nothing.
     """
 
-    def __init__(self, folder: pathlib.Path | None, dtype: np.dtype):
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: pathlib.Path | None, dtype: np.dtype, called: str = "reference"):
+        self.folder, self.dtype, self.called = folder, dtype, called
         self.waiting: list[np.ndarray] = []
         self.written = 0
         self.begun = self.last = time.monotonic()
@@ -61,7 +61,7 @@ class Blocks:
             write_bytes(self._path, values.tobytes())
             self.written += len(values)
         except (OSError, UserError) as error:
-            print_notes([f"the values of the reference are not kept any further: {error}"])
+            print_notes([f"the values of the {self.called} are not kept any further: {error}"])
             self.folder = None
 
     def clear(self) -> None:
@@ -77,20 +77,23 @@ class Blocks:
 
 
 @contextlib.contextmanager
-def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool) -> Iterator[Blocks]:
-    """Open the blocks of a folder. The writing process locks it, and another run with the same one waits."""
+def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool, called: str) -> Iterator[Blocks]:
+    """Open the blocks of a folder. The writing process locks it, and another run with the same one waits.
+
+    `called` names the model that reads, in notes.
+    """
     with contextlib.ExitStack() as stack:
         place = None
         if is_writer:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(folder / "lock", "the values of the reference"))
+                stack.enter_context(locked(folder / "lock", f"the values of the {called}"))
                 os.utime(folder)  # time of the last use
                 for left in folder.glob("*.tmp"):  # of a killed pass
                     left.unlink()
                 place = folder
             except OSError as error:
-                print_notes([f"the values of the reference can't be kept in {folder} ({error})"])
-        blocks = Blocks(place, dtype)
+                print_notes([f"the values of the {called} can't be kept in {folder} ({error})"])
+        blocks = Blocks(place, dtype, called)
         yield blocks
         blocks.write()

@@ -102,6 +102,7 @@ class ReferencePass:
 
     def __init__(self, objective: Objective, shared: bool, policy: Policy, values: TokenValues = LOG_PROBS):
         self.config, self.chunks, self.shared = objective.config, objective.chunks, shared
+        self.called = objective.called
         self.model, self.policy, self.values = policy.model, policy, values
         self.processes, self.device = policy.processes, policy.device
         reference = reference_of(self.config.reference)
@@ -139,14 +140,15 @@ class ReferencePass:
     def _values_of(self, documents: Examples, rounds: Rounds, what: str) -> np.ndarray:
         folder, first = self._folder(documents, rounds.order), self.processes.rank == 0
         begun = time.perf_counter()
-        with blocks_in(folder, self.values.dtype, first) as blocks, self._reference_model() as read:
+        kept = blocks_in(folder, self.values.dtype, first, self.called)
+        with kept as blocks, self._reference_model() as read:
             if blocks.folder and self.config.data_cache != "none":
                 remove_old(folder.parent)
             known = blocks.read()
             count = torch.tensor(float(len(known)), dtype=torch.float64, device=self.device)
             values = _Values(documents, int(self.processes.total(count)), blocks)
             examples = sum(_examples(rounds.batches(number)) for number in range(rounds.count))
-            with Progress(f"the reference reads {what}", examples, f"{documents.word}s", first) as bar:
+            with Progress(f"the {self.called} reads {what}", examples, f"{documents.word}s", first) as bar:
                 for number in range(rounds.count):
                     batches = rounds.batches(number)
                     if place := values.known_place(batches):
@@ -159,7 +161,7 @@ class ReferencePass:
             self._check(values, what)
         seconds = time.perf_counter() - begun
         if first and blocks.folder and seconds > DELAY:
-            took = f"the reference read {what} in {duration_text(seconds)}"
+            took = f"the {self.called} read {what} in {duration_text(seconds)}"
             announce(f"{took}; its values are kept in {folder} for later runs")
         return found
 
@@ -169,8 +171,9 @@ class ReferencePass:
             return
         values.blocks.clear()
         word, line = values.documents.word, values.documents.line(values.not_finite)
+        model = self.config.reference or self.config.load_model
         raise UserError(
-            f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not finite"
+            f"the {self.called}, {model}, gives ln p that is not finite"
             f" for the {word} of line or row {line} of {what}; check this row and the model, or"
             " choose another --precision"
         )

@@ -121,6 +121,7 @@ class Cost:
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
     loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
     provided: str = ""  # the assumption of the time, as "if ..."
+    called: str = "reference"  # as Objective.called
 
     def with_loading(self, seconds: float) -> Cost:
         """Add the seconds of loading, if the time of the rest is known."""
@@ -135,7 +136,7 @@ class Cost:
             "loading": self.loading_seconds,
             "evaluation": self.evaluation_seconds,
             "the search for the rate": self.search_seconds,
-            "the reference": self.reference_seconds,
+            f"the {self.called}": self.reference_seconds,
             "drawing": self.drawing_seconds,
         }
         return {part: duration_text(time) for part, time in seconds.items() if time}
@@ -164,6 +165,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
         provided=found.provided,
+        called=objective.called,
     )
 
 

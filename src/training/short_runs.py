@@ -174,13 +174,15 @@ def _backward(
     shares: int,
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
-    """Backpropagate a micro-batch; return its part of the loss. `shares`: micro-batches in the step."""
+    """Backpropagate a micro-batch; return its part of the loss that reports show. `shares`: micro-batches in
+    the step."""
     batch = to_device(batch, model.emb.weight.device)
-    total, _ = objective(model, batch)
-    loss = total / (batch["step_weight"] or 1.0)
+    total, metrics = objective(model, batch)
+    weight = batch["step_weight"] or 1.0
+    loss = total / weight
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
-    return loss.detach().double()
+    return (objective.reported(total, metrics) / weight).double()
 
 
 @torch.no_grad()
@@ -203,5 +205,5 @@ def held_out_loss(
     with ops.nan_passes():
         beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks, processes))
         for batch in batches(held_out):
-            total += objective(model, batch | beside)[0]
+            total += objective.reported(*objective(model, batch | beside))
     return float(processes.total(total)) / held_out.weight

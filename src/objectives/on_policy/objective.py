@@ -63,6 +63,7 @@ class OnOwnAnswers(OnRewards):
     """Objective of --loss distill_on_policy. The loss of an evaluation is the KL on greedy answers."""
 
     metrics = OWN_ANSWERS
+    called = "teacher"
     rate_share = 1.0
 
     @functools.cached_property
