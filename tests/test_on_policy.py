@@ -21,6 +21,7 @@ from src.model.log_probs import token_features
 from src.model.reverse_kl import WholeTeacher
 from src.objectives.kinds import objective_of
 from src.planning.memory import memory_parts
+from src.planning.step_memory import Live
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
@@ -65,6 +66,16 @@ def test_value_and_gradient(monkeypatch, dtype, trained, exact, temperature):
     for mine, theirs in zip(torch.autograd.grad(2.5 * got, leaves), want, strict=True):
         assert mine.dtype == dtype
         assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm()
+
+
+def test_the_logits_of_all_tokens_are_never_there(monkeypatch):
+    """Neither the model's nor the teacher's: beside the gradient of x there are a few blocks of 4 tokens."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * VOCAB)
+    x, weight, targets = head_inputs(512, torch.float32, False)
+    teacher = WholeTeacher(torch.randn(512, 7), torch.randn(VOCAB, 7), 2.0)
+    with Live([x, weight, targets, *teacher[:2]]) as live:
+        head_distillation(x, weight, targets, teacher).backward()
+    assert 2 * x.nbytes <= live.peak < 2 * x.nbytes + 8 * 4 * VOCAB * 4, "with x.grad"
 
 
 @pytest.mark.parametrize("case", TRL["reverse"], ids=lambda case: f"T {case['temperature']}")

@@ -1,0 +1,218 @@
+"""An experiment: what does a small model learn from a teacher, on the data's answers and on its own?
+
+    python -m benchmarks.distill [--cases supervised offline ...] [--seeds 0 1 2] [--only_finished]
+    [--out out/distill] [--report docs/results]
+
+The teacher is the demo's base after a training to sort letters. The student has about a third of its
+parameters, and reverses letters. Every training is a whole run of train.py on 100 rows of sort, in 15 passes
+from the student: supervised alone, with the teacher's likeliest tokens (--loss distill), or on the student's
+own answers (--loss distill_on_policy).
+
+The first seed tries the settings of each case, judged by 100 questions beside those of the table. Right is
+the sorted answer, word for word and greedy, to 400 questions that no training has seen.
+
+A finished training is kept in --out, and is not repeated. --report FOLDER gets distillation.md. The last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from demo import task as demo_task
+from rwkv_miss.version import commit
+from src.data.templates import recorded_template
+from src.inference.load import load
+
+from . import experiment
+from .common import as_flags
+from .experiment import Lines, groups, mean, share, train, write_rows
+from .grpo import BASE, letters
+from .paper.results import Table
+
+START_STEPS, START_ROWS = 150, 64  # of the trainings of both models
+ROWS, PASSES, BATCH, GROUP = 100, 15, 16, 4
+JUDGES = {"judges": 400, "chooses": 100}  # questions
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind of training: its loss, and the temperatures that are tried beside RATES."""
+
+    loss: str
+    temperatures: tuple[float, ...] = ()
+
+    @property
+    def flags(self) -> dict[str, object]:
+        if self.loss == "distill_on_policy":
+            return {"loss": self.loss, "group_size": GROUP}
+        return {"loss": self.loss, "packing": 0}
+
+    @property
+    def tried(self) -> list[str]:
+        """Return flags."""
+        of_teacher = [f" --distill_temperature {number:g}" for number in self.temperatures]
+        return [f"--lr_init {rate:g}{other}" for rate, other in itertools.product(RATES, of_teacher or [""])]
+
+
+CASES = {
+    "supervised": Case("sft"),
+    "offline": Case("distill", (2.0,)),
+    "on-policy": Case("distill_on_policy", (1.0, 2.0)),
+}
+
+
+class Trainings:
+    """The trainings, each done once: what is finished stands in trainings.jsonl of the folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.lines = Lines(folder / "trainings.jsonl", "case", "settings", "seed")
+        seen: set[str] = set()
+        self.questions = {}
+        for seed, (name, count) in enumerate((JUDGES | {"rows": ROWS}).items(), 1):
+            self.questions[name] = letters(count, seed, seen)
+            seen |= {row["question"] for row in self.questions[name]}
+        self.data = write_rows(folder / "rows.jsonl", self.questions["rows"])
+        self.seen = seen
+
+    @functools.cached_property
+    def teacher(self) -> pathlib.Path:
+        return self._model("teacher", letters(START_STEPS * START_ROWS, 4, self.seen), load_model=BASE)
+
+    @functools.cached_property
+    def student(self) -> pathlib.Path:
+        rows = demo_task.rows("reverse", START_STEPS * START_ROWS, 5)
+        new = dict(version="x070", n_layer=2, n_embd=64, head_size=32, tokenizer="bytes")
+        return self._model("student", rows, **new)
+
+    def _model(self, name: str, rows: Sequence[dict], **flags: object) -> pathlib.Path:
+        """Train a model on rows, once; returns its file."""
+        path = self.folder / f"{name}.pth"
+        if not path.exists():
+            data = write_rows(self.folder / f"{name}.jsonl", rows)
+            rate = 2e-3 if name == "teacher" else 4e-3
+            common = as_flags(
+                data_file=data, peft="none", packing=0, micro_bsz=START_ROWS, epoch_steps=START_STEPS,
+                epoch_count=1, lr_init=rate, eval_samples=0, eval_split=0, random_seed=0, data_cache="none",
+            )  # fmt: skip
+            ran = train(self.folder / name, [*common, *as_flags(**flags)], self.folder / "log")
+            shutil.copy(ran.summary["output"], path)
+            shutil.rmtree(ran.folder)
+        return path
+
+    def before(self, name: str) -> dict:
+        """Measure a model before the trainings."""
+        line = {"case": name, "settings": "", "seed": 0}
+        return self.lines.of(line, lambda: self._measures(getattr(self, name)))
+
+    def of(self, name: str, settings: str, seed: int) -> dict:
+        """Return the line of a training, which is done where it is not yet."""
+        line = {"case": name, "settings": settings, "seed": seed}
+        return self.lines.of(line, lambda: self._train(name, settings, seed))
+
+    def _train(self, name: str, settings: str, seed: int) -> dict:
+        given = {
+            "load_model": self.student, "data_file": self.data, "peft": "none", "micro_bsz": BATCH,
+            "epoch_count": PASSES, "warmup_steps": 10, "weight_decay": 0.01, "eval_samples": 0,
+            "eval_split": 0, "eval_steps": 0, "random_seed": seed, "data_cache": "none",
+        }  # fmt: skip
+        given |= {"reference": self.teacher} if name != "supervised" else {}
+        ran = train(
+            self.folder / f"{name}-{seed}",
+            [*as_flags(**given, **CASES[name].flags), *settings.split()],
+            self.folder / "log",
+        )
+        done = {"cpu_seconds": ran.cpu_seconds, "steps": ran.summary["steps"], "commit": commit()}
+        done |= self._measures(ran.summary["output"])
+        shutil.rmtree(ran.folder)
+        return done
+
+    def _measures(self, path: str | pathlib.Path) -> dict:
+        """Count the right answers to both sets of questions."""
+        model, tokenizer = load(path, None, precision="fp32", accelerator="cpu")
+        template = recorded_template("auto", tokenizer, str(path))
+        found = {"parameters": sum(p.numel() for p in model.parameters())}
+        for name in JUDGES:
+            rows = self.questions[name]
+            asked = [([{"role": "user", "content": row["question"]}], row["answer"]) for row in rows]
+            answers = experiment.texts_of_answers(model, tokenizer, template, asked)
+            right = [texts[0] == row["answer"] for row, texts in zip(rows, answers)]
+            found[name] = sum(right) / len(right)
+        return found
+
+
+def chosen(lines: Sequence[dict]) -> str:
+    """Return the flags with the most right answers to the questions that choose; of equal ones the first."""
+    return max(lines, key=lambda line: line["chooses"])["settings"]
+
+
+def code(flags: str) -> str:
+    return f"`{flags}`" if flags else ""
+
+
+def table(lines: Sequence[dict]) -> Table:
+    """Make a row for each case: the mean of its seeds."""
+    rows = []
+    for (name,), own in groups(lines, "case").items():
+        seconds = f"{mean(own, 'cpu_seconds'):.1f}" if "cpu_seconds" in own[0] else ""
+        flags, size = code(own[0]["settings"]), f"{own[0]['parameters']:,}"
+        rows.append((name, size, flags, str(len(own)), share(own, "judges"), seconds))
+    return Table(
+        "Right answers to 400 questions, greedy: the mean of the seeds, and the range. CPU seconds are those"
+        " of a run of train.py, with the teacher's pass and the drawing, without the making of the teacher.",
+        ["case", "parameters", "settings", "seeds", "right", "CPU s"],
+        rows,
+    )
+
+
+def tried_table(lines: Sequence[dict]) -> str:
+    rows = [
+        (line["case"], code(line["settings"]), f"{100 * line['chooses']:.0f} %", f"{line['cpu_seconds']}")
+        for line in lines
+    ]
+    note = "The settings that were tried, with one seed, and right answers to the 100 questions that choose."
+    return Table(note, ["case", "settings", "right", "CPU s"], rows).markdown().strip()
+
+
+def main() -> None:
+    args = experiment.parsed(experiment.parser(__doc__, "distill", cases=CASES))
+    trainings = Trainings(args.out.resolve())
+    lines, tried, missing = [trainings.before("teacher"), trainings.before("student")], [], []
+
+    def done(name: str, settings: str, seed: int) -> list[dict]:
+        if args.only_finished and dict(case=name, settings=settings, seed=seed) not in trainings.lines:
+            missing.append(f"{name} {code(settings)} (seed {seed})")
+            return []
+        line = trainings.of(name, settings, seed)
+        print(json.dumps(line), flush=True)
+        return [line]
+
+    for name in args.cases:
+        of_case = [line for settings in CASES[name].tried for line in done(name, settings, args.seeds[0])]
+        tried += of_case
+        lines += [line for seed in args.seeds if of_case for line in done(name, chosen(of_case), seed)]
+    parts = [
+        "# What a teacher teaches",
+        "A small model learns to sort letters: from right answers alone, also from the likeliest tokens of a"
+        " larger model that sorts (`--loss distill`), or from what that model says of the small one's own"
+        " answers (`--loss distill_on_policy`).",
+        "{table}",
+        f"All begin with the same student, and have {PASSES} passes over {ROWS} rows, {BATCH} in a step. On"
+        f" policy these are {GROUP} drawn answers to each question; the right answers are not read.",
+        tried_table(tried),
+        f"{experiment.cpu_minutes(trainings.lines.done.values())} Not measured:"
+        f" {', '.join(missing) or 'none'}. Again: `python -m benchmarks.distill --report docs/results`.",
+    ]
+    experiment.publish("distillation", args.report, parts, table(lines), trainings=lines, tried=tried)
+
+
+if __name__ == "__main__":
+    main()
