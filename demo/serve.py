@@ -1,6 +1,8 @@
-"""Run an OpenAI-compatible server for a model file, or for a base and its adapters, unmerged.
+"""Run an OpenAI-compatible server for a model file, or for a base and its adapters, unmerged; or the training
+page.
 
 python -m demo.serve --model merged.pth
+python -m demo.serve --train FOLDER
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages(), naming_changed_files():
         args = parse(argv)
-        from src.serving.program import run  # needs the packages that check() has looked for
-
+        # these need the packages that check() has looked for
+        if args.train:
+            from src.studio.program import run
+        else:
+            from src.serving.program import run
         run(args)
 
 

@@ -17,22 +17,7 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.config import FIELDS
-    from src.config.schema import PRESETS, type_of, uncommon_bounds
-
-# heading, its subject, and its first setting; the others follow in the order of the dataclass
-GROUPS = (
-    ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
-    ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
-    ("Loss", "What is minimised: the cross entropy, that and a KL, or a preference.", "loss"),
-    ("Rewards", "What `--loss grpo` has: the model learns from rewards of its own answers.", "rewards"),
-    ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
-    ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),
-    ("Rows and steps", "How much text one step sees. It decides most of the memory.", "ctx_len"),
-    ("Learning rate and optimizer", "The optimizer is AdamW, with moments in fp32 or in 8 bits.", "lr_init"),
-    ("Device and precision", "[scaling.md](scaling.md) is about several GPUs.", "precision"),
-    ("Evaluation", "Held-out documents tell whether the model learns or memorises.", "eval_file"),
-    ("Saving and going on", "[training.md](training.md) says what happens when a run stops.", "init_only"),
-)
+    from src.config.schema import GROUPS, PRESETS, type_of, uncommon_bounds
 
 
 def flag_names(field: dataclasses.Field) -> str:

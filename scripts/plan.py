@@ -25,6 +25,7 @@ from src.common.startup import Start, importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.progress import Progress, duration_text
     from src import ops
     from src.common.available_memory import parse_size
@@ -32,6 +33,7 @@ with importing():
     from src.config import Config, settle
     from src.config.launcher import starts_others
     from src.config.parse import flag_parser, read_flags
+    from src.config.schema import CHOSEN, FIELDS
     from src.model import RWKV
     from src.objectives.estimates import Speed
     from src.objectives.kinds import objective_of
@@ -91,9 +93,10 @@ def main() -> None:
 def plan(ours: argparse.Namespace, config: Config) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
     counted_plan = count(ours, config)
-    show(counted_plan)
+    lines = shown(counted_plan)
+    print(*lines, sep="\n")
     if ours.json:
-        print(json.dumps(for_machines(counted_plan)))
+        print(json.dumps({**for_machines(counted_plan), "lines": lines}))
     return 0 if counted_plan.fix == {} else 1
 
 
@@ -137,43 +140,46 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
     return Needs(plan, model, memory_of(config), fix, speed, cost)
 
 
-def show(found: Needs) -> None:
+def shown(found: Needs) -> list[str]:
+    """Write the lines of the plan."""
     plan, cost = found.plan, found.cost
     config, device, data = plan.settings, plan.device, plan.data
-    if slow := slow_line(plan):
-        print(slow)
-    print(plan_text.base(plan, found.memory["base"]))
-    print(f"trained    {plan_text.trained(config.peft, found.model)}")
-    print(data_text.documents_line(plan), *data_text.sources(plan), sep="\n")
-    print(plan_text.steps(plan))
-    for line in objective_of(config).lines(data.documents, plan.schedule, plan.arch):
-        print(line)
-    print(plan_text.evaluation(plan, cost))
-    print(
-        f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
-        f" {config.strategy}"
-    )
-    print(*plan_text.chosen(plan), sep="\n")
+    objective = objective_of(config)
+    warnings = objective.warnings(data.documents, plan.tokenizer)
     bound = "estimated, at most" if cost.provided else "estimated"
-    warnings = objective_of(config).warnings(data.documents, plan.tokenizer)
-    for line in [*data_text.cut_warnings(data.documents, config.ctx_len), *warnings]:
-        print(f"warning    {line}")
-    print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}")
-    for name, size in found.memory.items():
-        if size < 1:  # less than a byte is nothing
-            continue
-        print(f"           {name:<12} {size_text(size):>10}")
-    print(
+    slow = slow_line(plan)
+    return [
+        *([slow] if slow else []),
+        plan_text.base(plan, found.memory["base"]),
+        f"trained    {plan_text.trained(config.peft, found.model)}",
+        data_text.documents_line(plan),
+        *data_text.sources(plan),
+        plan_text.steps(plan),
+        *objective.lines(data.documents, plan.schedule, plan.arch),
+        plan_text.evaluation(plan, cost),
+        f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
+        f" {config.strategy}",
+        *plan_text.chosen(plan),
+        *(
+            f"warning    {line}"
+            for line in [*data_text.cut_warnings(data.documents, config.ctx_len), *warnings]
+        ),
+        f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}",
+        # less than a byte is nothing
+        *(f"           {name:<12} {size_text(size):>10}" for name, size in found.memory.items() if size >= 1),
         f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
-        f" which {USABLE:.0%} count"
-    )
-    print(f"time       {describe_time(cost, found.speed)}", *plan_text.advice(plan, cost), sep="\n")
-    print(f"verdict    {describe_fix(found.fix, config)}")
+        f" which {USABLE:.0%} count",
+        f"time       {describe_time(cost, found.speed)}",
+        *plan_text.advice(plan, cost),
+        f"verdict    {describe_fix(found.fix, config)}",
+    ]
 
 
 def for_machines(found: Needs) -> dict[str, object]:
     """Return what --json prints."""
     parameters = list(found.model.parameters())
+    config = found.plan.settings
+    reasons = {name: config.origin_of(name).partition(": ") for name in FIELDS}
     return {
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -194,6 +200,11 @@ def for_machines(found: Needs) -> dict[str, object]:
         "loading_seconds": found.cost.loading_seconds or None,
         "evaluated_documents": len(found.plan.evaluated),
         "speed_from": found.speed.source,
+        "chosen": {
+            name: {"value": recorded(config.written(name)), "why": why}
+            for name, (kind, _, why) in reasons.items()
+            if kind == CHOSEN
+        },
     }
 
 

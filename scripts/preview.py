@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -36,9 +35,9 @@ with importing():
     from rwkv_miss.files.checkpoint import Arch
     from scripts.preview_answers import answer_figures, answer_lines
     from scripts.preview_forms import forms
-    from scripts.preview_lint import Lint
+    from scripts.preview_lint import Lint, for_machines
     from scripts.preview_questions import preview_questions
-    from scripts.preview_samples import sample_lines, shown
+    from scripts.preview_samples import parts_of_example, sample_lines, shown, spread_places
     from src.common.formatting import counted
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
@@ -283,15 +282,14 @@ def main(argv: list[str] | None = None) -> int:
             documents = loaded.preferences(config.ctx_len)
         figures = statistics(config, loaded, documents) | answer_figures(documents, report)
         if args.json:
-            print(
-                json.dumps(
-                    {**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}
-                )
-            )
+            found = for_machines(lint.findings)
+            samples = [
+                parts_of_example(documents[i], tokenizer) for i in spread_places(args.samples, documents)
+            ]
+            print(json.dumps({**figures, "findings": found, "samples": samples}))
         else:
             print("\n".join(overview(config, encoder, documents, figures, lint, report)))
-            count = min(args.samples, len(documents))
-            for i in np.unique(np.linspace(0, len(documents) - 1, count).astype(int)).tolist():
+            for i in spread_places(args.samples, documents):
                 print("\n".join(sample_lines(documents, i, tokenizer, plain)))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))

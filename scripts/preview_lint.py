@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -96,6 +96,11 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.name}, {counted(self.count, 'row')}: {MEANINGS[self.name]}; first: {self.first}"
+
+
+def for_machines(findings: Iterable[Finding]) -> list[dict]:
+    """Return findings as --json has them."""
+    return [{**dataclasses.asdict(finding), "meaning": MEANINGS[finding.name]} for finding in findings]
 
 
 class Lint:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_miss.errors import UserError
-from scripts.preview_lint import Lint, odd_question
-from scripts.preview_samples import shown
+from scripts.preview_lint import Lint, for_machines, odd_question
+from scripts.preview_samples import shown, spread_places
 from src.common.formatting import counted
 from src.config import Config
 from src.config.loss_settings import REWARDS
@@ -66,12 +66,16 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
     with Rewards.of(config, encoder.template) as rewards:
         worth = worth_of(rewards, config, encoder, found)
         if ours.json:
-            findings = [dataclasses.asdict(finding) for finding in found.lint.findings]
-            print(json.dumps({**figures(config, found), "rewards": worth, "findings": findings}))
+            findings, loaded = for_machines(found.lint.findings), found.loaded.questions
+            samples = [
+                [(loaded[i].prompt, 0.0), (str(loaded[i].answer), 1.0)]
+                for i in spread_places(ours.samples, loaded)
+            ]
+            said = {**figures(config, found), "rewards": worth, "findings": findings, "samples": samples}
+            print(json.dumps(said))
         else:
             print("\n".join(overview(config, encoder, found, worth)))
-            count = min(ours.samples, len(found.loaded.questions))
-            for i in np.unique(np.linspace(0, len(found.loaded.questions) - 1, count).astype(int)).tolist():
+            for i in spread_places(ours.samples, found.loaded.questions):
                 print("\n".join(sample_lines(found, i, rewards, encoder, plain)))
     return bool(found.lint.findings)
 

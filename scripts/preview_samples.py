@@ -3,6 +3,8 @@ token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from src.common.formatting import counted
@@ -23,6 +25,29 @@ TRAINED, NOT_TRAINED, LIGHT, HEAVY, AVOIDED = (
     ("30;41", "30;101"),
 )
 SHOWN_TOKENS = 600
+
+
+def spread_places(count: int, documents: Sequence) -> list[int]:
+    """Choose at most `count` documents from all over the data, by their numbers."""
+    spread = np.linspace(0, len(documents) - 1, min(count, len(documents)))
+    return np.unique(spread.astype(int)).tolist()
+
+
+def parts_of_example(row: Document | Preference, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """Split a document or an example into texts with their weights; a rejected answer has negative ones."""
+    if not isinstance(row, Preference):
+        return document_text.parts_of(shortened(row), tokenizer)
+    prompt = Document(row.prompt, np.zeros(len(row.prompt), np.float32))
+    parts = document_text.parts_of(shortened(prompt), tokenizer)
+    for answer, is_chosen in zip(row.answers, row.chosen):
+        begin, sign = prompt_length(answer), 1 if is_chosen else -1
+        after = shortened(Document(answer.ids[begin:], answer.weights[begin:]))
+        parts += [(text, sign * weight) for text, weight in document_text.parts_of(after, tokenizer)]
+    return parts
+
+
+def shortened(row: Document) -> Document:
+    return Document(row.ids[:SHOWN_TOKENS], row.weights[:SHOWN_TOKENS])
 
 
 def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> str:

@@ -82,6 +82,7 @@ from .training.run_folder import (
     remove_leftovers,
     require_folder,
     restore_best,
+    say_running,
 )
 from .training.validation_log import BEST, VALIDATION, best_trained, is_known_by_heart, is_over
 
@@ -297,6 +298,7 @@ def do_steps(
     config = plan.settings
     if is_first_process():
         prepare_folder(plan)
+        say_running(config.proj_dir, steps=plan.steps, plan=shown)
 
     first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
     report, *watch, saver = reporters(plan, model, started, history, objective)

@@ -35,6 +35,7 @@ ORDER = {
         "objectives",
     },
     "reporting": {"common", "config", "model", "data", "planning", "evaluation", "objectives", "training"},
+    "studio": {"common", "config", "model", "data", "serving", "training"},
 }
 ALL = {"run": set(ORDER), **ORDER}
 

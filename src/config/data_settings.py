@@ -18,12 +18,14 @@ class DataSettings:
         "",
         "the base model: a .pth, a Hugging Face folder, or hf://OWNER/NAME[/FILE][@REVISION] of the"
         " Hugging Face hub. Empty: a new model with the sizes of --version, --n_layer and --n_embd",
+        file=True,
     )
     data_file: str = opt(
         "",
         "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files,"
         " OWNER/NAME of a Hugging Face data set, or hf://OWNER/NAME/FILE of one. Several files with weights:"
         " a.jsonl:2,b.csv:0.5 reads every row of a.jsonl twice and half of b.csv",
+        file=True,
     )
     sft_field: str = opt(
         "",
@@ -41,13 +43,14 @@ class DataSettings:
         choices=("stop", "skip"),
     )
     proj_dir: str = opt(
-        "out", "the run's folder, for adapter.pth, metrics.jsonl, config.yaml and checkpoints/"
+        "out", "the run's folder, for adapter.pth, metrics.jsonl, config.yaml and checkpoints/", operator=True
     )
     tokenizer: str = opt(
         "auto",
         "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: the"
         " tokenizer that --load_model records; else the one in its Hugging Face folder; else world, for"
         " a model with the World vocabulary",
+        file=True,
     )
     eod: str = opt("", "the text of the end-of-document token, for a tokenizer file that does not name it")
 
@@ -56,6 +59,7 @@ class DataSettings:
         "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them),"
         " alpaca, or a Jinja file with Hugging Face's conventions. auto: the template that --load_model"
         " records, else rwkv",
+        file=True,
     )
     tool_style: str = opt(
         "auto",
@@ -95,4 +99,5 @@ class DataSettings:
         "folder for tokenised data, and for what a reference or a teacher says of them. auto: rwkv-miss/data"
         " in the user's cache folder. none: tokenise every time, and keep the reference's in the run's"
         " folder",
+        operator=True,
     )

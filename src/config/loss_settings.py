@@ -76,6 +76,7 @@ class LossSettings(DataSettings):
         " distill_on_policy, of any size: a file, a folder or a name of the hub, as for --load_model. Empty:"
         " the base model, with the adapter off; a teacher must be given",
         alias=("ref_model",),
+        file=True,
     )
     distill_top: int = opt(
         64,
@@ -115,6 +116,7 @@ class LossSettings(DataSettings):
         "grpo: a Python file with functions NAME(prompt, answers, right). Each returns a list of"
         " numbers, one for each answer; right is the reference answer. The file's code is run, so only"
         " the command line can name it, and no YAML file",
+        operator=True,
     )
     reward_regex: str = opt(
         "", "grpo: the regular expression of --rewards regex, searched for in the rollout"

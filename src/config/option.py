@@ -67,6 +67,8 @@ def opt(
     below: float | None = None,
     words: dict[str, Any] | None = None,
     bare: Any = None,
+    file: bool = False,
+    operator: bool = False,
 ) -> Any:
     """Make a setting with its help text, the names that neighbouring projects use for it, and its allowed
     values.
@@ -74,10 +76,11 @@ def opt(
     `automatic`: the default leaves the choice to the program (src/planning/defaults.py); a Config then has
     AUTO, or "auto" where the setting is a text. `low` and `high` are the smallest and the largest number,
     `below` is the first that is too large. `words`: values that may be given as a word. `bare`: the value of
-    a name without one in a mapping.
+    a name without one in a mapping. `file`: the setting names a file or a folder that is read. `operator`: it
+    runs code, names a place to write, or is about the process itself; a server's page may not set it.
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
-    meta["bounds"], meta["bare"] = Bounds(low, high, below), bare
+    meta |= {"bounds": Bounds(low, high, below), "bare": bare, "file": file, "operator": operator}
     meta["type"], meta["written"] = type(default), default  # what a file and the help have for the default
     if automatic and not isinstance(default, str):
         return dataclasses.field(default=AUTO, metadata=meta)

@@ -63,6 +63,7 @@ class Config(LossSettings):
         "an adapter or initial state that the run begins with: a file of this project, one of RWKV-PEFT, or"
         " a folder of HF peft. It brings --peft, --peft_config, --train_parts and --layers; where one of them"
         " is given it must agree. Empty: a new adapter",
+        file=True,
     )
     preset: str = opt(
         "",
@@ -241,7 +242,9 @@ class Config(LossSettings):
         " themselves",
         low=1,
     )
-    num_nodes: int = opt(1, "number of machines. torchrun, deepspeed and srun set it by themselves", low=1)
+    num_nodes: int = opt(
+        1, "number of machines. torchrun, deepspeed and srun set it by themselves", low=1, operator=True
+    )
     wkv: str = opt(
         "auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True
     )
@@ -250,6 +253,7 @@ class Config(LossSettings):
         "",
         "held-out data, in any format of --data_file. Its loss is measured before, during and after"
         " the training",
+        file=True,
     )
     eval_split: float = opt(
         -1.0,
@@ -292,11 +296,13 @@ class Config(LossSettings):
         "",
         "send the run to this project of Weights & Biases. TensorBoard needs no flag: it is used"
         " where it is installed",
+        operator=True,
     )
 
     init_only: bool = opt(
         False,
         "1: write a new model to rwkv-init.pth in proj_dir and end. A later run takes it as --load_model",
+        operator=True,
     )
     save_steps: int = opt(
         0,
@@ -327,6 +333,7 @@ class Config(LossSettings):
         "auto: go on from the newest checkpoint in proj_dir, if there is one. none: begin a new run; a folder"
         " that holds one is refused",
         choices=("none", "auto"),
+        operator=True,
     )
 
     # of settings that are not the default: where they are from, or "chosen: " and why
@@ -405,6 +412,20 @@ class Config(LossSettings):
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "origins"}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
+# of the settings: heading, subject, and the first setting; the others follow in the order of the dataclass
+GROUPS = (
+    ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
+    ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
+    ("Loss", "What is minimised: the cross entropy, that and a KL, or a preference.", "loss"),
+    ("Rewards", "What `--loss grpo` has: the model learns from rewards of its own answers.", "rewards"),
+    ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
+    ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),
+    ("Rows and steps", "How much text one step sees. It decides most of the memory.", "ctx_len"),
+    ("Learning rate and optimizer", "The optimizer is AdamW, with moments in fp32 or in 8 bits.", "lr_init"),
+    ("Device and precision", "[scaling.md](scaling.md) is about several GPUs.", "precision"),
+    ("Evaluation", "Held-out documents tell whether the model learns or memorises.", "eval_file"),
+    ("Saving and going on", "[training.md](training.md) says what happens when a run stops.", "init_only"),
+)
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
 _COMMON = {
     "lr_init": 2e-5,

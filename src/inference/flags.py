@@ -25,11 +25,11 @@ from .sampling import Sampling
 NO_ADAPTER = "none"  # value of /adapter for the base alone
 
 
-def add_files(add: Callable) -> None:
-    """Add the flags for the model and its adapters."""
+def add_files(add: Callable, required: bool = True) -> None:
+    """Add the flags for the model, which may be `required`, and its adapters."""
     add(
         "--model",
-        required=True,
+        required=required,
         help="base model or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION], or a Hugging Face folder",
     )
     add(

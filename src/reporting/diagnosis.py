@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rwkv_miss.files.hub_names import recorded
 
@@ -259,6 +260,12 @@ class Verdict(NamedTuple):
     reason: str  # what was measured
     remedy: str  # "": nothing is to be done
     offered: bool  # whether the trained file is worth using
+    rule: str = ""  # the name of the rule that held
+    numbers: Mapping[str, Any] = MappingProxyType({})  # what was measured, before and after
+
+    def as_object(self) -> dict[str, Any]:
+        """Return the verdict for run.json, from which a page can say it in another language."""
+        return {**self._asdict(), "numbers": dict(self.numbers), "sentence": self.sentence}
 
     @property
     def sentence(self) -> str:
@@ -274,7 +281,23 @@ def verdict(config: Config, metrics: list[dict], step: int, history: list[dict],
     facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, searched)
     rule = next(rule for rule in RULES if rule.when(facts))
     offered = facts.is_worth_using if rule.verdict == BY_HEART else rule.verdict in OFFERED
-    return Verdict(rule.verdict, rule.words(facts), advice(rule, facts), offered)
+    return Verdict(
+        rule.verdict, rule.words(facts), advice(rule, facts), offered, rule.name, numbers_of(facts)
+    )
+
+
+def numbers_of(facts: Facts) -> dict[str, Any]:
+    """Collect the numbers behind a verdict; None for one that is not known."""
+    pairs = {
+        "loss" if facts.by_loss else "reward": facts.change,
+        "training_loss": facts.losses[::2],
+        "right_answers": facts.rights or (None, None),
+    }
+    finite = {
+        name: [None if value is None or not math.isfinite(value) else value for value in pair]
+        for name, pair in pairs.items()
+    }
+    return {**finite, "steps": facts.lines[-1]["step"]}
 
 
 class Warnings:

@@ -72,6 +72,7 @@ def finish(
         "output": output_path(config.proj_dir, config.peft),
         **_validation_summary(described, config.proj_dir, history),
         **_metrics_summary(described, metrics, history),
+        "plan": plan,
     }
     state = _state(step, total_steps, history, config.early_stop, described.by_loss)
     if step < total_steps and is_known_by_heart(config, step, total_steps):
@@ -81,7 +82,7 @@ def finish(
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
         judged = verdict(config, metrics, kept_step, history, searched)
-        summary["verdict"] = judged._asdict()
+        summary["verdict"] = judged.as_object()
         text = card(config, plan, summary, log, judged)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)

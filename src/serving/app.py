@@ -48,11 +48,21 @@ KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".s
 # the page loads only its own files and talks only with its own server
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'"
-    " data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    " data:; connect-src 'self'; frame-src 'self'; frame-ancestors 'self'; base-uri 'none';"
+    " form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+
+def page_file(name: str, *folders: pathlib.Path) -> Response:
+    """Return a file of a page, from the first of these folders that has it."""
+    for folder in folders:
+        files = {path.name: path for path in folder.iterdir() if path.suffix in KINDS}
+        if name in files:
+            return FileResponse(files[name], headers=PAGE_HEADERS, media_type=KINDS[files[name].suffix])
+    raise Refused(404, "there is no such file", code="not_found")
 
 
 class Routes:
@@ -92,6 +102,10 @@ class Routes:
             self._route("/page/highlight.css", self.highlight_css),
             self._route("/page/{name}", self.page),
         ]
+
+    async def close(self) -> None:
+        self.readers.shutdown(wait=False)
+        await self.renderer.close()
 
     def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET"):
         """Make a route whose refusals become error objects, and which is counted."""
@@ -247,11 +261,7 @@ class Routes:
         return json_reply({"id": identity, "deleted": True})
 
     async def page(self, request: Request) -> Response:
-        name = request.path_params.get("name", "index.html")
-        files = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
-        if name not in files:
-            raise Refused(404, "there is no such file", code="not_found")
-        return FileResponse(files[name], headers=PAGE_HEADERS, media_type=KINDS[files[name].suffix])
+        return page_file(request.path_params.get("name", "index.html"), PAGE)
 
     async def highlight_css(self, request: Request) -> Response:
         """Return the colours of highlighted code: none where nothing is highlighted."""
@@ -290,12 +300,19 @@ def assemble(
     states = States(limits.states)
     dispatcher = Dispatcher(Worker(engine), served, states, TokenNames(engine.tokenizer), limits)
     reader = RequestReader(engine.tokenizer, served.find, limits, defaults, states)
-    return make_app(Routes(dispatcher, reader, describe), guard, log_requests), dispatcher
+    routes = Routes(dispatcher, reader, describe)
+    return make_app(routes.all(), guard, log_requests, dispatcher.metrics.refused, routes.close), dispatcher
 
 
-def make_app(routes: Routes, guard: Guard, log_requests: bool) -> Starlette:
-    """Make the application. Nothing of it runs before a server does."""
-    middleware = [Middleware(GuardMiddleware, guard=guard, refused=routes.dispatcher.metrics.refused)]
+def make_app(
+    routes: list[Route],
+    guard: Guard,
+    log_requests: bool,
+    refused: Callable[[int], None],
+    close: Callable[[], Awaitable[None]],
+) -> Starlette:
+    """Make the application; `close` is called at its end. Nothing of it runs before a server does."""
+    middleware = [Middleware(GuardMiddleware, guard=guard, refused=refused)]
     if guard.origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=sorted(guard.origins), allow_methods=["*"], allow_headers=["*"]
@@ -307,11 +324,10 @@ def make_app(routes: Routes, guard: Guard, log_requests: bool) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        routes.readers.shutdown(wait=False)
-        await routes.renderer.close()
+        await close()
 
     return Starlette(
-        routes=routes.all(),
+        routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,

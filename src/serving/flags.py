@@ -38,7 +38,8 @@ TIMES = [flag for flag in LIMITS if flag not in COUNTS]  # in seconds
 
 def add_flags(add: Callable) -> None:
     add_address(add)
-    add_files(add)
+    add_files(add, required=False)
+    add_training(add)
     add_text(add)
     add_sampling(add, max_tokens=1024, recommended=True)
     add_device(add)
@@ -100,6 +101,34 @@ def add_address(add: Callable) -> None:
     )
 
 
+def add_training(add: Callable) -> None:
+    """Add the flags of the training page, which is served instead of a model."""
+    add(
+        "--train",
+        metavar="FOLDER",
+        help="serve the page that trains models, instead of a --model. Data and runs are kept in this folder",
+    )
+    add(
+        "--models",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="another folder with models and data that the training page may read; give the flag again for"
+        " more",
+    )
+    add(
+        "--train_flags",
+        default="",
+        metavar="FLAGS",
+        help="flags of train.py for every run of the training page, such as '--reward_file rewards.py'",
+    )
+    add(
+        "--limit_upload",
+        default="4GB",
+        help="the largest data file for the training page; default %(default)s",
+    )
+
+
 def add_engine(add: Callable) -> None:
     """Add the flags for the engine's rows and its cache."""
     add("--rows", type=int, default=16, help="answers that are written at once; default %(default)s")
@@ -133,6 +162,9 @@ def check(args: argparse.Namespace) -> None:
             f"the server needs {' and '.join(absent)}, not installed for {sys.executable}: pip install"
             f" {' '.join(PACKAGES)}"
         )
+    if bool(args.model) == bool(args.train):
+        both = " or --train FOLDER, not both" if args.model else ", or --train FOLDER for the training page"
+        raise UserError(f"give --model FILE{both}")
     args.adapter = named(args.adapter)
     check_shared(args)
     least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}

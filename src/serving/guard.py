@@ -22,7 +22,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
 # what changes something there needs an admin's key, if there are any
-ADMIN_PATHS = ("/v1/adapters", "/v1/states", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN_PATHS = ("/studio", "/v1/adapters", "/v1/states", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 @dataclasses.dataclass(frozen=True)

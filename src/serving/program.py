@@ -7,6 +7,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from starlette.applications import Starlette
+
 from rwkv_miss.files.mapped import ChangedFile
 from rwkv_miss.progress import Progress
 
@@ -20,6 +22,7 @@ from ..inference.engine import Engine
 from ..inference.flags import PromptSettings, decoder_options, load_named
 from ..inference.load import refuse_folders
 from .app import assemble
+from .dispatcher import Dispatcher
 from .flags import chosen_sampling, limits_of
 from .guard import OWN_NAMES, Guard, is_own_machine
 from .limits import Limits
@@ -79,31 +82,43 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
     return f"{name}:{names[0]}"
 
 
-def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: Serving) -> None:
-    """Answer until a signal ends the server."""
-    engine, served, how = loaded
+def guard_of(args: argparse.Namespace) -> Guard:
     own = is_own_machine(args.host)
     hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
     origins = frozenset(origin.rstrip("/").lower() for origin in args.cors_origin)
-    defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
-    app, dispatcher = assemble(
-        engine,
-        served,
-        defaults,
+    return Guard(args.keys, hosts, origins, args.admin_keys)
+
+
+def assembled(args: argparse.Namespace, limits: Limits, loaded: Serving) -> tuple[Starlette, Dispatcher]:
+    """Assemble the server of what was loaded: (the application, its dispatcher)."""
+    return assemble(
+        loaded.engine,
+        loaded.served,
+        Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed),
         limits,
-        Guard(args.keys, hosts, origins, args.admin_keys),
+        guard_of(args),
         args.log_requests,
-        device=how,
+        device=loaded.how,
         rows=args.rows,
-        chunk=engine.chunk,
+        chunk=loaded.engine.chunk,
     )
 
+
+def address(args: argparse.Namespace, listener: Listener) -> str:
+    """Return the URL of the server for a browser on this machine."""
+    # a browser can't open the address that stands for all of the machine's
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+    host = f"[{name}]" if ":" in name else name
+    return f"{'https' if args.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
+
+
+def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: Serving) -> None:
+    """Answer until a signal ends the server."""
+    engine, served, how = loaded
+    app, dispatcher = assembled(args, limits, loaded)
+
     def say_where() -> None:
-        port = listener.getsockname()[1]
-        # a browser can't open the address that stands for all of the machine's
-        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
-        host = f"[{name}]" if ":" in name else name
-        url = f"{'https' if args.tls_cert else 'http'}://{host}:{port}"
+        url = address(args, listener)
         print(
             f"chat page: {url}\nOpenAI's API: {url}/v1, models"
             f" {', '.join(served.models())}\n{how}; {counted(args.rows, 'row')},"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 
+from ..common.files import write_text
 from ..config.launcher import is_first_process
 from ..distributed.watchdog import Watchdog
 
@@ -27,6 +30,7 @@ CONFIG = "config.yaml"
 ROWS = "rows.jsonl"  # that were given to prepare()
 RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
+RUNNING = "running.json"  # there while a run writes into the folder, and after one that was killed
 MERGED = "merged.pth"  # the file that the suggested merge writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
@@ -76,14 +80,18 @@ def alone_in(folder: str) -> Iterator[None]:
     """Lock the folder for one run. Raises UserError for a second one.
 
     The folder is made, and removed if it is empty at the end. The system releases the lock when the process
-    dies. Windows and some network file systems have no such lock; there nothing is locked.
+    dies. Windows and some network file systems have no such lock; there nothing is locked. running.json tells
+    others which process it is.
     """
     require_folder(folder)
     there = existing_part(folder)
     place = _hold(folder)
     try:
+        say_running(folder)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, RUNNING))
         _remove_empty(folder, there)  # while it is locked: nobody else is about to use it
         if place is not None:
             os.close(place)
@@ -113,6 +121,34 @@ def _hold(folder: str) -> int | None:
             if os.path.samestat(os.fstat(place), os.stat(folder)):
                 return place
         os.close(place)  # the lock of a folder that was removed
+
+
+def say_running(folder: str, **more: object) -> None:
+    """Write running.json for the run of this process, with `more` that is known of it by now."""
+    said = {"pid": os.getpid(), "started": time.time(), **more}
+    write_text(os.path.join(folder, RUNNING), json.dumps(said))
+
+
+def running(folder: str) -> dict | None:
+    """Return what running.json says of the run that holds the folder's lock; None where none does."""
+    if fcntl is None:
+        return None
+    try:
+        with open(os.path.join(folder, RUNNING), encoding="utf-8") as file:
+            said = json.load(file)
+        os.kill(said["pid"], 0)  # of a dead run the lock is not tried: a new one may be about to take it
+        place = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a process of another user
+        return said
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    try:
+        fcntl.flock(place, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        return said
+    finally:
+        os.close(place)
 
 
 def _remove_empty(folder: str, there: str) -> None:

@@ -1,0 +1,229 @@
+"""Routes of the training page."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import pathlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.hub_names import is_hub_name
+from rwkv_miss.version import VERSION
+
+from ..serving.app import PAGE as CHAT_PAGE
+from ..serving.app import page_file
+from ..serving.errors import Refused, wrong
+from ..serving.fields import Fields, read_object
+from ..serving.replies import error_reply, json_reply, read_body
+from ..training.run_folder import MERGED, MODEL
+from . import settings
+from .folders import Folders
+from .jobs import Jobs
+from .runs import Run, Runs
+from .trial import Trial
+
+PAGE = pathlib.Path(__file__).parent / "page"
+SAMPLES = 10  # rows that a preview shows
+UPLOADS = 4  # at once
+EXPORTS = {"gguf": "merged.gguf", "safetensors": "merged.safetensors", "ai00": "merged.st"}
+
+
+class Studio:
+    """Endpoints of all routes. Those without `await` run one after another in a thread."""
+
+    def __init__(self, folders: Folders, operators: list[str], trial: Trial, upload_bytes: int):
+        self.folders, self.operators, self.trial = folders, operators, trial
+        self.upload_bytes, self.uploads = upload_bytes, 0
+        self.jobs, self.runs = Jobs(), Runs(folders, operators)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "studio")
+
+    def all(self) -> list[Route]:
+        run = "/studio/runs/{name:path}"
+        return [
+            self._route("/health", lambda request, fields: {"status": "ok"}),
+            self._route("/studio", self.about),
+            self._route("/studio/settings", lambda request, fields: settings.described()),
+            self._route("/studio/models", lambda request, fields: self.folders.models()),
+            self._route("/studio/data", lambda request, fields: self.folders.data()),
+            self._route("/studio/command", self.command, "POST"),
+            self._route("/studio/jobs", self.start_job, "POST"),
+            self._route("/studio/jobs/{id}", lambda request, fields: self._job(request).as_object()),
+            self._route("/studio/jobs/{id}", self.end_job, "DELETE"),
+            self._route("/studio/runs", lambda request, fields: self.runs.overviews()),
+            self._route("/studio/runs", self.start_run, "POST"),
+            self._route(f"{run}/stop", lambda request, fields: self.runs.stop(name_of(request)), "POST"),
+            self._route(f"{run}/resume", lambda request, fields: self.runs.resume(name_of(request)), "POST"),
+            self._route(f"{run}/files/{{file}}", self.download),
+            self._route(run, self.details),
+            self._awaited("/studio/data", self.receive, "POST"),
+            self._awaited("/studio/try", self.tried),
+            self._awaited(f"{run}/try", self.start_trial, "POST"),
+            self._awaited("/", self.page),
+            self._awaited("/page/{name}", self.page),
+        ]
+
+    def _route(self, path: str, endpoint: Callable[[Request, Fields], Any], method: str = "GET") -> Route:
+        """Make a route whose endpoint takes the request and the fields of its body, in the thread."""
+
+        async def in_thread(request: Request) -> Any:
+            body = await read_body(request, self.trial.limits) if method == "POST" else b""
+            fields = Fields(read_object(body or b"{}"))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.thread, endpoint, request, fields)
+
+        return self._awaited(path, in_thread, method)
+
+    def _awaited(self, path: str, endpoint: Callable[[Request], Awaitable[Any]], method: str = "GET"):
+        """Make a route whose refusals become error objects."""
+
+        async def answered(request: Request) -> Response:
+            try:
+                value = await endpoint(request)
+                created = 201 if method == "POST" and path == "/studio/runs" else 200
+                return value if isinstance(value, Response) else json_reply(value, created)
+            except Refused as refused:
+                return error_reply(refused, request.url.path)
+            except UserError as error:
+                return error_reply(Refused(400, str(error), code="invalid_value"), request.url.path)
+
+        return Route(path, answered, methods=[method])
+
+    async def close(self) -> None:
+        self.jobs.close()
+        self.thread.shutdown(wait=False)
+        await self.trial.close()
+
+    async def page(self, request: Request) -> Response:
+        return page_file(request.path_params.get("name", "studio.html"), PAGE, CHAT_PAGE)
+
+    def about(self, request: Request, fields: Fields) -> dict[str, Any]:
+        return {
+            "folder": self.folders.work,
+            "models_folders": self.folders.others,
+            "version": VERSION,
+            "cores": os.cpu_count(),
+            "limits": {"upload_bytes": self.upload_bytes},
+            "train_flags": self.operators,
+            "exports": list(EXPORTS),
+        }
+
+    async def receive(self, request: Request) -> dict[str, Any]:
+        if self.uploads >= UPLOADS:
+            raise Refused(429, f"{UPLOADS} files are on their way; try again later", code="too_many_uploads")
+        self.uploads += 1
+        try:
+            name = request.query_params.get("name", "")
+            return await self.folders.receive(request, name, self.upload_bytes, self.trial.limits.receiving)
+        finally:
+            self.uploads -= 1
+
+    # jobs
+
+    def _settings(self, fields: Fields) -> dict[str, Any]:
+        inner = fields.inner("settings")
+        return inner.values if inner else {}
+
+    def command(self, request: Request, fields: Fields) -> dict[str, Any]:
+        """Write the command line that does what the page would, and what is wrong with it."""
+        name, folder = self.folders.new_run(fields.text("run") or "run")
+        words = [*self.operators, *settings.flags(self._settings(fields), self.folders)]
+        words.append(f"--proj_dir={folder}")
+        problem = None
+        try:
+            settings.check(words)
+        except UserError as error:
+            problem = str(error)
+        return {"command": settings.command(words), "problem": problem, "name": name}
+
+    def start_job(self, request: Request, fields: Fields) -> dict[str, str]:
+        kind = fields.choice("kind", ("preview", "plan", "fetch", "merge", "export")) or ""
+        if kind in ("preview", "plan"):
+            words = [*self.operators, *settings.flags(self._settings(fields), self.folders)]
+            if kind == "preview":
+                words += ["--samples", str(fields.integer("samples", 0, 100, SAMPLES))]
+            return self.jobs.start(kind, [f"scripts.{kind}", "--json", *words])
+        if kind == "fetch":
+            (name,) = fields.required("name")
+            if not is_hub_name(name):
+                raise wrong("name", f"got {name[:80]!r}, expected hf://OWNER/NAME/FILE")
+            repo_type = fields.choice("type", ("model", "dataset")) or "model"
+            return self.jobs.start(kind, ["fetch", name, repo_type])
+        if kind not in ("merge", "export"):
+            raise wrong("kind", "is missing, expected preview, plan, fetch, merge or export")
+        run = self.runs.find(fields.required("run")[0])
+        return self._merge(run) if kind == "merge" else self._export(run, fields)
+
+    def _merge(self, run: Run) -> dict[str, str]:
+        out = run.path(MERGED)
+        words = ["rwkv_miss", "merge", "--base", self._base(run), "--adapter", run.trained(), "--out", out]
+        return self.jobs.start("merge", words, run=run.name, file=MERGED)
+
+    def _export(self, run: Run, fields: Fields) -> dict[str, str]:
+        to = fields.choice("to", EXPORTS) or "gguf"
+        model = next((path for name in (MERGED, MODEL) if os.path.isfile(path := run.path(name))), None)
+        if model is None:
+            raise Refused(409, f"{run.name} has no {MERGED}; merge it first", code="not_merged")
+        words = ["scripts.export", "--model", model, "--to", to, "--out", run.path(EXPORTS[to])]
+        return self.jobs.start("export", words, run=run.name, file=EXPORTS[to])
+
+    def _base(self, run: Run) -> str:
+        model = run.overview()["model"]
+        if not model:
+            raise Refused(409, f"{run.name} trains a new model, which has no base", code="no_base")
+        return self.folders.named("load_model", model)
+
+    def _job(self, request: Request):
+        return self.jobs.find(request.path_params["id"])
+
+    def end_job(self, request: Request, fields: Fields) -> dict[str, Any]:
+        self._job(request).end()
+        return {"id": request.path_params["id"]}
+
+    # runs
+
+    def start_run(self, request: Request, fields: Fields) -> dict[str, str]:
+        (name,) = fields.required("name")
+        return self.runs.start(name, self._settings(fields))
+
+    def details(self, request: Request, fields: Fields) -> dict[str, Any]:
+        def number(name: str, default: float) -> float:
+            try:
+                return float(request.query_params.get(name, default))
+            except ValueError:
+                raise wrong(name, "expected a number") from None
+
+        points = int(min(max(number("points", 400), 10), 5000))
+        run = self.runs.find(name_of(request))
+        return run.details(points, number("from", 0), number("to", float("inf")))
+
+    def download(self, request: Request, fields: Fields) -> Response:
+        path = self.folders.file_of_run(name_of(request), request.path_params["file"])
+        name = os.path.basename(path)
+        headers = {"X-Content-Type-Options": "nosniff"}
+        return FileResponse(path, filename=name, media_type="application/octet-stream", headers=headers)
+
+    async def tried(self, request: Request) -> dict[str, Any]:
+        return self.trial.as_object()
+
+    async def start_trial(self, request: Request) -> dict[str, Any]:
+        def files() -> tuple[str, str | None]:
+            run = self.runs.find(name_of(request))
+            trained = run.trained()
+            if os.path.basename(trained) == MODEL:
+                return trained, None
+            return self._base(run), trained
+
+        loop = asyncio.get_running_loop()
+        model, adapter = await loop.run_in_executor(self.thread, files)
+        return self.trial.start(name_of(request), model, adapter)
+
+
+def name_of(request: Request) -> str:
+    return request.path_params["name"]

@@ -1,0 +1,51 @@
+"""Program of the training page: folders and flags are checked, and it answers until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from rwkv_miss.errors import UserError
+
+from ..common.available_memory import parse_size
+from ..config.parse import flag_parser, read_flags, settle
+from ..serving.app import make_app
+from ..serving.flags import limits_of
+from ..serving.listener import allow_files, bound
+from ..serving.program import address, guard_of
+from ..serving.uvicorn_server import Server
+from .app import Studio
+from .folders import Folders
+from .trial import Mounted, Trial
+
+
+def run(args: argparse.Namespace) -> None:
+    limits = limits_of(args)
+    allow_files(limits.connections)
+    folders = Folders(args.train, args.models)
+    operators = checked_flags(args.train_flags)
+    trial = Trial(args, limits)
+    studio = Studio(folders, operators, trial, parse_size(args.limit_upload, "--limit_upload"))
+    app = make_app(studio.all(), guard_of(args), args.log_requests, trial.metrics.refused, studio.close)
+    listener = bound(args.host, args.port)
+
+    def say_where() -> None:
+        print(
+            f"training page: {address(args, listener)}\ndata and runs are in {folders.work}. Ctrl-C ends the"
+            " server; runs go on",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    Server(Mounted(app, trial), trial, listener, say_where, args.tls_cert, args.tls_key).run()
+
+
+def checked_flags(text: str) -> list[str]:
+    """Split --train_flags. Raises UserError for flags that train.py does not have."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--train_flags {text}: {error}") from None
+    settle(read_flags(flag_parser("--train_flags", ""), words))
+    return words

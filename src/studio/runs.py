@@ -1,0 +1,288 @@
+"""Runs of the training page: a run's folder as JSON, and a run's start, stop and continuation.
+
+Nothing is remembered but the places up to which files were read: a server that is killed and started again
+finds every run as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.hub_names import recorded
+
+from ..common.files import read_lines, write_text
+from ..config.parse import command as full_command
+from ..config.parse import recorded_settings
+from ..config.schema import FIELDS, Config
+from ..serving.errors import Refused
+from ..training.run_folder import (
+    ADAPTER,
+    CONFIG,
+    METRICS,
+    MODEL,
+    RUNNING,
+    SUMMARY,
+    running,
+)
+from ..training.validation_log import VALIDATION
+from . import jobs, settings
+from .curves import Metrics
+from .folders import ROOT, STARTED, Folders
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOG = "train.log"
+AT_ONCE = 4  # runs that this server has started and that have not ended
+LOG_LINES = 60
+SHOWN = (".pth", ".gguf", ".safetensors", ".md", ".json", ".jsonl", ".yaml", ".png", ".log")
+
+
+def read_object(folder: str, name: str) -> dict[str, Any]:
+    """Read a JSON object of a run's folder; {} if it is not there, or not whole."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            found = json.load(file)
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def lock_log(folder: str):
+    """Open a run's log for its process, and lock it until that process and its children have ended.
+
+    Returns None if one of them is running. The lock belongs to the open file, which they inherit.
+    """
+    log = open(os.path.join(folder, LOG), "ab")
+    if fcntl:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.close()
+            return None
+    return log
+
+
+def is_started(folder: str) -> bool:
+    """Tell whether a process that the page has started has not ended yet."""
+    if not os.path.exists(os.path.join(folder, LOG)):
+        return False
+    log = lock_log(folder)
+    if log:
+        log.close()
+    return log is None
+
+
+class Run:
+    """Run in a folder."""
+
+    def __init__(self, name: str, folder: str):
+        self.name, self.folder = name, folder
+        self.metrics = Metrics(os.path.join(folder, METRICS))
+        self.config_read: tuple[float, Config, Mapping[str, str]] | None = None
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def look(self) -> None:
+        """Read what is new in the folder."""
+        self.metrics.update()
+        self.held, self.started = running(self.folder), read_object(self.folder, STARTED)
+        self.said = self.held or read_object(self.folder, RUNNING)
+        self.summary = read_object(self.folder, SUMMARY)
+        self.is_alive = self.held is not None or is_started(self.folder)
+        self.history = read_lines(self.path(VALIDATION), sys.maxsize)
+
+    def config(self) -> tuple[Config, Mapping[str, str]]:
+        """Return the settings that the run has recorded, and why those that it has chosen were."""
+        path = self.path(CONFIG)
+        with contextlib.suppress(OSError, UserError):
+            written = os.path.getmtime(path)
+            if not self.config_read or self.config_read[0] != written:
+                found = recorded_settings(path)
+                self.config_read = written, found.settings, found.chosen
+            return self.config_read[1:]
+        return Config(), {}
+
+    def typed(self) -> dict[str, Any]:
+        """Return the settings that somebody has typed, as texts."""
+        if "settings" in self.started:
+            return self.started["settings"]
+        config, chosen = self.config()
+        default = Config()
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name in FIELDS
+            if name not in (*chosen, "proj_dir", "resume")
+            and (value := recorded(config.written(name))) != default.written(name)
+        }
+
+    @property
+    def step(self) -> int:
+        return int(self.metrics.last("step") or 0)
+
+    @property
+    def state(self) -> str:
+        if self.is_alive:
+            with contextlib.suppress(OSError):
+                if self.held and os.path.getmtime(self.metrics.path) > self.held["started"] and self.step:
+                    return "running"
+            return "starting"
+        if self.summary and self.summary.get("steps", 0) >= self.step:
+            return "done" if "verdict" in self.summary else "stopped"
+        return "stopped" if self.started.get("stopped") else "failed"
+
+    def overview(self) -> dict[str, Any]:
+        config, _ = self.config()
+        state, typed = self.state, self.typed()
+        evaluated = [line["loss"] for line in self.history]
+        return {
+            "name": self.name,
+            "state": state,
+            "step": self.step,
+            "steps": self.said.get("steps") or self.summary.get("planned_steps"),
+            "loss": self.metrics.last("loss"),
+            "held_out": evaluated[-1] if evaluated else None,
+            "started": self.started.get("started") or self.said.get("started") or self._written(),
+            "peft": config.peft if self.config_read else typed.get("peft", config.peft),
+            "model": recorded(config.load_model) or typed.get("load_model", ""),
+            "can_stop": self.is_alive,
+            "can_resume": state in ("stopped", "failed"),
+        }
+
+    def _written(self) -> float | None:
+        with contextlib.suppress(OSError):
+            return os.path.getmtime(self.path(CONFIG))
+        return None
+
+    def details(self, points: int, begin: float, end: float) -> dict[str, Any]:
+        config, chosen = self.config()
+        ends = {id(line) for line in (self.history[:1] + self.history[-1:])}
+        words = self.started.get("words")
+        return {
+            **self.overview(),
+            "plan": self.said.get("plan") or self.summary.get("plan") or [],
+            "curves": self.metrics.thinned(points, begin, end),
+            "evaluations": [
+                {**line, "samples": line.get("samples", []) if id(line) in ends else []}
+                for line in self.history
+            ],
+            "verdict": self.summary.get("verdict") if self.state == "done" else None,
+            "log": self.log(),
+            "command": settings.command(words) if words else full_command(config),
+            "chosen": {
+                name: {"value": recorded(config.written(name)), "why": why} for name, why in chosen.items()
+            },
+            "files": self.files(),
+            "settings": self.typed(),
+        }
+
+    def log(self) -> list[str]:
+        with contextlib.suppress(OSError), open(self.path(LOG), "rb") as file:
+            return jobs.shown_lines(jobs.tail(file), LOG_LINES)
+        return []
+
+    def files(self) -> list[dict[str, Any]]:
+        """List the files that can be downloaded, the largest ones first."""
+        found = [
+            {"name": entry.name, "bytes": entry.stat().st_size}
+            for entry in os.scandir(self.folder)
+            if entry.is_file(follow_symlinks=False) and entry.name.endswith(SHOWN)
+        ]
+        return sorted(found, key=lambda file: -file["bytes"])
+
+    def trained(self) -> str:
+        """Return the trained file that is worth using. Raises Refused without one."""
+        best, steps = self.summary.get("best"), self.summary.get("steps", 0)
+        names = [os.path.basename(best)] if best and self.summary.get("best_step", steps) < steps else []
+        for name in (*names, ADAPTER, MODEL):
+            if os.path.isfile(self.path(name)):
+                return self.path(name)
+        raise Refused(409, f"the run {self.name} has no trained file yet", code="nothing_trained")
+
+
+class Runs:
+    """All runs of the work folder."""
+
+    def __init__(self, folders: Folders, operators: Sequence[str] = ()):
+        self.folders, self.operators = folders, operators
+        self.by_folder: dict[str, Run] = {}
+        self.processes: list[subprocess.Popen] = []
+
+    def find(self, name: str) -> Run:
+        """Return a run as it is now. Raises Refused if there is none."""
+        folder = self.folders.run(name)
+        run = self.by_folder.setdefault(folder, Run(name, folder))
+        run.look()
+        return run
+
+    def overviews(self) -> list[dict[str, Any]]:
+        """List all runs, the newest ones first."""
+        found = []
+        for name in self.folders.runs():
+            with contextlib.suppress(Refused):  # it has just been removed
+                found.append(self.find(name).overview())
+        return sorted(found, key=lambda run: -(run["started"] or 0))
+
+    def words(self, typed: Mapping[str, Any], folder: str, *more: str) -> list[str]:
+        """Return the command line of a run. Raises Refused or UserError for settings that are wrong."""
+        words = [*self.operators, *settings.flags(typed, self.folders), f"--proj_dir={folder}", *more]
+        settings.check(words)
+        return words
+
+    def start(self, name: str, typed: Mapping[str, Any]) -> dict[str, str]:
+        """Start a run in a new folder."""
+        name, folder = self.folders.new_run(name)
+        words = self.words(typed, folder)
+        if os.path.isdir(folder) and os.listdir(folder):
+            used = running(folder) or is_started(folder)
+            reason = "is in use by a run" if used else "holds files of another run"
+            raise Refused(409, f"{name} {reason}; choose another name", "name", "folder_in_use")
+        self._start(name, folder, words, typed)
+        return {"name": name}
+
+    def resume(self, name: str) -> dict[str, str]:
+        """Go on with a run that has stopped, or start one again that came to no checkpoint."""
+        run = self.find(name)
+        if run.is_alive:
+            raise Refused(409, f"{name} is in use by a run; stop it first", code="folder_in_use")
+        self._start(name, run.folder, self.words(run.typed(), run.folder, "--resume=auto"), run.typed())
+        return {"name": name}
+
+    def _start(self, name: str, folder: str, words: list[str], typed: Mapping[str, Any]) -> None:
+        self.processes = [process for process in self.processes if process.poll() is None]
+        if len(self.processes) >= AT_ONCE:
+            raise Refused(429, f"{AT_ONCE} runs are going; wait for one, or stop it", code="too_many_runs")
+        os.makedirs(folder, exist_ok=True)
+        log = lock_log(folder)
+        if log is None:
+            raise Refused(409, f"{name} is in use by a run; choose another name", "name", "folder_in_use")
+        with log:
+            said = {"started": time.time(), "settings": dict(typed), "words": words}
+            process = jobs.start([os.path.join(ROOT, "train.py"), *words], log, log)
+            self.processes.append(process)
+            write_text(os.path.join(folder, STARTED), json.dumps({**said, "pid": process.pid}))
+
+    def stop(self, name: str) -> dict[str, str]:
+        """Let a run save and end. Before its first step it ends at once."""
+        run = self.find(name)
+        if not run.is_alive:
+            raise Refused(409, f"no process of the run {name} is going", code="not_running")
+        process = (run.held or run.started).get("pid")
+        if run.started:
+            write_text(run.path(STARTED), json.dumps({**run.started, "stopped": time.time()}))
+        # not SIGINT, which is ignored in children of a server that was started in the background
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+        return {"name": name}

@@ -1,0 +1,92 @@
+"""Chat with a run's base and adapter: the chat's application, mounted below /try/ of the training page."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import types
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rwkv_miss.errors import UserError
+
+from ..serving import program
+from ..serving.dispatcher import Dispatcher
+from ..serving.errors import Refused
+from ..serving.limits import Limits
+from ..serving.metrics import Metrics
+
+PATH = "/try"
+
+
+class Trial:
+    """The model that is tried, if any. To the server it stands for the dispatcher of its only application."""
+
+    worker = types.SimpleNamespace(fatal=None)  # a trial that fails does not end the server
+
+    def __init__(self, args: argparse.Namespace, limits: Limits):
+        self.args, self.limits, self.metrics, self.closing = args, limits, Metrics(), False
+        self.state, self.run, self.error = "none", None, None
+        self.app: ASGIApp | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.loading: asyncio.Task | None = None
+        self.open = contextlib.AsyncExitStack()
+
+    def as_object(self) -> dict[str, Any]:
+        if self.dispatcher and self.dispatcher.worker.fatal:
+            self.state, self.error = "failed", str(self.dispatcher.worker.fatal)
+        return {"state": self.state, "run": self.run, "error": self.error}
+
+    def start(self, run: str, model: str, adapter: str | None) -> dict[str, Any]:
+        """Load a model and its adapter in the place of the last ones."""
+        if self.state == "loading":
+            raise Refused(409, f"{self.run} is being loaded; wait for its end", code="loading")
+        self.state, self.run, self.error = "loading", run, None
+        args = copy.copy(self.args)
+        args.model, args.adapter = model, {"adapter": adapter} if adapter else {}
+        args.name = args.name or ("base" if adapter else "trained")
+        self.loading = asyncio.create_task(self._load(args))
+        return self.as_object()
+
+    async def _load(self, args: argparse.Namespace) -> None:
+        try:
+            await self.close()
+            loaded = await asyncio.to_thread(program.load, args)
+            app, self.dispatcher = program.assembled(args, self.limits, loaded)
+            await self.open.enter_async_context(app.router.lifespan_context(app))
+            self.dispatcher.worker.start()
+            self.app, self.state = app, "ready"
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            self.state, self.error = "failed", str(error) or type(error).__name__
+
+    async def close(self) -> None:
+        """End the answers that are written, and let go of the model."""
+        self.app, dispatcher, self.dispatcher = None, self.dispatcher, None
+        if dispatcher:
+            dispatcher.closing = True
+            dispatcher.stop_all()
+            await asyncio.to_thread(dispatcher.worker.close)
+        await self.open.aclose()
+
+    def stop_all(self) -> None:
+        if self.dispatcher:
+            self.dispatcher.stop_all()
+
+
+class Mounted:
+    """Application that gives paths below /try/ to the trial, and the others to the training page."""
+
+    def __init__(self, app: ASGIApp, trial: Trial):
+        self.app, self.trial = app, trial
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, chat = scope.get("path", ""), self.trial.app
+        if chat is None or not f"{path}/".startswith(f"{PATH}/"):
+            await self.app(scope, receive, send)
+            return
+        # it has a guard of its own, which sees the path as if the chat were alone
+        inner = path[len(PATH) :] or "/"
+        await chat({**scope, "path": inner, "raw_path": inner.encode()}, receive, send)
