@@ -38,7 +38,7 @@ EXPORTS = {"gguf": "merged.gguf", "safetensors": "merged.safetensors", "ai00": "
 class Studio:
     """Endpoints of all routes. Those without `await` run one after another in a thread."""
 
-    def __init__(self, folders: Folders, operators: list[str], trial: Trial, upload_bytes: int):
+    def __init__(self, folders: Folders, operators: dict[str, str], trial: Trial, upload_bytes: int):
         self.folders, self.operators, self.trial = folders, operators, trial
         self.upload_bytes, self.uploads = upload_bytes, 0
         self.jobs, self.runs = Jobs(), Runs(folders, operators)
@@ -110,7 +110,7 @@ class Studio:
             "version": VERSION,
             "cores": os.cpu_count(),
             "limits": {"upload_bytes": self.upload_bytes},
-            "train_flags": self.operators,
+            "train_flags": [f"--{name}={text}" for name, text in self.operators.items()],
             "exports": list(EXPORTS),
         }
 
@@ -126,14 +126,13 @@ class Studio:
 
     # jobs
 
-    def _settings(self, fields: Fields) -> dict[str, Any]:
-        inner = fields.inner("settings")
-        return inner.values if inner else {}
+    def _flags(self, fields: Fields) -> list[str]:
+        return settings.flags(settings_in(fields), self.folders, self.operators)
 
     def command(self, request: Request, fields: Fields) -> dict[str, Any]:
         """Write the command line that does what the page would, and what is wrong with it."""
         name, folder = self.folders.new_run(fields.text("run") or "run")
-        words = [*self.operators, *settings.flags(self._settings(fields), self.folders)]
+        words = self._flags(fields)
         words.append(f"--proj_dir={folder}")
         problem = None
         try:
@@ -145,7 +144,7 @@ class Studio:
     def start_job(self, request: Request, fields: Fields) -> dict[str, str]:
         kind = fields.choice("kind", ("preview", "plan", "fetch", "merge", "export")) or ""
         if kind in ("preview", "plan"):
-            words = [*self.operators, *settings.flags(self._settings(fields), self.folders)]
+            words = self._flags(fields)
             if kind == "preview":
                 words += ["--samples", str(fields.integer("samples", 0, 100, SAMPLES))]
             return self.jobs.start(kind, [f"scripts.{kind}", "--json", *words])
@@ -161,9 +160,9 @@ class Studio:
         return self._merge(run) if kind == "merge" else self._export(run, fields)
 
     def _merge(self, run: Run) -> dict[str, str]:
-        out = run.path(MERGED)
-        words = ["rwkv_miss", "merge", "--base", self._base(run), "--adapter", run.trained(), "--out", out]
-        return self.jobs.start("merge", words, run=run.name, file=MERGED)
+        adapter = run.trained()
+        words = ["--base", self._base(run), "--adapter", adapter, "--out", run.path(MERGED)]
+        return self.jobs.start("merge", ["rwkv_miss", "merge", *words], run=run.name, file=MERGED)
 
     def _export(self, run: Run, fields: Fields) -> dict[str, str]:
         to = fields.choice("to", EXPORTS) or "gguf"
@@ -190,7 +189,7 @@ class Studio:
 
     def start_run(self, request: Request, fields: Fields) -> dict[str, str]:
         (name,) = fields.required("name")
-        return self.runs.start(name, self._settings(fields))
+        return self.runs.start(name, settings_in(fields))
 
     def details(self, request: Request, fields: Fields) -> dict[str, Any]:
         def number(name: str, default: float) -> float:
@@ -223,6 +222,11 @@ class Studio:
         loop = asyncio.get_running_loop()
         model, adapter = await loop.run_in_executor(self.thread, files)
         return self.trial.start(name_of(request), model, adapter)
+
+
+def settings_in(fields: Fields) -> dict[str, Any]:
+    inner = fields.inner("settings")
+    return inner.values if inner else {}
 
 
 def name_of(request: Request) -> str:

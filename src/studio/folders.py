@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 STARTED = "studio.json"  # of a run that the page has started
 DATA, RUNS = "data", "runs"
 DEPTH, MOST = 3, 1000  # folders below each other and files that are looked at
-HEAD = re.compile(r"[\w.-]{1,80}")
+NAME = re.compile(r"\w[\w.-]{0,79}")
 
 
 class Folders:
@@ -50,7 +50,9 @@ class Folders:
         """Return what a setting that names a file says, with its path. Raises Refused for other places."""
         if not text or is_hub_name(text):
             return text
-        if found := next(filter(None, (self.allowed(os.path.join(root, text)) for root in self.roots)), None):
+        # train.py takes a relative path from the folder that it is started in, which was this one before
+        paths = (self.allowed(os.path.join(root, text)) for root in (*self.roots, ROOT))
+        if found := next(filter(None, paths), None):
             return found
         if re.fullmatch(r"[\w-]+", text) and not os.path.exists(os.path.join(ROOT, text)):
             return text  # a word, such as world for a tokenizer
@@ -76,24 +78,19 @@ class Folders:
     # runs
 
     def run(self, name: str) -> str:
-        """Return the folder of a run. Raises Refused if there is none."""
-        folder = self.allowed(os.path.join(self.work, name))
-        if folder is None or folder == self.work or not is_run(folder) or self._is_data(folder):
+        """Return the folder of a run. Raises Refused if there is none in the work folder."""
+        folder = self.allowed(os.path.join(self.work, name)) or ""
+        if not folder.startswith(self.work + os.sep) or not is_run(folder) or self._is_data(folder):
             raise Refused(404, f"there is no run {name[:80]!r}", code="not_found")
-        if os.path.commonpath([folder, self.work]) != self.work:
-            raise Refused(404, f"{name[:80]!r} is a link out of the work folder", code="not_found")
         return folder
 
     def new_run(self, name: str) -> tuple[str, str]:
-        """Return (name, folder) of a run to be; a name alone is one in runs/."""
-        parts = name.split("/") if "/" in name else [RUNS, name]
-        if len(parts) > DEPTH or not all(HEAD.fullmatch(part) and part.strip(".") for part in parts):
+        """Return (name, folder) of a run to be, which is in runs/."""
+        name = name.removeprefix(f"{RUNS}/")
+        folder = os.path.join(self.work, RUNS, name)
+        if not NAME.fullmatch(name) or os.path.realpath(folder) != folder:
             raise wrong("name", f"got {name[:80]!r}, expected letters, digits, - and _, such as first-try")
-        folder = os.path.join(self.work, *parts)
-        real = os.path.realpath(folder)
-        if os.path.commonpath([real, self.work]) != self.work or self._is_data(real):
-            raise wrong("name", f"{name!r} is not a place for runs in the work folder; choose another name")
-        return "/".join(parts), folder
+        return f"{RUNS}/{name}", folder
 
     def _is_data(self, folder: str) -> bool:
         return os.path.relpath(folder, self.work).split(os.sep)[0] == DATA

@@ -41,11 +41,12 @@ def run(args: argparse.Namespace) -> None:
     Server(Mounted(app, trial), trial, listener, say_where, args.tls_cert, args.tls_key).run()
 
 
-def checked_flags(text: str) -> list[str]:
-    """Split --train_flags. Raises UserError for flags that train.py does not have."""
+def checked_flags(text: str) -> dict[str, str]:
+    """Read --train_flags into settings by name. Raises UserError for flags that train.py does not have."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--train_flags {text}: {error}") from None
-    settle(read_flags(flag_parser("--train_flags", ""), words))
-    return words
+    given = read_flags(flag_parser("--train_flags", ""), words)
+    settle(given)
+    return given

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.errors import UserError
@@ -24,15 +24,7 @@ from ..config.parse import command as full_command
 from ..config.parse import recorded_settings
 from ..config.schema import FIELDS, Config
 from ..serving.errors import Refused
-from ..training.run_folder import (
-    ADAPTER,
-    CONFIG,
-    METRICS,
-    MODEL,
-    RUNNING,
-    SUMMARY,
-    running,
-)
+from ..training.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RUNNING, SUMMARY, running
 from ..training.validation_log import VALIDATION
 from . import jobs, settings
 from .curves import Metrics
@@ -215,7 +207,7 @@ class Run:
 class Runs:
     """All runs of the work folder."""
 
-    def __init__(self, folders: Folders, operators: Sequence[str] = ()):
+    def __init__(self, folders: Folders, operators: Mapping[str, str]):
         self.folders, self.operators = folders, operators
         self.by_folder: dict[str, Run] = {}
         self.processes: list[subprocess.Popen] = []
@@ -237,7 +229,7 @@ class Runs:
 
     def words(self, typed: Mapping[str, Any], folder: str, *more: str) -> list[str]:
         """Return the command line of a run. Raises Refused or UserError for settings that are wrong."""
-        words = [*self.operators, *settings.flags(typed, self.folders), f"--proj_dir={folder}", *more]
+        words = [*settings.flags(typed, self.folders, self.operators), f"--proj_dir={folder}", *more]
         settings.check(words)
         return words
 

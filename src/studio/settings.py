@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,19 +18,9 @@ from .folders import Folders
 
 # shown before the others
 COMMON = (
-    "load_model",
-    "data_file",
-    "eval_file",
-    "template",
-    "peft",
-    "peft_config",
-    "loss",
-    "lr_init",
-    "epoch_count",
-    "ctx_len",
-    "micro_bsz",
-    "quant",
-)
+    "load_model data_file eval_file template peft peft_config loss lr_init epoch_count ctx_len micro_bsz"
+    " quant"
+).split()
 ALLOWED = [name for name, field in FIELDS.items() if not field.metadata["operator"]]
 
 
@@ -37,34 +28,31 @@ def described() -> list[dict[str, Any]]:
     """Describe every setting that the page may set."""
     begins, group, fields = {first: heading for heading, _, first in GROUPS}, "", []
     for name, field in FIELDS.items():
-        group = begins.get(name, group)
-        meta = field.metadata
-        if name not in ALLOWED:
-            continue
-        bounds = meta["bounds"]
+        group, meta = begins.get(name, group), field.metadata
+        choices = (*sorted(METHODS), "none") if name == "peft" else meta["choices"]
         fields.append(
             {
                 "name": name,
-                "help": meta["help"],
+                **{key: meta[key] for key in ("help", "automatic", "file")},
+                **dataclasses.asdict(meta["bounds"]),
                 "type": type_of(name).__name__,
                 "default": meta["written"],
-                "choices": (*sorted(METHODS), "none") if name == "peft" else meta["choices"],
+                "choices": choices,
                 "words": list(meta["words"]),
-                "low": bounds.low,
-                "high": bounds.high,
-                "below": bounds.below,
-                "automatic": meta["automatic"],
-                "file": meta["file"],
                 "common": name in COMMON,
                 "group": group,
             }
         )
-    return fields
+    return [field for field in fields if field["name"] in ALLOWED]
 
 
-def flags(settings: Mapping[str, Any], folders: Folders) -> list[str]:
-    """Return the flags for what the page has set. Raises Refused for a setting that it may not set."""
-    words = []
+def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str, str]) -> list[str]:
+    """Return the flags for what the page has set, after those of the operator. Raises Refused for a setting
+    that the page may not set."""
+    on_rewards = {**operators, **settings}.get("loss") == "grpo"
+    # a file of rewards is refused with another loss
+    own = {name: text for name, text in operators.items() if on_rewards or name != "reward_file"}
+    words = [f"--{name}={text}" for name, text in own.items() if name not in settings]
     for name, value in settings.items():
         if name not in FIELDS:
             raise wrong(name[:80], f"there is no such setting{did_you_mean(name, FIELDS)}")

@@ -1,0 +1,431 @@
+"""The training page's server, without a browser: paths, uploads, settings, runs, jobs, the chat of a run."""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="NO starlette (the extra test has it): the server is not tested")
+pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the server is not tested")
+pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the server is not tested")
+
+from starlette.testclient import TestClient
+
+from demo import serve, task
+from rwkv_miss import UserError
+from rwkv_miss.progress import Progress
+from src.config.parse import parse
+from src.config.schema import FIELDS
+from src.data.tokenizer import load_tokenizer
+from src.inference.engine import Engine
+from src.serving.app import assemble, make_app
+from src.serving.limits import Limits
+from src.serving.program import guard_of
+from src.serving.request_parsing import Defaults
+from src.serving.served_models import ServedModels
+from src.studio import jobs, program
+from src.studio.app import Studio
+from src.studio.curves import Metrics
+from src.studio.folders import Folders
+from src.studio.jobs import PROGRESS
+from src.studio.trial import Mounted, Trial
+from src.training.run_folder import alone_in, running
+
+from .conftest import ROOT
+from .serving import LOCAL, Scripted, no_adapters, records
+
+BASE = "rwkv7-reverse.pth"
+
+
+class Served:
+    """The page's server for a folder: .client, .studio, .trial, .folder."""
+
+    def __init__(self, folder, *flags):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        words = ["--train", str(folder), "--models", str(ROOT / "demo"), "--accelerator", "cpu", *flags]
+        args = serve.parse(words)
+        self.trial = Trial(args, Limits(finishing=5, body_bytes=1 << 16))
+        operators = program.checked_flags(args.train_flags)
+        self.studio = Studio(Folders(args.train, args.models), operators, self.trial, 1000)
+        app = make_app(
+            self.studio.all(), guard_of(args), False, self.trial.metrics.refused, self.studio.close
+        )
+        self.client = TestClient(Mounted(app, self.trial), base_url="http://127.0.0.1")
+
+    def get(self, path, status=200):
+        reply = self.client.get(path)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    def post(self, path, status=200, **body):
+        reply = self.client.post(path, json=body)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    def refused(self, path, status, **body):
+        return self.post(path, status, **body)["error"]["message"]
+
+
+@pytest.fixture
+def served(tmp_path):
+    found = Served(tmp_path / "work")
+    with found.client:
+        yield found
+
+
+def made_run(folder, steps=20, **summary):
+    """A folder as a run leaves it, whose losses are 1/step."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "load_model: base.pth\npeft: lora\nmicro_bsz: 4\nchosen:\n  micro_bsz: as many as fit\n"
+    )
+    lines = [{"step": i, "loss": 1 / i, "lr": 0.1} for i in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if summary:
+        (folder / "run.json").write_text(json.dumps({"steps": steps, "planned_steps": steps, **summary}))
+    return folder
+
+
+def test_the_page_and_its_server_answer_without_a_model(served):
+    page = served.client.get("/")
+    assert page.status_code == 200 and "frame-src 'self'" in page.headers["content-security-policy"]
+    assert served.client.get("/page/style.css").status_code == 200
+    assert served.client.get("/page/app.py").status_code == 404
+    about = served.get("/studio")
+    assert about["folder"] == str(served.folder) and about["limits"] == {"upload_bytes": 1000}
+    [model] = served.get("/studio/models")
+    assert (model["name"], model["about"]) == (BASE, "RWKV-7, 3 layers, width 96")
+    assert served.get("/studio/runs") == [] == served.get("/studio/data")
+
+
+def test_the_fields_are_those_of_the_settings_table(served):
+    fields = {field["name"]: field for field in served.get("/studio/settings")}
+    operators = {"proj_dir", "data_cache", "reward_file", "wandb", "init_only", "resume", "num_nodes"}
+    assert list(fields) == [name for name in FIELDS if name not in operators]
+    assert fields["beta1"]["below"] == 1 and fields["beta1"]["type"] == "float"
+    assert "miss" in fields["peft"]["choices"] and fields["peft"]["group"] == "Adapter"
+    assert fields["lr_init"]["automatic"] and fields["lr_init"]["words"] == ["auto", "paper"]
+    assert fields["load_model"]["file"] and not fields["loss"]["file"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("load_model", "/etc/passwd"),
+        ("load_model", "../outside.pth"),
+        ("load_model", "link.pth"),
+        ("data_file", "link.pth:2"),
+        ("eval_file", f"{ROOT}/README.md"),
+        ("template", "train.py"),
+        ("tokenizer", "LICENSE"),  # a word, but also a file where the run is started
+        ("init_adapter", "nul\0"),
+    ],
+)
+def test_only_files_in_the_named_folders_may_be_named(served, name, text):
+    (served.folder.parent / "outside.pth").write_text("x")
+    (served.folder / "link.pth").symlink_to(served.folder.parent / "outside.pth")
+    said = served.refused("/studio/command", 400, settings={name: text})
+    assert said.startswith(f"{name}: ") and "choose a file there" in said
+    assert served.refused("/studio/jobs", 400, kind="plan", settings={name: text}) == said
+    assert served.refused("/studio/runs", 400, name="a", settings={name: text}) == said
+    assert not (served.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["proj_dir", "reward_file", "data_cache", "wandb", "resume"])
+def test_what_runs_code_or_names_a_place_is_the_operators(served, name):
+    said = served.refused("/studio/command", 400, settings={name: "x"})
+    assert "only the operator sets it" in said
+    assert "did you mean" in served.refused("/studio/command", 400, settings={"micro_bzs": "1"})
+
+
+def test_the_command_is_the_one_of_a_terminal(tmp_path):
+    served = Served(tmp_path / "work", "--train_flags", "--reward_file r.py --save_steps 50")
+    (served.folder / "data").mkdir()
+    (served.folder / "data/a b.jsonl").write_text("{}\n")
+    settings = {"load_model": BASE, "data_file": "data/a b.jsonl:2", "lr_final": "-1", "tokenizer": "bytes"}
+    found = served.post("/studio/command", settings={**settings, "ctx_len": 64}, run="first")
+    assert found["problem"] is None and found["name"] == "runs/first"
+    config = parse(shlex.split(found["command"])[2:])
+    assert config.load_model == str(ROOT / "demo" / BASE) and config.save_steps == 50
+    assert config.data_file == f"{served.folder}/data/a b.jsonl:2" and config.ctx_len == 64
+    assert config.proj_dir == str(served.folder / "runs/first") and config.lr_final == -1
+    problem = served.post("/studio/command", settings={**settings, "beta1": "2"})["problem"]
+    assert problem.startswith("--beta1 2.0: must be")
+    # the operator's file of rewards is for grpo alone, and the page may set what is no operator's
+    on_rewards = served.post("/studio/command", settings={"loss": "grpo", "save_steps": "9"})["command"]
+    assert "--reward_file r.py" in on_rewards and "--save_steps 9 " in on_rewards
+    assert "r.py" not in found["command"] and served.get("/studio")["train_flags"][0] == "--reward_file=r.py"
+
+
+def test_flags_of_the_operator_that_do_not_exist_end_the_start():
+    with pytest.raises(UserError, match="did you mean --reward_file"):
+        program.checked_flags("--reward_fil r.py")
+    with pytest.raises(UserError, match="no folder"):
+        Folders("/nowhere")
+    for words in ([], ["--model", "m.pth", "--train", "."]):
+        with pytest.raises(UserError, match="give --model FILE"):
+            serve.parse(words)
+
+
+def test_an_upload_never_overwrites_and_leaves_nothing_if_it_fails(served):
+    def send(name, body):
+        return served.client.post("/studio/data", params={"name": name}, content=body)
+
+    data = served.folder / "data"
+    assert send("../a b.jsonl", b"one").json()["path"] == str(data / "a-b.jsonl")
+    assert send("a b.JSONL", b"two").json()["name"] == "data/a-b-2.jsonl"
+    assert (data / "a-b.jsonl").read_bytes() == b"one"
+    assert send("a.jsonl", b"x" * 1001).status_code == 413
+    assert send("a.jsonl", iter([b"x" * 600, b"x" * 600])).status_code == 413  # without its length
+    for name, body in (("a.py", b"x"), (".jsonl", b"x"), ("", b"x"), ("config.yaml", b"x"), ("a.csv", b"")):
+        assert send(name, body).status_code == 400, name
+    assert sorted(os.listdir(data)) == ["a-b-2.jsonl", "a-b.jsonl"]
+    assert [file["bytes"] for file in served.get("/studio/data")] == [3, 3]
+
+
+def test_uploaded_files_are_no_run(served):
+    """Else its settings would be a stranger's."""
+    for name in ("studio.json", "running.json"):
+        served.client.post("/studio/data", params={"name": name}, content=b"{}")
+    assert served.get("/studio/runs") == []
+    assert served.refused("/studio/runs/data/resume", 404)
+
+
+def test_a_run_of_a_terminal_is_found_with_its_state(served):
+    made_run(served.folder / "done", verdict={"name": "learnt"})
+    made_run(served.folder / "deep/in/stopped", planned_steps=40)
+    made_run(served.folder / "killed")
+    runs = {run["name"]: run for run in served.get("/studio/runs")}
+    assert {name: run["state"] for name, run in runs.items()} == {
+        "done": "done",
+        "deep/in/stopped": "stopped",
+        "killed": "failed",
+    }
+    stopped = runs["deep/in/stopped"]
+    assert (stopped["step"], stopped["steps"], stopped["peft"]) == (20, 40, "lora")
+    assert stopped["can_resume"] and not runs["done"]["can_resume"]
+    run = served.get("/studio/runs/deep/in/stopped?from=2&to=4")
+    assert run["curves"]["step"] == [2, 3, 4] and run["curves"]["loss"][0] == 0.5
+    assert run["chosen"] == {"micro_bsz": {"value": 4, "why": "as many as fit"}}
+    assert run["settings"] == {"load_model": "base.pth", "peft": "lora"}
+    assert run["verdict"] is None and served.get("/studio/runs/done")["verdict"] == {"name": "learnt"}
+    served.refused("/studio/runs/killed/stop", 409)
+    # its base is not in the folders that were named
+    assert served.refused("/studio/runs/killed/resume", 400).startswith("load_model: ")
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "../b", "%00", "nothing", "a/link"])
+def test_no_other_folder_is_a_run(served, name):
+    made_run(served.folder.parent / "b")
+    made_run(served.folder / "a")
+    (served.folder / "a/link").symlink_to(served.folder.parent / "b")
+    assert served.client.get(f"/studio/runs/{name.replace('/', '%2F')}").status_code == 404
+
+
+def test_only_files_right_in_the_runs_folder_are_sent(served):
+    run = made_run(served.folder / "a")
+    (run / "adapter.pth").write_bytes(b"tensors")
+    (run / "out.md").symlink_to("/etc/passwd")
+    reply = served.client.get("/studio/runs/a/files/adapter.pth")
+    assert reply.content == b"tensors" and reply.headers["content-disposition"].startswith("attachment")
+    for name in ("out.md", "..%2Fdata", "%2Fetc%2Fpasswd", "no.pth", "tensorboard"):
+        assert served.client.get(f"/studio/runs/a/files/{name}").status_code == 404, name
+    assert [file["name"] for file in served.get("/studio/runs/a")["files"]] == [
+        "metrics.jsonl",
+        "config.yaml",
+        "adapter.pth",
+    ]
+
+
+def test_a_second_start_in_a_folder_is_refused_with_the_reason(served):
+    (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    settings = {"load_model": BASE, "data_file": "rows.jsonl"}
+    made_run(served.folder / "runs/old")
+    said = served.refused("/studio/runs", 409, name="old", settings=settings)
+    assert said == "runs/old holds files of another run; choose another name"
+    with alone_in(str(served.folder / "runs/new")):
+        said = served.refused("/studio/runs", 409, name="new", settings=settings)
+        assert said == "runs/new is in use by a run; choose another name"
+    # a process that has its log, and not yet the folder
+    log = open(served.folder / "runs/old/train.log", "ab")
+    fcntl.flock(log, fcntl.LOCK_EX)
+    assert served.get("/studio/runs/runs/old")["state"] == "starting"
+    assert "is in use by a run" in served.refused("/studio/runs/runs/old/resume", 409)
+    for name in ("", "../a", "a/b", ".a", "a" * 90):
+        assert (
+            served.client.post("/studio/runs", json={"name": name, "settings": settings}).status_code == 400
+        )
+
+
+def test_running_json_is_there_while_the_lock_is_held(tmp_path):
+    folder = str(tmp_path / "run")
+    with alone_in(folder):
+        assert running(folder)["pid"] == os.getpid()
+        shutil.copy(f"{folder}/running.json", tmp_path)
+    assert not os.path.exists(folder)
+    os.mkdir(folder)
+    shutil.copy(tmp_path / "running.json", folder)  # as a run leaves it that was killed
+    assert running(folder) is None
+    (tmp_path / "run/running.json").write_text('{"pid": "x"}')
+    assert running(folder) is None
+
+
+def test_only_what_is_new_is_read_of_a_growing_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(str(path))
+    metrics.update()
+    assert metrics.last("step") is None
+    path.write_text('{"step": 1, "loss": 2.5}\nbroken\n{"step": 2, "loss": null, "kl": 1}\n{"step": 3, "lo')
+    metrics.update()
+    assert metrics.thinned(9, 0, 9) == {
+        "step": [1, 2],
+        "loss": [2.5, None],
+        "kl": [None, 1],
+        "mean": [2.5, None],
+    }
+    offset = metrics.offset
+    with open(path, "a") as file:
+        file.write('ss": 4}\n')
+    metrics.update()
+    assert metrics.offset > offset and metrics.last("loss") == 4
+    replaced = tmp_path / "other"  # as by a run that goes on from a checkpoint
+    replaced.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 7}\n' + " " * 99 + "\n")
+    os.replace(replaced, path)
+    metrics.update()
+    assert metrics.last("step") == 2 and metrics.last("loss") == 7
+
+
+def test_a_long_run_is_thinned_and_keeps_its_peaks(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    losses = {i: 1.0 for i in range(1, 20001)} | {777: 9.0, 8000: 0.5}
+    path.write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in losses.items()))
+    metrics = Metrics(str(path))
+    metrics.update()
+    begun = time.process_time()
+    curves = metrics.thinned(100, 0, 1e9)
+    assert time.process_time() - begun < 0.2
+    found = dict(zip(curves["step"], curves["loss"]))
+    assert len(found) <= 100 and found[777] == 9 and found[8000] == 0.5 and {1, 20000} <= set(found)
+    assert curves["mean"][curves["step"].index(777)] == pytest.approx(1 + 8 / 200)
+
+
+def test_requests_of_other_pages_are_refused(served):
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
+        reply = served.client.post("/studio/runs", json={"name": "a"}, headers=headers)
+        assert reply.status_code == 403, headers
+    reply = served.client.post("/studio/runs", content=b"x" * 100_000)
+    assert reply.status_code == 413
+
+
+def test_the_key_guards_the_page_and_its_chat(tmp_path):
+    served = Served(tmp_path / "work", "--api_key", "secret")
+    served.trial.app = chat("Hello.", guard_of(served.trial.args))
+    for path in ("/studio", "/studio/runs", "/try/v1/models"):
+        assert served.client.get(path).status_code == 401, path
+        assert served.client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200, path
+    for path in ("/", "/page/style.css", "/try/", "/try/page/style.css"):
+        assert served.client.get(path).status_code == 200, path
+
+
+def chat(script, guard=LOCAL):
+    tokenizer = load_tokenizer("bytes", 256)
+    engine = Engine(Scripted(4, script), tokenizer, chunk=64, reads_first=False)
+    engine_served = ServedModels("base", no_adapters(), records(tokenizer), 1.0, None)
+    return assemble(engine, engine_served, Defaults(64, "", {}, 0), Limits(), guard)[0]
+
+
+def test_the_chat_is_below_try(served):
+    assert served.get("/studio/try") == {"state": "none", "run": None, "error": None}
+    assert served.client.get("/try/").status_code == 404
+    served.trial.app = chat("Hello.")
+    assert served.get("/try/v1/models")["data"][0]["id"] == "base"
+    assert 'src="page/app.js"' in served.client.get("/try/").text
+    assert "frame-ancestors 'self'" in served.client.get("/try/").headers["content-security-policy"]
+    assert served.client.get("/tryout").status_code == 404
+    made_run(served.folder / "a")
+    assert "no trained file" in served.refused("/studio/runs/a/try", 409)
+    assert "no trained file" in served.refused("/studio/jobs", 409, kind="merge", run="a")
+
+
+def test_progress_is_read_from_a_programs_line():
+    bar = Progress("downloading hf://a/b/c.pth", 3000, "MB")
+    bar.update(1500)
+    found = PROGRESS.match(bar.text(2.0))
+    assert found["text"] == "downloading hf://a/b/c.pth" and found["done"] == "1,500"
+    assert PROGRESS.match(Progress("reading", unit="files").text(2.0)) is None
+
+
+def test_jobs_are_bounded_end_and_are_no_zombies(served, monkeypatch):
+    def start(words, out, err):
+        return start_process(["-c", "import time; print('{}', flush=True); time.sleep(60)"], out, err)
+
+    start_process = jobs.start
+    monkeypatch.setattr(jobs, "start", start)
+    names = [served.studio.jobs.start("plan", [])["id"] for _ in range(jobs.AT_ONCE)]
+    assert "jobs are running" in served.refused("/studio/jobs", 429, kind="preview", settings={})
+    assert served.get(f"/studio/jobs/{names[0]}")["state"] == "running"
+    process = served.studio.jobs.by_id[names[0]].process
+    served.client.delete(f"/studio/jobs/{names[0]}")
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{process.pid}"):  # a zombie would stay there
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ended = served.get(f"/studio/jobs/{names[0]}")
+    assert ended["state"] == "failed" and ended["error"] == "ended with -15" and ended["result"] is None
+    served.get("/studio/jobs/nothing", 404)
+    assert "expected hf://" in served.refused("/studio/jobs", 400, kind="fetch", name="/etc/passwd")
+    served.studio.jobs.close()
+
+
+def until(served, name, done):
+    """Wait until done(run), and return the run."""
+    deadline = time.monotonic() + 300
+    while not done(run := served.get(f"/studio/runs/{name}")):
+        assert time.monotonic() < deadline and run["state"] != "failed", run["log"]
+        time.sleep(0.1)
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_server_is_stopped_goes_on_is_merged_and_answers(served, tmp_path):
+    """One run through everything: the processes are those of a user."""
+    (served.folder / "data").mkdir()
+    task.write(served.folder / "data/sort.jsonl", task.rows("sort", 60, 1))
+    settings = {"load_model": BASE, "data_file": "data/sort.jsonl", "micro_bsz": "4", "epoch_steps": "80"}
+    settings |= {"lr_init": "6e-3", "ctx_len": "64", "eval_split": "0"}
+    assert served.post("/studio/runs", 201, name="first", settings=settings) == {"name": "runs/first"}
+    name = "runs/first"
+    until(served, name, lambda run: run["step"] >= 2)
+    # another server, as after a kill: it knows nothing but the folder
+    other = Served(served.folder)
+    run = other.get(f"/studio/runs/{name}")
+    assert run["state"] == "running" and run["steps"] == 80 and run["plan"]
+    assert "is in use" in other.refused("/studio/runs", 409, name="first", settings=settings)
+    other.post(f"/studio/runs/{name}/stop")
+    stopped = until(other, name, lambda run: not run["can_stop"])
+    assert stopped["state"] == "stopped" and 0 < stopped["step"] < 80 and stopped["can_resume"]
+    other.post(f"/studio/runs/{name}/resume")
+    done = until(other, name, lambda run: run["state"] == "done")
+    assert done["curves"]["step"] == list(range(1, 81)) and done["steps"] == 80
+    assert done["verdict"]["rule"] == "nothing held out" and done["verdict"]["numbers"]["steps"] == 80
+    assert done["settings"] == settings and "running.json" not in os.listdir(served.folder / name)
+    merge = served.post("/studio/jobs", kind="merge", run=name)["id"]
+    while (job := served.get(f"/studio/jobs/{merge}"))["state"] == "running":
+        time.sleep(0.1)
+    assert job["state"] == "done" and job["result"]["file"] == "merged.pth", job
+    assert f"{name}/merged.pth" in [model["name"] for model in served.get("/studio/models")]
+    served.post(f"/studio/runs/{name}/try")
+    while (state := served.get("/studio/try"))["state"] == "loading":
+        time.sleep(0.1)
+    assert state == {"state": "ready", "run": name, "error": None}
+    body = {"messages": [{"role": "user", "content": "sort abc"}], "temperature": 0, "max_tokens": 9}
+    base, adapter = (
+        served.post("/try/v1/chat/completions", model=model, **body)["choices"][0]["message"]["content"]
+        for model in ("base", "adapter")
+    )
+    assert base == "cba" and adapter not in ("", base)
