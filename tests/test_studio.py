@@ -107,6 +107,9 @@ def test_the_fields_are_those_of_the_settings_table(served):
     fields = {field["name"]: field for field in served.get("/studio/settings")}
     operators = {"proj_dir", "data_cache", "reward_file", "wandb", "init_only", "resume", "num_nodes"}
     assert list(fields) == [name for name in FIELDS if name not in operators]
+    # a new setting with a file must say so
+    of_files = [name for name in FIELDS if name.endswith(("_file", "_dir", "_cache", "_model", "_adapter"))]
+    assert all(name in operators or fields[name]["file"] for name in of_files) and len(of_files) > 5
     assert fields["beta1"]["below"] == 1 and fields["beta1"]["type"] == "float"
     assert "miss" in fields["peft"]["choices"] and fields["peft"]["group"] == "Adapter"
     assert fields["lr_init"]["automatic"] and fields["lr_init"]["words"] == ["auto", "paper"]
@@ -167,8 +170,13 @@ def test_flags_of_the_operator_that_do_not_exist_end_the_start():
         program.checked_flags("--reward_fil r.py")
     with pytest.raises(UserError, match="no folder"):
         Folders("/nowhere")
-    for words in ([], ["--model", "m.pth", "--train", "."]):
-        with pytest.raises(UserError, match="give --model FILE"):
+    for words, said in (
+        ([], "give --model FILE, or --train FOLDER"),
+        (["--model", "m.pth", "--train", "."], "give --model FILE or --train FOLDER, not both"),
+        (["--model", "m.pth", "--models", "."], "--models has no meaning without --train"),
+        (["--train", ".", "--adapter", "a.pth"], "--adapter has no meaning with --train"),
+    ):
+        with pytest.raises(UserError, match=said):
             serve.parse(words)
 
 

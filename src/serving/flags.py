@@ -165,6 +165,9 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.model) == bool(args.train):
         both = " or --train FOLDER, not both" if args.model else ", or --train FOLDER for the training page"
         raise UserError(f"give --model FILE{both}")
+    stray = ("adapter", "adapter_dir") if args.train else ("models", "train_flags")
+    if given := next((flag for flag in stray if getattr(args, flag)), None):
+        raise UserError(f"--{given} has no meaning {'with' if args.train else 'without'} --train; drop it")
     args.adapter = named(args.adapter)
     check_shared(args)
     least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}

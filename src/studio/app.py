@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.hub_names import is_hub_name
+from rwkv_miss.files.hub_names import is_hub_name, recorded
 from rwkv_miss.version import VERSION
 
 from ..serving.app import PAGE as CHAT_PAGE
@@ -173,7 +173,8 @@ class Studio:
         return self.jobs.start("export", words, run=run.name, file=EXPORTS[to])
 
     def _base(self, run: Run) -> str:
-        model = run.overview()["model"]
+        # the run's record has the commit of an hf:// name
+        model = recorded(run.config.load_model) or run.typed().get("load_model")
         if not model:
             raise Refused(409, f"{run.name} trains a new model, which has no base", code="no_base")
         return self.folders.named("load_model", model)

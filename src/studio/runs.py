@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import read_lines, write_text
@@ -41,14 +40,19 @@ LOG_LINES = 60
 SHOWN = (".pth", ".gguf", ".safetensors", ".md", ".json", ".jsonl", ".yaml", ".png", ".log")
 
 
-def read_object(folder: str, name: str) -> dict[str, Any]:
-    """Read a JSON object of a run's folder; {} if it is not there, or not whole."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            found = json.load(file)
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+def read_object(path: str) -> dict[str, Any]:
+    """Read a JSON object. Raises OSError or ValueError if it is not there, or not whole."""
+    with open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
+def read_config(path: str) -> tuple[Config, Mapping[str, str]]:
+    """Read the settings that a run has recorded, and why it chose those that it did."""
+    found = recorded_settings(path)
+    return found.settings, found.chosen
 
 
 def lock_log(folder: str):
@@ -82,42 +86,42 @@ class Run:
     def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
         self.metrics = Metrics(os.path.join(folder, METRICS))
-        self.config_read: tuple[float, Config, Mapping[str, str]] | None = None
+        self.known: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
+    def read(self, name: str, read: Callable[[str], Any], otherwise: Any) -> Any:
+        """Read a file if it has changed; `otherwise` if it can't be read."""
+        try:
+            stat = os.stat(self.path(name))
+            state = stat.st_ino, stat.st_size, stat.st_mtime_ns
+            if name not in self.known or self.known[name][0] != state:
+                self.known[name] = state, read(self.path(name))
+            return self.known[name][1]
+        except (OSError, ValueError):
+            return otherwise
+
     def look(self) -> None:
         """Read what is new in the folder."""
         self.metrics.update()
-        self.held, self.started = running(self.folder), read_object(self.folder, STARTED)
-        self.said = self.held or read_object(self.folder, RUNNING)
-        self.summary = read_object(self.folder, SUMMARY)
+        self.held, self.started = running(self.folder), self.read(STARTED, read_object, {})
+        self.said = self.held or self.read(RUNNING, read_object, {})
+        self.summary = self.read(SUMMARY, read_object, {})
         self.is_alive = self.held is not None or is_started(self.folder)
-        self.history = read_lines(self.path(VALIDATION), sys.maxsize)
-
-    def config(self) -> tuple[Config, Mapping[str, str]]:
-        """Return the settings that the run has recorded, and why those that it has chosen were."""
-        path = self.path(CONFIG)
-        with contextlib.suppress(OSError, UserError):
-            written = os.path.getmtime(path)
-            if not self.config_read or self.config_read[0] != written:
-                found = recorded_settings(path)
-                self.config_read = written, found.settings, found.chosen
-            return self.config_read[1:]
-        return Config(), {}
+        self.history = self.read(VALIDATION, lambda path: read_lines(path, sys.maxsize), [])
+        self.config, self.chosen = self.read(CONFIG, read_config, (Config(), {}))
 
     def typed(self) -> dict[str, Any]:
         """Return the settings that somebody has typed, as texts."""
         if "settings" in self.started:
             return self.started["settings"]
-        config, chosen = self.config()
         default = Config()
         return {
             name: value if isinstance(value, str) else json.dumps(value)
             for name in FIELDS
-            if name not in (*chosen, "proj_dir", "resume")
-            and (value := recorded(config.written(name))) != default.written(name)
+            if name not in (*self.chosen, "proj_dir", "resume")
+            and (value := recorded(self.config.written(name))) != default.written(name)
         }
 
     @property
@@ -136,8 +140,7 @@ class Run:
         return "stopped" if self.started.get("stopped") else "failed"
 
     def overview(self) -> dict[str, Any]:
-        config, _ = self.config()
-        state, typed = self.state, self.typed()
+        config, state, typed = self.config, self.state, self.typed()
         evaluated = [line["loss"] for line in self.history]
         return {
             "name": self.name,
@@ -147,8 +150,8 @@ class Run:
             "loss": self.metrics.last("loss"),
             "held_out": evaluated[-1] if evaluated else None,
             "started": self.started.get("started") or self.said.get("started") or self._written(),
-            "peft": config.peft if self.config_read else typed.get("peft", config.peft),
-            "model": recorded(config.load_model) or typed.get("load_model", ""),
+            "peft": typed.get("peft", config.peft),
+            "model": typed.get("load_model", ""),
             "can_stop": self.is_alive,
             "can_resume": state in ("stopped", "failed"),
         }
@@ -159,7 +162,7 @@ class Run:
         return None
 
     def details(self, points: int, begin: float, end: float) -> dict[str, Any]:
-        config, chosen = self.config()
+        config = self.config
         ends = {id(line) for line in (self.history[:1] + self.history[-1:])}
         words = self.started.get("words")
         return {
@@ -174,7 +177,8 @@ class Run:
             "log": self.log(),
             "command": settings.command(words) if words else full_command(config),
             "chosen": {
-                name: {"value": recorded(config.written(name)), "why": why} for name, why in chosen.items()
+                name: {"value": recorded(config.written(name)), "why": why}
+                for name, why in self.chosen.items()
             },
             "files": self.files(),
             "settings": self.typed(),
