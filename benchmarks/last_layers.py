@@ -30,7 +30,6 @@ def percent(share: float) -> str:
 
 def main() -> None:
     parser = experiment.parser(__doc__, "last-layers", tasks=LAYERS)
-    parser.set_defaults(tasks=["capitals", "shakespeare", "sort"])
     args = experiment.parsed(parser)
     rows, figures, lines = [], {}, []
     for name, layers in ((task, layers) for task in args.tasks for layers in LAYERS[task]):
