@@ -168,8 +168,10 @@ def test_the_command_is_the_one_of_a_terminal(tmp_path):
 def test_flags_of_the_operator_that_do_not_exist_end_the_start():
     with pytest.raises(UserError, match="did you mean --reward_file"):
         program.checked_flags("--reward_fil r.py")
+    with pytest.raises(UserError, match="/nowhere is no folder"):
+        Folders(".", ["/nowhere"])
     with pytest.raises(UserError, match="no folder"):
-        Folders("/nowhere")
+        Folders("/dev/null/work")
     for words, said in (
         ([], "give --model FILE, or --train FOLDER"),
         (["--model", "m.pth", "--train", "."], "give --model FILE or --train FOLDER, not both"),

@@ -31,9 +31,11 @@ class Folders:
     """The work folder, which is written to, and other folders, which are only read."""
 
     def __init__(self, work: str, others: Sequence[str] = ()):
+        with contextlib.suppress(OSError):
+            os.makedirs(work, exist_ok=True)
         for folder in (work, *others):
             if not os.path.isdir(folder):
-                raise UserError(f"{folder} is no folder; make it, or give another one")
+                raise UserError(f"{folder} is no folder, and none can be made there; give another one")
         self.work, *self.others = map(os.path.realpath, (work, *others))
         self.seen: dict[tuple, str] = {}  # (path, time, size) of a model -> what it is
 
