@@ -719,6 +719,9 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     assert "merge it:" not in output and "\nkeep:      the base; " in output
     kept = json.loads((tmp_path / "still" / "run.json").read_text())["verdict"]
     assert kept["name"] == NOTHING and kept["remedy"].startswith("--lr_init auto")
+    assert kept["rule"] == "nothing" and kept["sentence"] in card
+    before, after = kept["numbers"]["loss"]
+    assert f"from {before:.4f} to {after:.4f}" in kept["reason"] and kept["numbers"]["steps"] == 12
     output, card = trained("moved", "1e-2")
     assert "\nverdict:   still learning: the loss on held-out documents fell by " in output
     assert "\nmerge it:  " in output and "; try more passes: --epoch_count " in card

@@ -595,7 +595,11 @@ def test_the_plan_fits_or_names_what_to_change(counted_once, files, tmp_path, ca
         720,
         9,
     )
-    assert line["seconds"] == 72
+    assert line["seconds"] == 72 and line["lines"] == [text for text in shown if "note:" not in text]
+    assert (
+        line["chosen"]["accelerator"]["value"] == "cpu"
+        and "the device" in line["chosen"]["accelerator"]["why"]
+    )
     assert any("about 72 s for 720 tokens" in text and "as given" in text for text in shown)
     assert line["memory_together"] == pytest.approx(sum(line["memory"].values()), abs=20)
     assert any("it fits" in text for text in shown) and not (tmp_path / "run").exists()

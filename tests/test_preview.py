@@ -211,6 +211,8 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     documents = load_documents(
         str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), 30, loss_mask="all"
     )
+    shown = ["".join(text for text, _ in sample) for sample in figures["samples"]]
+    assert len(shown) == 3 and shown[-1] == bytes(documents[len(documents) - 1].ids.tolist()).decode()
     assert (figures["rows"], figures["documents"]) == (6, len(documents))
     assert (
         (figures["split"], figures["cut"], figures["cut_tokens"])
@@ -392,7 +394,10 @@ def test_what_is_found_in_preferences(show, loss):
     wanted = {"bad row": (1, 8), "too long": (1, 6), "contradiction": (2, 5), "duplicate": (1, 7)}
     assert {f["name"]: f["count"] for f in found["findings"]} == {name: n for name, (n, _) in wanted.items()}
     for finding in found["findings"]:
-        assert f"data.jsonl, line {wanted[finding['name']][1]}" in finding["first"]
+        assert f"data.jsonl, line {wanted[finding['name']][1]}" in finding["first"] and finding["meaning"]
+    # a rejected answer has negative weights
+    signs = [[(weight > 0) - (weight < 0) for _, weight in sample] for sample in found["samples"]]
+    assert signs[0] == ([0, 1, -1] if loss == "dpo" else [0, 1]) and len(signs) == 3
 
 
 def test_half_of_the_pairs_left_out_is_a_finding(show):

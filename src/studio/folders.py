@@ -151,6 +151,8 @@ class Folders:
                 if is_run(folder) and not self._is_data(folder):
                     folders.clear()
                     continue
+                if "config.json" in files:  # a model's folder
+                    continue
                 paths = [os.path.join(folder, file) for file in sorted(files) if file.endswith(SUFFIXES)]
                 for real in filter(None, map(self.allowed, paths)):
                     found.append({"path": real, "name": self.shown(real), "bytes": os.path.getsize(real)})
