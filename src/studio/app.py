@@ -17,6 +17,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import is_hub_name, recorded
 from rwkv_miss.version import VERSION
 
+from ..config.parse import parse
 from ..serving.app import PAGE as CHAT_PAGE
 from ..serving.app import page_file
 from ..serving.errors import Refused, wrong
@@ -136,7 +137,7 @@ class Studio:
         words.append(f"--proj_dir={folder}")
         problem = None
         try:
-            settings.check(words)
+            parse(words)
         except UserError as error:
             problem = str(error)
         return {"command": settings.command(words), "problem": problem, "name": name}

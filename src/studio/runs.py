@@ -20,7 +20,7 @@ from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import read_lines, write_text
 from ..config.parse import command as full_command
-from ..config.parse import recorded_settings
+from ..config.parse import parse, recorded_settings
 from ..config.schema import FIELDS, Config
 from ..serving.errors import Refused
 from ..training.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RUNNING, SUMMARY, running
@@ -234,7 +234,7 @@ class Runs:
     def words(self, typed: Mapping[str, Any], folder: str, *more: str) -> list[str]:
         """Return the command line of a run. Raises Refused or UserError for settings that are wrong."""
         words = [*settings.flags(typed, self.folders, self.operators), f"--proj_dir={folder}", *more]
-        settings.check(words)
+        parse(words)  # with all its rules, as train.py does
         return words
 
     def start(self, name: str, typed: Mapping[str, Any]) -> dict[str, str]:

@@ -11,8 +11,7 @@ from typing import Any
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import did_you_mean
 
-from ..config.parse import parse
-from ..config.schema import FIELDS, GROUPS, Config, type_of
+from ..config.schema import FIELDS, GROUPS, type_of
 from ..serving.errors import wrong
 from .folders import Folders
 
@@ -66,11 +65,6 @@ def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str,
             text = named(name, text)
         words.append(f"--{name}={text}")
     return words
-
-
-def check(words: Sequence[str]) -> Config:
-    """Parse a command line as train.py does, with all its rules. Raises UserError."""
-    return parse([*words])
 
 
 def command(words: Sequence[str]) -> str:
