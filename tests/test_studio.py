@@ -224,6 +224,8 @@ def test_a_run_of_a_terminal_is_found_with_its_state(served):
     assert run["chosen"] == {"micro_bsz": {"value": 4, "why": "as many as fit"}}
     assert run["settings"] == {"load_model": "base.pth", "peft": "lora"}
     assert run["verdict"] is None and served.get("/studio/runs/done")["verdict"] == {"name": "learnt"}
+    assert "expected a number" in served.get("/studio/runs/done?points=nan", 400)["error"]["message"]
+    assert len(served.get("/studio/runs/done?points=-1")["curves"]["step"]) <= 10
     served.refused("/studio/runs/killed/stop", 409)
     # its base is not in the folders that were named
     assert served.refused("/studio/runs/killed/resume", 400).startswith("load_model: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import os
 import pathlib
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ from .trial import Trial
 PAGE = pathlib.Path(__file__).parent / "page"
 SAMPLES = 10  # rows that a preview shows
 UPLOADS = 4  # at once
+MOST_POINTS = 5000  # of a curve
 EXPORTS = {"gguf": "merged.gguf", "safetensors": "merged.safetensors", "ai00": "merged.st"}
 
 
@@ -194,15 +196,13 @@ class Studio:
         return self.runs.start(name, settings_in(fields))
 
     def details(self, request: Request, fields: Fields) -> dict[str, Any]:
-        def number(name: str, default: float) -> float:
-            try:
-                return float(request.query_params.get(name, default))
-            except ValueError:
-                raise wrong(name, "expected a number") from None
-
-        points = int(min(max(number("points", 400), 10), 5000))
-        run = self.runs.find(name_of(request))
-        return run.details(points, number("from", 0), number("to", float("inf")))
+        given = {"points": 400, "from": 0, "to": math.inf, **request.query_params}
+        try:
+            points, begin, end = (float(given[name]) for name in ("points", "from", "to"))
+            points = int(min(max(points, 10), MOST_POINTS))
+        except ValueError:
+            raise wrong("points", "expected a number, as for from and to") from None
+        return self.runs.find(name_of(request)).details(points, begin, end)
 
     def download(self, request: Request, fields: Fields) -> Response:
         path = self.folders.file_of_run(name_of(request), request.path_params["file"])

@@ -84,12 +84,11 @@ class Metrics:
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Return the mean of the last `width` numbers at each place, without those that are not finite."""
     known = np.isfinite(values)
-    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
-    before = np.arange(len(values)) - width
-    sums_before = np.where(before >= 0, sums[np.maximum(before, 0)], 0.0)
-    counts_before = np.where(before >= 0, counts[np.maximum(before, 0)], 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums - sums_before) / (counts - counts_before)
+    sums, counts = (
+        np.concatenate([np.zeros(width), np.cumsum(part)]) for part in (np.where(known, values, 0.0), known)
+    )
+    with np.errstate(invalid="ignore"):
+        return (sums[width:] - sums[:-width]) / (counts[width:] - counts[:-width])
 
 
 def finite(value: float) -> float | None:
