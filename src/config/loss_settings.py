@@ -114,8 +114,9 @@ class LossSettings(DataSettings):
     reward_file: str = opt(
         "",
         "grpo: a Python file with functions NAME(prompt, answers, right). Each returns a list of"
-        " numbers, one for each answer; right is the reference answer. The file's code is run, so only"
-        " the command line can name it, and no YAML file",
+        " numbers, one for each answer; right is the reference answer. Parameters cut and tokens after these"
+        " get which answers were cut, and their tokens. The file's code is run, so only the command line"
+        " can name it, and no YAML file",
         operator=True,
     )
     reward_regex: str = opt(
