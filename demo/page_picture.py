@@ -111,14 +111,12 @@ def ask(page: Page, question: str) -> None:
     page.wait_for_selector(".turn:last-child .answer.running", state="detached")
 
 
-def serve(base: str, adapter: str) -> tuple[subprocess.Popen, str]:
+def serve(*flags: str) -> tuple[subprocess.Popen, str]:
     """Start the server: (its process, its address)."""
-    command = [sys.executable, "-m", "demo.serve", "--model", base, "--adapter", f"sorts={adapter}"]
-    server = subprocess.Popen(
-        [*command, "--name", "reverses", "--port", "0"], stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+    command = [sys.executable, "-m", "demo.serve", *flags, "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1)
     for line in server.stderr:
-        if found := re.search(r"http://[^/]+/", line):
+        if found := re.search(r"http://[^/\s]+", line):
             return server, found[0]
     raise UserError(f"the server did not start: {' '.join(command)} says why")
 
@@ -136,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         browser = next(filter(None, map(shutil.which, BROWSERS)), None)
         if not browser:
             raise UserError("no Chromium is on PATH; on Debian: apt install chromium")
-        server, url = serve(args.base, adapter)
+        flags = ["--model", args.base, "--adapter", f"sorts={adapter}", "--name", "reverses"]
+        server, url = serve(*flags)
         try:
             stem, kind = os.path.splitext(args.out)
             for ending, picture in pictures(url, browser).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -132,7 +133,8 @@ class Run:
     def state(self) -> str:
         if self.is_alive:
             with contextlib.suppress(OSError):
-                if self.held and os.path.getmtime(self.metrics.path) > self.held["started"] and self.step:
+                since = (self.held or self.started).get("started", math.inf)
+                if self.step and os.path.getmtime(self.metrics.path) > since:
                     return "running"
             return "starting"
         if self.summary and self.summary.get("steps", 0) >= self.step:

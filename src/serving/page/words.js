@@ -8,6 +8,9 @@ export function word(name, values = {}) {
   return chosen[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
 }
 
+/** What the language has for a name, if it has something. */
+export const said = (name, otherwise) => chosen[name] ?? otherwise;
+
 export function useLanguage(name) {
   chosen = name === "zh" ? CHINESE : ENGLISH;
   document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
@@ -15,6 +18,7 @@ export function useLanguage(name) {
     ["word", (element, text) => (element.textContent = text)],
     ["label", (element, text) => element.setAttribute("aria-label", text)],
     ["placeholder", (element, text) => (element.placeholder = text)],
+    ["title", (element, text) => (element.title = text)],
   ]) {
     for (const element of document.querySelectorAll(`[data-${attribute}]`)) {
       set(element, word(element.dataset[attribute]));

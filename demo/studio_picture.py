@@ -1,0 +1,88 @@
+"""Make the pictures of the training page, in two widths.
+
+python -m demo.studio_picture [--folder out] [--out docs/studio.png]
+
+docs/studio.png shows the newest run in the folder, with the curves of the others laid over it.
+docs/studio-390.png shows the rows of its data on a phone, in the dark.
+
+It starts demo.serve and a Chromium. bash demo/demo-training-miss.sh makes a run in out/.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.studio_picture")
+
+from src.common.startup import importing
+
+with importing():
+    from playwright.sync_api import Page, sync_playwright
+
+    from demo.page_picture import BROWSERS, DEMO, serve
+    from rwkv_miss import UserError
+    from rwkv_miss.errors import Parser, one_line_errors
+    from src.common.files import write_bytes
+
+FOLDER, OUT = "out", "docs/studio.png"
+WIDE, PHONE = (
+    {"viewport": {"width": 1280, "height": 1180}},
+    {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "is_mobile": True, "has_touch": True},
+)
+
+
+def run_and_others(page: Page) -> bytes:
+    """Show the newest run with the curves of the others, and read the middle of them."""
+    page.click("#run-list button >> nth=0")
+    page.wait_for_selector("#curves svg")
+    for box in page.locator("#run-list input:enabled").all():
+        box.check()
+    # each run has a line in the legend, and the newest one has two
+    page.locator(".legend li").nth(page.locator("#run-list li").count()).wait_for()
+    page.evaluate("window.scrollTo(0, 0)")
+    page.hover(".charts", position={"x": 320, "y": 120})
+    return page.screenshot()
+
+
+def rows_of_data(page: Page) -> bytes:
+    """Show what the newest run was trained on."""
+    page.click("#show-runs")
+    page.click("#run-list button >> nth=0")
+    page.click("#data h2 button")
+    page.wait_for_selector("#preview:not([hidden])", timeout=120_000)
+    page.evaluate("document.querySelector('#counts').scrollIntoView()")
+    page.evaluate("window.scrollBy(0, -150)")
+    return page.screenshot()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m demo.studio_picture", description=__doc__)
+    parser.add_argument("--folder", default=FOLDER, help="work folder of the page; default %(default)s")
+    parser.add_argument("--out", default=OUT, help="file of the wide picture; default %(default)s")
+    with one_line_errors():
+        args = parser.parse_args(argv)
+        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if not browser:
+            raise UserError("no Chromium is on PATH; on Debian: apt install chromium")
+        server, url = serve("--train", args.folder, "--models", "demo")
+        try:
+            stem, kind = os.path.splitext(args.out)
+            with sync_playwright() as playwright:
+                chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+                for ending, size, shot in (("", WIDE, run_and_others), ("-390", PHONE, rows_of_data)):
+                    page = chromium.new_page(locale="en-US", **size)
+                    page.goto(url)
+                    page.wait_for_selector("body.ready")
+                    if not page.locator("#run-list button").count():
+                        raise UserError(f"there is no run in {args.folder}; {DEMO} makes one in {FOLDER}")
+                    write_bytes(f"{stem}{ending}{kind}", shot(page))
+                chromium.close()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+// The second step: rows, and how the model will see them.
+
+import { ServerError, ask } from "./api.js";
+import { attempt, bytesText, choices, get, showProgress, work } from "./jobs.js";
+import { save, state } from "./state.js";
+import { byId, make } from "./text.js";
+import { said, word } from "./words.js";
+
+const step = byId("data");
+let limits = { upload_bytes: Infinity };
+let seen = ""; // what the shown preview is about
+let controller = null;
+
+export async function showFiles(server, changed) {
+  limits = server.limits;
+  const found = (await attempt(step, () => get("studio/data"))) ?? [];
+  const files = found.map(({ bytes, ...file }) => ({ ...file, note: bytesText(bytes) }));
+  choices(byId("files"), files, state.data, (path) => look(path, changed));
+  if (state.data && seen !== about()) await look(state.data, changed);
+}
+
+export const nameOf = (path) => path.split("/").pop();
+const about = () => JSON.stringify([state.model, state.data]);
+
+/** Show the preview of a file. It is chosen even if it is wrong, so that its name stands by its mistakes. */
+async function look(path, changed) {
+  controller?.abort(new DOMException("", "AbortError"));
+  const mine = (controller = new AbortController());
+  Object.assign(state, { data: path, rows: 0, ready: false });
+  seen = about();
+  changed();
+  byId("preview").hidden = true;
+  const settings = { load_model: state.model, data_file: path };
+  const result = await attempt(step, () => {
+    showProgress(step, word("looking"));
+    return work("preview", { settings }, null, mine.signal);
+  });
+  if (mine !== controller) return;
+  if (result) showPreview(result);
+  else seen = ""; // what is wrong is told again
+  changed();
+}
+
+function showPreview(result) {
+  Object.assign(state, { rows: result.rows, ready: result.trained > 0 });
+  save();
+  byId("preview").hidden = false;
+  byId("counts").textContent = word("counts", {
+    rows: result.rows.toLocaleString(),
+    tokens: result.tokens.toLocaleString(),
+    trained: result.trained.toLocaleString(),
+  });
+  const findings = result.findings.map(({ name, count, first, meaning }) => {
+    const place = word("finding", { count: count.toLocaleString(), first: place_of(first) });
+    return make("li", {}, make("b", { textContent: place }), ` ${said(`finding ${name}`, meaning ?? name)}`);
+  });
+  byId("findings").replaceChildren(...(findings.length ? findings : [make("li", {}, word("no_findings"))]));
+  byId("samples").replaceChildren(...(result.samples ?? []).map(sample));
+}
+
+/** "folder/rows.jsonl:3" without its folders. */
+const place_of = (first) => first.replace(/[^\s:]*\//, "");
+
+function sample(parts) {
+  const shown = parts.map(([text, weight]) => {
+    const textContent = text.replace(/[\0␀]/g, "∎");
+    return weight ? make("mark", { textContent, className: weight < 0 ? "rejected" : "" }) : textContent;
+  });
+  return make("li", {}, make("pre", {}, ...shown));
+}
+
+async function upload(name, blob, changed, server) {
+  const file = await attempt(step, async () => {
+    if (blob.size > limits.upload_bytes) {
+      throw new ServerError(word("large_file", { name, most: bytesText(limits.upload_bytes) }));
+    }
+    showProgress(step, word("uploading", { name }));
+    const reply = await ask(`studio/data?name=${encodeURIComponent(name)}`, { method: "POST", body: blob });
+    return reply.json();
+  });
+  if (!file) return;
+  Object.assign(state, { data: file.path, rows: 0, ready: false });
+  await showFiles(server, changed);
+}
+
+export function listenToData(server, changed) {
+  const drop = step.querySelector(".drop");
+  const take = async (files) => {
+    if (files.length) await upload(files[0].name, files[0], changed, server());
+  };
+  byId("data-file").addEventListener("change", async ({ target }) => {
+    await take([...target.files]);
+    target.value = "";
+  });
+  for (const [event, over] of Object.entries({ dragover: true, dragleave: false, drop: false })) {
+    drop.addEventListener(event, (happened) => {
+      happened.preventDefault();
+      drop.classList.toggle("over", over);
+      if (event === "drop") take([...happened.dataTransfer.files]);
+    });
+  }
+  byId("use-rows").addEventListener("click", async () => {
+    const text = byId("rows").value.trim();
+    const name = /^[[{]/.test(text) ? "pasted.jsonl" : "pasted.txt";
+    if (text) await upload(name, new Blob([text, "\n"]), changed, server());
+  });
+}

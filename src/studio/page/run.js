@@ -1,0 +1,197 @@
+// The fourth step: a run as its folder has it, and the list of runs.
+
+import { curvesAt } from "./curves.js";
+import { attempt, complain, durationText, get, pathOf, post, showProgress } from "./jobs.js";
+import { save, state } from "./state.js";
+import { byId, make } from "./text.js";
+import { said, word } from "./words.js";
+
+const POINTS = 400;
+const step = byId("run");
+export let run = null; // what was last heard of the run that is shown
+let others = []; // the runs laid over it
+let shown = ""; // the steps that are shown, in a query
+let pace = null; // {time, step} when the page first saw it go
+let wasState = "";
+let trouble = false; // whether the run could not be asked for
+const curves = curvesAt((range) => {
+  shown = range ? `&from=${Math.floor(range[0])}&to=${Math.ceil(range[1])}` : "";
+  hear(state.run);
+});
+
+export const goes = () => ["starting", "running"].includes(run?.state);
+
+/** Ask for the run that is shown, and show it. */
+export async function heardOf(name) {
+  if (!name) {
+    run = null;
+    return;
+  }
+  try {
+    const found = await get(`${pathOf(name)}?points=${POINTS}${shown}`);
+    if (name !== state.run) return; // by now another one is shown
+    if (run?.name !== name) [pace, wasState, shown] = [null, "", ""];
+    run = found;
+    showRun();
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    Object.assign(state, { run: "" });
+    run = null;
+    save();
+  }
+}
+
+/** The same, with an error beside the run. */
+export async function hear(name) {
+  try {
+    await heardOf(name);
+    if (trouble) complain(step);
+    trouble = false;
+  } catch (error) {
+    trouble = true;
+    complain(step, error);
+  }
+}
+
+/** Ask for the runs whose curves are laid over it. */
+export async function showBeside() {
+  const names = state.beside.filter((name) => name !== state.run);
+  const found = names.map((name) => get(`${pathOf(name)}?points=${POINTS}${shown}`).catch(() => null));
+  others = (await Promise.all(found)).filter(Boolean).map((one) => ({ ...one, name: shortName(one.name) }));
+  if (run) curves.show([run, ...others]);
+}
+
+function showRun() {
+  const place = run.steps && word("step_of", run);
+  const text = [word(`state_${run.state}`), place, timeLeft()].filter(Boolean).join(" · ");
+  showProgress(step, text, { done: run.step, total: run.steps || 1 });
+  if (run.state === "starting") step.querySelector("progress").removeAttribute("value");
+  byId("stop-run").hidden = !run.can_stop;
+  byId("resume-run").hidden = !run.can_resume;
+  curves.show([run, ...others]);
+  showAnswers();
+  showVerdict();
+  byId("run-log").textContent = run.log.join("\n");
+  if (run.state === "failed" && wasState !== "failed") complain(step, reason());
+  if (run.state !== "failed" && wasState === "failed") complain(step);
+  if (wasState && wasState !== run.state) byId("told").textContent = text;
+  wasState = run.state;
+}
+
+/** Why a run failed: what it said, if it could. */
+function reason() {
+  const said = run.log.findLast((line) => /^error:|^\S*(Error|Exception|Interrupt)\b/.test(line));
+  return said ? word("failed", { why: said.replace(/^error: /, "") }) : word("killed");
+}
+
+function timeLeft() {
+  if (run.state !== "running") return "";
+  const now = { time: performance.now() / 1000, step: run.step };
+  pace ??= now;
+  if (now.step <= pace.step) return "";
+  const seconds = (now.time - pace.time) / (now.step - pace.step);
+  return word("left", { time: durationText(seconds * (run.steps - now.step)) });
+}
+
+/** The answers before the training beside the newest ones. */
+function showAnswers() {
+  const asked = run.evaluations.filter(({ samples }) => samples?.length);
+  byId("answers").hidden = !asked.length;
+  if (!asked.length) return;
+  const [first, last] = [asked[0], asked.at(-1)];
+  const isFirst = first === last;
+  byId("now").textContent = isFirst ? "" : word("now", { step: last.step });
+  const rows = first.samples.map((sample, i) => {
+    const now = isFirst ? "" : (last.samples[i]?.answer ?? "");
+    const cells = row([sample.prompt.replace(/\n+/g, "\n"), sample.right, sample.answer, now], last.step);
+    for (const cell of cells.slice(2)) cell.classList.toggle("right", cell.textContent === sample.right);
+    return make("tr", {}, ...cells);
+  });
+  const shares = typeof first.right_answers === "number" && typeof last.right_answers === "number";
+  const percent = (share) => `${Math.round(100 * share)} %`;
+  if (shares) {
+    const now = isFirst ? "" : percent(last.right_answers);
+    const cells = ["", word("share_right"), percent(first.right_answers), now];
+    rows.push(make("tr", { className: "sum" }, ...row(cells, last.step)));
+  }
+  byId("answers").querySelector("tbody").replaceChildren(...rows);
+}
+
+/** Cells that say what they are, for a phone, where the table has no head. */
+function row(texts, step) {
+  const titles = [word("question"), word("right"), word("before"), word("now", { step })];
+  return texts.map((textContent, i) => {
+    const cell = make("td", { textContent });
+    cell.dataset.column = titles[i];
+    return cell;
+  });
+}
+
+/** The verdict in the reader's language, with what was measured. */
+function showVerdict() {
+  const { verdict } = run;
+  byId("verdict").hidden = !verdict || goes();
+  if (!verdict) return;
+  const { loss = [], right_answers: rights = [] } = verdict.numbers ?? {};
+  const figures = [
+    loss[0] && loss[1] && word("figures", { before: loss[0].toFixed(4), after: loss[1].toFixed(4) }),
+    rights[1] !== null && rights.length && word("right_of", { before: rights[0], after: rights[1] }),
+  ];
+  const translated = said(`rule ${verdict.rule}`, "");
+  const text = translated ? [translated, ...figures.filter(Boolean)].join("") : verdict.sentence;
+  byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${text}`);
+}
+
+/** List the runs; `choose` is called with the one that is clicked. */
+export function showRuns(runs, choose) {
+  byId("no-runs").hidden = runs.length > 0;
+  byId("compare-hint").hidden = runs.length < 2;
+  const held = document.activeElement?.dataset?.run;
+  byId("run-list").replaceChildren(...runs.map((one) => {
+    const known = [word(`state_${one.state}`), one.steps ? `${one.step}/${one.steps}` : "", figure(one)];
+    const button = make(
+      "button",
+      { type: "button", className: "chat" },
+      make("span", { textContent: shortName(one.name) }),
+      make("small", { textContent: known.filter(Boolean).join(" · ") }),
+    );
+    button.dataset.run = one.name;
+    if (one.name === state.run) button.setAttribute("aria-current", "true");
+    button.addEventListener("click", () => choose(one.name));
+    const box = make("input", {
+      type: "checkbox",
+      checked: state.beside.includes(one.name),
+      disabled: one.name === state.run,
+      ariaLabel: word("lay_over", { name: shortName(one.name) }),
+      title: word("lay_over", { name: shortName(one.name) }),
+    });
+    box.addEventListener("change", () => {
+      state.beside = state.beside.filter((name) => name !== one.name);
+      if (box.checked) state.beside.push(one.name);
+      save();
+      showBeside();
+    });
+    return make("li", {}, button, box);
+  }));
+  if (held) byId("run-list").querySelector(`[data-run="${CSS.escape(held)}"]`)?.focus();
+}
+
+/** A run in the folder that all of the page's are in is called by its own name. */
+export const shortName = (name) => name.replace(/^runs\//, "");
+
+function figure({ loss, held_out: held }) {
+  if (typeof held === "number") return `${word("held_out")} ${held.toPrecision(3)}`;
+  return typeof loss === "number" ? `${word("loss")} ${loss.toPrecision(3)}` : "";
+}
+
+export function listenToRun(changed) {
+  for (const [what, id] of Object.entries({ stop: "stop-run", resume: "resume-run" })) {
+    byId(id).addEventListener("click", async ({ target }) => {
+      await attempt(step, async () => {
+        await post(`${pathOf(state.run)}/${what}`);
+        await changed();
+      }, target);
+      if (run) showRun();
+    });
+  }
+}

@@ -1,0 +1,237 @@
+// The training page: which step is open, what is asked of the server now and then, language and key.
+
+import { listenToColours } from "./colours.js";
+import { listenToData, nameOf, showFiles } from "./data.js";
+import { complain, get, pause } from "./jobs.js";
+import { listenToModel, showModels } from "./model.js";
+import { closePanel, listenToPanels, togglePanel } from "./panels.js";
+import { listenToPlan, plan, showCopy, showPlan, showSettings, start } from "./plan.js";
+import { goes, hear, heardOf, listenToRun, run, shortName, showBeside, showRuns } from "./run.js";
+import { readAddress, restore, save, state } from "./state.js";
+import { keepKey, readKey } from "./store.js";
+import { byId } from "./text.js";
+import { listenToTry, showTry } from "./try.js";
+import { useLanguage, word } from "./words.js";
+
+const STEPS = ["model", "data", "plan", "run", "try"];
+const OFTEN = 1; // polls between two lists of runs while one goes, else:
+const SELDOM = 5;
+let server = null;
+let settings = [];
+let runs = [];
+
+const adapterIn = () => run?.files.some(({ name }) => /^adapter.*\.pth$/.test(name));
+
+/** Why a step can't be done yet; "" where it can. */
+const missing = {
+  model: () => "",
+  data: () => (state.model ? "" : word("needs_model")),
+  plan: () => missing.data() || (state.ready ? "" : word("needs_data")),
+  run: () => (run ? "" : word("needs_start")),
+  try: () => missing.run() || (goes() ? word("needs_end") : adapterIn() ? "" : word("needs_adapter")),
+};
+
+/** What a step's head says once it is done. */
+const summary = {
+  model: () => state.model && nameOf(state.model),
+  data() {
+    const name = nameOf(state.data);
+    return state.rows ? word("file", { name, rows: state.rows.toLocaleString() }) : name;
+  },
+  plan: () => (run ?? plan)?.steps && word("planned", { steps: (run ?? plan).steps.toLocaleString() }),
+  run: () => run && `${shortName(run.name)}: ${word(`state_${run.state}`)}`,
+  try: () => "",
+};
+
+function show() {
+  for (const name of STEPS) {
+    const element = byId(name);
+    const reason = missing[name]();
+    const isOpen = state.step === name && !reason;
+    const head = element.querySelector("h2 button");
+    head.disabled = Boolean(reason);
+    head.setAttribute("aria-expanded", String(isOpen));
+    element.classList.toggle("open", isOpen);
+    element.classList.toggle("done", !missing[STEPS[STEPS.indexOf(name) + 1] ?? name]() && name !== "try");
+    element.querySelector(".note").textContent = reason || summary[name]() || "";
+    element.querySelector(".body").hidden = !isOpen;
+  }
+  byId("model").querySelector(".main").disabled = !state.model;
+  byId("data").querySelector(":scope > .body > .main").disabled = !state.ready;
+  byId("plan").querySelector(".main").disabled = !plan || !plan.fits || !state.name;
+  byId("run").querySelector(":scope > .body > .main").disabled = Boolean(missing.try());
+  if (run && !missing.try()) showTry(run);
+  save();
+}
+
+function open(name) {
+  state.step = name;
+  show();
+  if (state.step === "data") showFiles(server, show).then(show);
+  if (state.step === "plan") preparePlan();
+  const head = byId(state.step).querySelector("h2 button");
+  head.focus({ preventScroll: true });
+  byId(state.step).scrollIntoView({ block: "start" });
+}
+
+function preparePlan() {
+  state.name ||= freeName();
+  byId("run-name").value = state.name;
+  showPlan(show);
+}
+
+/** A name for the next run, after its data. */
+function freeName() {
+  const stem = nameOf(state.data).replace(/\.\w+$/, "").replace(/[^\w-]+/g, "-") || "run";
+  const isTaken = (name) => runs.some((one) => nameOf(one.name) === name);
+  let name = stem;
+  for (let i = 2; isTaken(name); i++) name = `${stem}-${i}`;
+  return name;
+}
+
+async function choose(name) {
+  state.run = name;
+  await hear(name);
+  if (!run) return show();
+  adopt();
+  await showBeside();
+  if (getComputedStyle(document.querySelector("main")).display === "none") closePanel();
+  showRuns(runs, choose);
+  open("run");
+}
+
+/** The steps before show what the run has, so that the next one can begin with it. */
+function adopt() {
+  const { load_model: model = "", data_file: data = "", ...typed } = run.settings;
+  if (data !== state.data) state.rows = 0;
+  Object.assign(state, { model, data, settings: typed, name: "", ready: data !== "" });
+  showSettings(settings, show);
+}
+
+async function listRuns() {
+  runs = await get("studio/runs");
+  showRuns(runs, choose);
+}
+
+/** Ask again and again, while somebody sees the page. */
+async function poll() {
+  for (let count = 1; ; count++) {
+    await pause();
+    try {
+      if (!server) await meetServer();
+      if (goes()) await heardOf(state.run);
+      if (count % (goes() ? OFTEN : SELDOM) === 0) await listRuns();
+      const listed = runs.find((one) => one.name === state.run);
+      if (listed && run && listed.state !== run.state) await heardOf(state.run); // by another tab
+      complain(document.querySelector("main"));
+    } catch (error) {
+      complain(document.querySelector("main"), error);
+      if (error.status === 401) server = null;
+    }
+    show();
+  }
+}
+
+async function meetServer() {
+  try {
+    [server, settings] = await Promise.all(["studio", "studio/settings"].map(get));
+  } catch (error) {
+    byId("key-form").hidden = error.status !== 401;
+    if (error.status !== 401 || readKey()) complain(document.querySelector("main"), error);
+    return;
+  }
+  byId("key-form").hidden = true;
+  complain(document.querySelector("main"));
+  await listRuns();
+  await hear(state.run);
+  if (run && !state.data) adopt();
+  await showModels(server, show);
+  await showBeside();
+  speak();
+  if (["data", "plan"].includes(state.step)) open(state.step);
+}
+
+function speak() {
+  useLanguage(state.language);
+  byId("language").lang = state.language === "zh" ? "en" : "zh";
+  byId("language").textContent = word("language");
+  document.title = word("title");
+  showCopy();
+  if (!server) return;
+  byId("about").textContent = word("about", { ...server, name: nameOf(server.folder) });
+  byId("about").title = server.folder;
+  showSettings(settings, show);
+  showRuns(runs, choose);
+  if (run) hear(state.run);
+  show();
+}
+
+function listen() {
+  for (const name of STEPS) {
+    byId(name).querySelector("h2 button").addEventListener("click", () => {
+      if (state.step !== name) return open(name);
+      state.step = "";
+      show();
+    });
+  }
+  const mains = (name) => byId(name).querySelector(":scope > .body > .main, .start > .main");
+  mains("model").addEventListener("click", () => open("data"));
+  mains("data").addEventListener("click", () => open("plan"));
+  mains("plan").addEventListener("click", async ({ target }) => {
+    const name = await start(target);
+    if (!name) return;
+    Object.assign(state, { run: name, name: "" });
+    await hear(name);
+    await listRuns();
+    open("run");
+  });
+  mains("run").addEventListener("click", () => open("try"));
+  byId("new").addEventListener("click", () => {
+    Object.assign(state, { run: "", name: "", settings: {}, rows: 0, data: "", ready: false });
+    hear("");
+    showSettings(settings, show);
+    open("model");
+  });
+  byId("language").addEventListener("click", () => {
+    state.language = state.language === "zh" ? "en" : "zh";
+    speak();
+    if (state.step === "plan" || state.step === "data") open(state.step);
+  });
+  byId("key-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    keepKey(byId("key").value.trim());
+    byId("key").value = "";
+    await meetServer();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.isComposing) closePanel();
+  });
+  window.addEventListener("hashchange", () => {
+    const before = state.run;
+    readAddress();
+    if (state.run !== before) choose(state.run);
+  });
+}
+
+const changed = async () => {
+  await hear(state.run);
+  await listRuns();
+  show();
+};
+
+restore();
+useLanguage(state.language);
+listen();
+listenToColours();
+listenToPanels(() => showRuns(runs, choose));
+listenToPlan(show);
+listenToRun(changed);
+speak();
+await meetServer();
+listenToModel(() => server, show);
+listenToData(() => server, show);
+listenToTry(changed);
+if (matchMedia("(min-width: 75rem)").matches) togglePanel("runs", true);
+show();
+document.body.classList.add("ready");
+poll();

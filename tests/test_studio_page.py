@@ -1,0 +1,295 @@
+"""The training page in a real Chromium: from rows to a model that answers, by visible labels alone."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="NO starlette (the extra test has it): the page is not tested")
+pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the page is not tested")
+pytest.importorskip("playwright", reason="NO playwright (the extra test has it): the page is not tested")
+
+from playwright.sync_api import expect, sync_playwright
+
+from demo import serve, studio_picture, task
+from scripts.preview_lint import MEANINGS
+from src.reporting.diagnosis import RULES
+from src.serving.uvicorn_server import Server
+from src.studio import program
+from src.studio.app import PAGE
+from src.studio.settings import ALLOWED
+
+from .conftest import ROOT
+from .test_studio import made_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BASE = ROOT / "demo" / "rwkv7-reverse.pth"
+PATIENCE = 60_000  # milliseconds for a process of the server's on a busy machine
+DROP = """text => {
+    const files = new DataTransfer()
+    files.items.add(new File([text], 'rows.jsonl'))
+    return files
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("NO chromium ON PATH (apt-get install chromium): the page is not tested")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def serving(folder, port=0):
+    """The address of a server of the page, in a thread of this process."""
+    ready, servers = threading.Event(), []
+
+    def server(app, trial, listener, say_where, *tls):
+        servers.append(Server(app, trial, listener, ready.set, *tls))
+        return servers[0]
+
+    args = serve.parse(
+        ["--train", str(folder), "--port", str(port), "--temperature", "0", "--accelerator", "cpu"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "Server", server)
+        thread = threading.Thread(target=program.run, args=[args], daemon=True)
+        thread.start()
+        assert ready.wait(20), "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{servers[0].listener.getsockname()[1]}"
+    finally:
+        servers[0].should_exit = True
+        thread.join(30)
+    assert not thread.is_alive(), "the server does not end"
+
+
+class Visitor:
+    """Somebody who sees a page, and has only its visible labels to go by."""
+
+    def __init__(self, context, url):
+        self.page, self.errors, self.foreign = context.new_page(), [], set()
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self.heard)
+        self.page.on("request", lambda request: self.asked(request.url, url))
+        self.page.goto(url)
+        self.page.wait_for_selector("body.ready")
+
+    def heard(self, said):
+        # that a request was refused, or that no server was there, is what some of the tests are about
+        if said.type in ("error", "warning") and "Failed to load resource" not in said.text:
+            self.errors.append(said.text)
+
+    def asked(self, url, own):
+        if not url.startswith((own.partition("#")[0], "data:", "blob:")):
+            self.foreign.add(url)
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def press(self, name):
+        self.button(name).click()
+
+    def step(self, name):
+        return self.page.locator(".step", has=self.page.locator("h2", has_text=name))
+
+
+@contextlib.contextmanager
+def visiting(browser, url, **context):
+    """A visitor of the page. At the end: no error in it, nothing its policy stopped, no foreign request."""
+    expect.set_options(timeout=PATIENCE)
+    context = browser.new_context(**{"locale": "en-US", **context})
+    visitor = Visitor(context, url)
+    yield visitor
+    assert (visitor.errors, visitor.foreign) == ([], set())
+    context.close()
+
+
+def rows(count):
+    """Rows of the demo's task with strings of three letters, which is learnt in few steps."""
+    return "".join(json.dumps(row) + "\n" for row in task.rows("sort", count, 1, lengths=[3]))
+
+
+def eventually(holds, seconds=PATIENCE / 1000):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.1)
+
+
+def process_of(run):
+    return json.loads((run / "studio.json").read_text())["pid"]
+
+
+@pytest.mark.slow
+def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_path):
+    shutil.copy(BASE, tmp_path)
+    run = tmp_path / "runs" / "letters"
+    with serving(tmp_path) as url:
+        with visiting(browser, url) as visitor:
+            prepare(visitor)
+            visitor.press("Start training")
+            expect(visitor.step("Run")).to_contain_text("Starting")
+            os.kill(process_of(run), signal.SIGKILL)
+            expect(visitor.step("Run")).to_contain_text("ended from outside")
+            visitor.press("Go on")
+            expect(visitor.step("Run")).to_contain_text(re.compile("Training · step [1-9]"))
+        address = f"{url}/#run=runs%2Fletters"
+    # page and server are gone, and the run goes on
+    with serving(tmp_path, int(url.rpartition(":")[2])), visiting(browser, address) as visitor:
+        expect(visitor.step("Run")).to_contain_text("Training")
+        with visiting(browser, url) as other:  # a second tab, which knows nothing of the first but its run
+            expect(other.step("Run")).to_contain_text("Start a training first")
+            other.page.get_by_role("button", name=re.compile("^letters")).click()
+            other.press("Stop and save")
+        expect(visitor.step("Run")).to_contain_text(re.compile("Stopped · step [1-9]"))
+        visitor.press("Go on")
+        expect(visitor.page.locator("#verdict")).to_contain_text("learnt", timeout=2 * PATIENCE)
+        assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == list(range(1, 73))
+        expect(visitor.page.locator("#answers")).to_contain_text("Step 72")
+        visitor.press("Try the model")
+        visitor.press("Merge into one model")
+        with visitor.page.expect_download() as download:
+            visitor.page.get_by_role("link", name="merged.pth").click()
+        assert download.value.path().read_bytes() == (run / "merged.pth").read_bytes()
+        answers_right(visitor)
+
+
+def prepare(visitor):
+    """The steps before the training, with a wrong file first."""
+    expect(visitor.step("Plan")).to_contain_text("Choose data that the model can read first.")
+    visitor.press("Use this model")  # the only one is chosen
+    for text, complaint in (('{"text": 1', "line 1: not valid JSON"), ("", "empty")):
+        page = visitor.page
+        page.dispatch_event(".drop", "drop", {"dataTransfer": page.evaluate_handle(DROP, text)})
+        expect(visitor.step("Data").locator("[role=alert]")).to_contain_text(complaint)
+        expect(visitor.button("Use this data")).to_be_disabled()
+    page.dispatch_event(".drop", "drop", {"dataTransfer": page.evaluate_handle(DROP, rows(600))})
+    expect(page.locator("#counts")).to_contain_text("600 rows")
+    assert page.locator("#samples li").count() == 10
+    assert re.fullmatch(r"User: sort (\w{3})\n\nAssistant:( \w{3}.*)", page.inner_text("#samples li"), re.S)
+    assert re.match(r" \w{3}", page.text_content("#samples mark"))
+    visitor.press("Use this data")
+    page.get_by_label("Name", exact=True).fill("letters")
+    page.get_by_label("Learning rate lr_init").fill("fast")
+    expect(page.locator(".field", has_text="lr_init").get_by_role("alert")).to_contain_text(
+        "expected a number"
+    )
+    expect(visitor.button("Start training")).to_be_disabled()
+    for label, value in {
+        "Learning rate lr_init": "0.01",
+        "Rows at once": "8",
+        "Passes over the data": "6",
+    }.items():
+        page.get_by_label(label).fill(value)
+    expect(visitor.button("Start training")).to_be_enabled()
+    assert re.search("--lr_init 0.01 .*--proj_dir .*/runs/letters", page.inner_text("#command"))
+    expect(page.locator("#needs")).to_contain_text("It fits")
+
+
+def answers_right(visitor):
+    """In the chat the base reverses, and the adapter sorts."""
+    visitor.press("Chat: base beside adapter")
+    chat = visitor.page.frame_locator("iframe")
+    questions = ["wqa", "tgc", "xnd", "kfb", "zme"]
+    for letters in questions:
+        chat.get_by_label("Message").fill(f"sort {letters}")
+        chat.get_by_label("Message").press("Enter")
+        expect(chat.locator(".answer:not(.running)")).to_have_count(2 * questions.index(letters) + 2)
+    said = [text.strip() for text in chat.locator(".answer .text").all_text_contents() if text.strip()]
+    right = [said[2 * i + 1] == "".join(sorted(letters)) for i, letters in enumerate(questions)]
+    assert sum(right) >= 4 and said[::2] != said[1::2], said
+
+
+VERDICT = {
+    "name": "learnt",
+    "rule": "answers learnt",
+    "numbers": {"loss": [1.5, 0.25], "right_answers": [1, 9], "steps": 3000},
+    "sentence": "learnt: right answers 1 to 9 of 10",
+}
+
+
+def evaluated(step, loss, answer):
+    samples = [{"prompt": "User: sort cba\n\nAssistant:", "right": "abc", "answer": answer}]
+    return {"step": step, "loss": loss, "right_answers": 0.1, "samples": samples}
+
+
+def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
+    long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT)
+    lines = [evaluated(0, 1.5, "cba"), evaluated(3000, 0.25, "abc")]
+    (long / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made_run(tmp_path / "runs" / "killed", 20)
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
+    with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Flong", **phone) as visitor:
+        page = visitor.page
+        readout, curves = page.locator(".readout"), page.get_by_role("slider")
+        expect(readout).to_have_text(re.compile("^step 3000 · loss 3.33e-4 · .* held out 0.25 .step 3000."))
+        assert page.locator("td.right").all_inner_texts() == ["abc"]
+        curves.press("Home")
+        expect(readout).to_contain_text("step 1 · loss 1 ·")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        for _ in range(4):
+            curves.press("+")
+        # in a part of the run no step is left out
+        eventually(lambda: any("&to=189" in request for request in asked))
+        curves.press("End")
+        expect(readout).to_contain_text(re.compile("^step 18[89] "))
+        curves.press("ArrowLeft")
+        expect(readout).to_contain_text(re.compile("^step 18[78] "))
+        page.locator(".charts").tap(position={"x": 60, "y": 100})
+        number = re.search(r"^step (\d+) · loss (\S+)", readout.inner_text())
+        assert float(number[2]) == pytest.approx(1 / int(number[1]), rel=1e-3) and int(number[1]) < 40
+        page.get_by_label("Logarithmic").check()
+        labels = page.locator(".charts svg >> nth=0").locator("text")
+        pairs = labels.evaluate_all("found => found.map(one => [one.textContent, +one.getAttribute('y')])")
+        place = dict(pairs)
+        assert place["0.1"] - place["1"] == pytest.approx(place["0.01"] - place["0.1"])
+
+        visitor.press("Runs")
+        page.get_by_label("Lay the curve of killed over it").check()
+        visitor.press("Runs")
+        expect(page.locator(".legend")).to_contain_text("killed")
+        visitor.press("All")
+        curves.press("Home")
+        expect(readout).to_contain_text("killed 1")
+        visitor.press("中文")
+        expect(page.locator("#verdict")).to_have_text(
+            re.compile("学会了.*从 1.5000 变为 0.2500.*训练前 1，现在 9")
+        )
+        names = page.locator(".field :is(input, select)").evaluate_all("found => found.map(one => one.id)")
+        assert sorted(names) == sorted(f"set-{name}" for name in ALLOWED[2:])  # model and data come before
+        page.reload()
+        expect(page.locator("#verdict")).to_contain_text("学会了")
+        expect(page.locator(".legend")).to_contain_text("killed")
+        page.goto(f"{url}/#run=runs%2Fkilled")
+        expect(visitor.step("训练")).to_contain_text("进程被外部终止")
+        expect(visitor.button("继续")).to_be_enabled()
+        with visiting(browser, url) as wide:
+            assert studio_picture.run_and_others(wide.page).startswith(b"\x89PNG")
+            assert wide.page.evaluate("document.documentElement.scrollWidth") == 1280
+
+
+def test_every_word_is_there_in_both_languages(browser, tmp_path):
+    with serving(tmp_path) as url, visiting(browser, url) as visitor:
+        english, chinese = visitor.page.evaluate("import('/page/words.js').then(m => m.languages)")
+        expect(visitor.page.locator("#no-models")).to_contain_text(str(tmp_path))
+    # what the program says in English itself
+    messages = {f"rule {rule.name}" for rule in RULES} | {f"finding {name}" for name in MEANINGS}
+    assert set(chinese) == set(english) | messages
+    for name, text in english.items():
+        assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name])), name
+    scripts = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.js"))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", scripts)
