@@ -39,15 +39,16 @@ from .paper.results import Table
 START_STEPS, START_ROWS = 150, 64  # of the trainings of both models
 ROWS, PASSES, BATCH, GROUP = 100, 15, 16, 4
 JUDGES = {"judges": 400, "chooses": 100}  # questions
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A kind of training: its loss, and the temperatures that are tried beside RATES."""
+    """A kind of training: its loss, and the rates and temperatures that are tried."""
 
     loss: str
     temperatures: tuple[float, ...] = ()
+    rates: tuple[float, ...] = RATES
 
     @property
     def flags(self) -> dict[str, object]:
@@ -59,13 +60,14 @@ class Case:
     def tried(self) -> list[str]:
         """Return flags."""
         of_teacher = [f" --distill_temperature {number:g}" for number in self.temperatures]
-        return [f"--lr_init {rate:g}{other}" for rate, other in itertools.product(RATES, of_teacher or [""])]
+        pairs = itertools.product(self.rates, of_teacher or [""])
+        return [f"--lr_init {rate:g}{other}" for rate, other in pairs]
 
 
 CASES = {
     "supervised": Case("sft"),
     "offline": Case("distill", (2.0,)),
-    "on-policy": Case("distill_on_policy", (1.0, 2.0)),
+    "on-policy": Case("distill_on_policy", (1.0, 2.0), (*RATES[1:], 1.6e-2)),
 }
 
 
@@ -175,11 +177,15 @@ def table(lines: Sequence[dict]) -> Table:
 
 def tried_table(lines: Sequence[dict]) -> str:
     rows = [
-        (line["case"], code(line["settings"]), f"{100 * line['chooses']:.0f} %", f"{line['cpu_seconds']}")
+        (
+            line["case"],
+            code(line["settings"]),
+            *(f"{100 * line[name]:.0f} %" for name in ("chooses", "judges")),
+        )
         for line in lines
     ]
-    note = "The settings that were tried, with one seed, and right answers to the 100 questions that choose."
-    return Table(note, ["case", "settings", "right", "CPU s"], rows).markdown().strip()
+    note = "What was tried, with one seed: right answers to the 100 questions that choose, and to the 400."
+    return Table(note, ["case", "settings", "of 100", "of 400"], rows).markdown().strip()
 
 
 def main() -> None:

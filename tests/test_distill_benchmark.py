@@ -23,7 +23,7 @@ def line(case, settings, seed, judges, chooses):
 
 
 def test_the_table_has_the_settings_that_were_best_for_the_questions_that_choose():
-    assert distill.CASES["on-policy"].tried[1] == "--lr_init 0.001 --distill_temperature 2"
+    assert distill.CASES["on-policy"].tried[1] == "--lr_init 0.002 --distill_temperature 2"
     tried = [line("offline", "--lr_init 1", 0, 0.9, 0.5), line("offline", "--lr_init 2", 0, 0.2, 0.6)]
     assert distill.chosen(tried) == "--lr_init 2"
     own = [line("offline", "--lr_init 2", seed, 0.2 + seed / 10, 0.6) for seed in (0, 1)]

@@ -417,7 +417,11 @@ GROUPS = (
     ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
     ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
     ("Loss", "What is minimised: the cross entropy, that and a KL, or a preference.", "loss"),
-    ("Rewards", "What `--loss grpo` has: the model learns from rewards of its own answers.", "rewards"),
+    (
+        "Rewards",
+        "`--loss grpo` and in part `distill_on_policy`: the model learns from its own answers.",
+        "rewards",
+    ),
     ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
     ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),
     ("Rows and steps", "How much text one step sees. It decides most of the memory.", "ctx_len"),

@@ -146,7 +146,7 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
     draws = -(-steps // inner_steps)
     every = -(-draws // (between + 1)) * inner_steps  # they fall between two draws
     if every < steps:
-        draft.choose("eval_steps", every, "rewards may fall within a few steps")
+        draft.choose("eval_steps", every, "drawn answers may get worse within a few steps")
 
 
 def choose_no_evaluations(draft: Draft) -> None:
