@@ -22,7 +22,16 @@ from ..common import environment
 from . import results
 from .settings import add_options, chosen, command
 
-EXPERIMENTS = ("complexity", "no-free-lunch", "grad-norm", "loss-curves", "rank", "resources", "nlu")
+EXPERIMENTS = (
+    "complexity",
+    "no-free-lunch",
+    "grad-norm",
+    "loss-curves",
+    "rank",
+    "resources",
+    "nlu",
+    "forgetting",
+)
 
 
 def experiment(name: str):

@@ -123,7 +123,7 @@ def _json(value: Any, indent: str = "") -> str:
 def markdown(result: PaperResult, name: str, command: str, machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     claims = Table(
-        "The paper's statements beside what was measured:",
+        "Published statements beside what was measured:",
         ("paper", "here", "agrees"),
         [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in result.claims],
     )

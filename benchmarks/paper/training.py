@@ -101,17 +101,11 @@ class Runs:
         for name in ("steps", "rows", "train", "held_out"):
             if min(getattr(settings, name)) < 1:
                 raise UserError(f"--{name} {' '.join(map(str, getattr(settings, name)))}: must be at least 1")
-        self.settings, self.done = settings, {}
-        self.tasks = {name: load_task(name, settings.data, *self._data(name)) for name in settings.tasks}
-        path = self.path = settings.runs
-        if path and os.path.exists(path):
-            lines = list(_whole_lines(pathlib.Path(path).read_text(encoding="utf-8")))
-            write_lines(path, lines)  # without one that was cut off
-            self.done = {_key(line["run"]): Outcome(**line["outcome"]) for line in lines}
-        elif path:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self.settings = settings
+        self.tasks = {name: load_task(name, settings.data, *self.data(name)) for name in settings.tasks}
+        self.kept = Kept(settings.runs)
 
-    def _data(self, task: str) -> list[int]:
+    def data(self, task: str) -> list[int]:
         return [
             self.own(self.settings.train, task),
             self.own(self.settings.held_out, task),
@@ -142,23 +136,47 @@ class Runs:
     def train(self, task: str, method: str, options: dict[str, Any], lr: float, seed: int) -> Outcome:
         """Do a training, or look it up."""
         steps, rows = self.own(self.settings.steps, task), self.own(self.settings.rows, task)
-        run = Run(task, method, options, lr, seed, steps, rows, self._data(task), self.tasks[task].digest)
-        key = _key(described := dataclasses.asdict(run))
-        if key not in self.done:
-            outcome = self.done[key] = _train(run, self.tasks[run.task])
-            if self.path:
-                append_line(self.path, {"run": described, "outcome": dataclasses.asdict(outcome)})
+        run = Run(task, method, options, lr, seed, steps, rows, self.data(task), self.tasks[task].digest)
+
+        def make() -> dict[str, Any]:
+            outcome = _train(run, self.tasks[run.task])
             shown = "not finite" if outcome.held_out is None else f"{outcome.held_out:.4f}"
             print(
                 f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown},"
                 f" {outcome.seconds:.1f} s",
                 flush=True,
             )
-        return self.done[key]
+            return dataclasses.asdict(outcome)
+
+        return Outcome(**self.kept.of(dataclasses.asdict(run), make))
 
 
-def _key(run: dict[str, Any]) -> str:
-    return json.dumps(run, sort_keys=True)
+class Kept:
+    """Outcomes of runs, in memory and in a file of JSON lines; without one in memory alone."""
+
+    def __init__(self, path: str):
+        self.path, self.done = path, {}
+        if path and os.path.exists(path):
+            lines = list(_whole_lines(pathlib.Path(path).read_text(encoding="utf-8")))
+            write_lines(path, lines)  # without one that was cut off
+            self.done = {self._key(line["run"]): line["outcome"] for line in lines}
+        elif path:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+    def __contains__(self, run: dict[str, Any]) -> bool:
+        return self._key(run) in self.done
+
+    def of(self, run: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the outcome of a run, which is made now or was kept."""
+        if run not in self:
+            outcome = self.done[self._key(run)] = make()
+            if self.path:
+                append_line(self.path, {"run": run, "outcome": outcome})
+        return self.done[self._key(run)]
+
+    @staticmethod
+    def _key(run: dict[str, Any]) -> str:
+        return json.dumps(run, sort_keys=True)
 
 
 def _whole_lines(text: str):

@@ -80,8 +80,13 @@ def digits(count: int, seed: int) -> list[tuple[list[int], int]]:
 
 def sorting(count: int, seed: int) -> list[tuple[list[int], int]]:
     """Make rows of the demo's task, in bytes."""
+    return of_letters("sort", count, seed)
+
+
+def of_letters(kind: str, count: int, seed: int) -> list[tuple[list[int], int]]:
+    """Make rows of a question to sort letters or to reverse them, in bytes."""
     rows = []
-    for row in task.rows("sort", count, seed):
+    for row in task.rows(kind, count, seed):
         question, answer = (message["content"] for message in row["messages"][:2])
         given = f"User: {question}\n\nAssistant: ".encode()
         rows.append(([*given, *answer.encode(), 0], len(given)))
