@@ -409,7 +409,7 @@ def measure(trainings: Trainings, task: str) -> Found:
         {method: trainings.rate(task, method) for method in methods},
         methods,
         trainings.crossed(task) if both else [],
-        {kind: trainings.beside(task, kind) for kind in quant},
+        {kind: trainings.beside(task, kind) for kind in quant if exam.whole},
         bases,
         "loss" if task in TEXTS else "accuracy",
     )
@@ -479,18 +479,17 @@ def table_at_gain(task: str, found: Found) -> Table:
 
 
 def quantised_rows(task: str, found: Found) -> list[list[Any]]:
-    """List the rows of a task's bases: in fp32, and of every kind."""
+    """List the rows of a task's bases: in fp32, and of every kind. Text is not trained beside them."""
     plain = found.methods[ADAPTED][1.0]
     rows = []
-    for kind in ("fp32", *found.beside):
-        base = found.before if kind == "fp32" else found.bases[kind]
-        own = plain if kind == "fp32" else found.beside[kind]
+    for kind, base in {"fp32": found.before, **found.bases}.items():
+        own = plain if kind == "fp32" else found.beside.get(kind, [])
         merged = [outcome.after["merged"] for outcome in own]
         after = merged if kind == "fp32" else [outcome.after[kind] for outcome in plain]
         row = [task, kind, f"{base.other_accuracy:.1%}", f"{base.other_loss:.4f}"]
         for looks in ([outcome.looks[-1] for outcome in own], merged, after):
-            row += [percent(Spread.over([look.accuracy for look in looks]))]
-            row += [f"{statistics.mean(look.loss for look in looks):.4f}"]
+            known = [percent(Spread.over([look.accuracy for look in looks]))] if looks else [None]
+            row += [*known, f"{statistics.mean(look.loss for look in looks):.4f}" if looks else None]
         rows.append(row)
     return rows
 
@@ -502,7 +501,8 @@ def quantised_table(found: dict[str, Found]) -> Table:
     return Table(
         "Quantised bases, judged by answers: the base on what is not trained; the task, taught by MiSS beside"
         " the quantised base; that adapter merged into the unquantised file; the model trained and merged"
-        " unquantised, and quantised after that. The loss is the mean over the seeds",
+        " unquantised, and quantised after that. The loss is the mean over the seeds. Text is not trained"
+        " beside a quantised base",
         columns,
         [row for task in found for row in quantised_rows(task, found[task])],
     )
@@ -530,22 +530,22 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
         said.append(halved(task, one, seeds))
         if "nf4" in one.beside:
             plain = one.methods[ADAPTED][1.0]
-            was, now, merged = (
-                Spread.over([look.accuracy for look in looks])
-                for looks in (
-                    [outcome.looks[-1] for outcome in plain],
-                    [outcome.after["nf4"] for outcome in plain],
-                    [outcome.after["merged"] for outcome in one.beside["nf4"]],
+            was, lost, merged = (
+                Spread.over([found(outcome) for outcome in outcomes])
+                for outcomes, found in (
+                    (plain, lambda o: o.after["merged"].accuracy),
+                    (plain, lambda o: o.after["merged"].accuracy - o.after["nf4"].accuracy),
+                    (one.beside["nf4"], lambda o: o.after["merged"].accuracy),
                 )
             )
             rise = statistics.mean(o.after["nf4"].loss / o.after["merged"].loss - 1 for o in plain)
             said.append(
                 Claim(
                     "4 bits cost 24 points of mathematics where perplexity looked mild",
-                    f"{task}: {percent(was)} right in fp32, {percent(now)} when that model is quantised to"
-                    f" nf4 (loss {rise:+.1%}), {percent(merged)} when trained beside nf4 and merged into"
-                    " fp32",
-                    now.below(was, seeds),
+                    f"{task}: {percent(was)} right in fp32; that model, quantised to nf4, loses"
+                    f" {percent(lost)} (loss {rise:+.1%}); one trained beside nf4 and merged into fp32 has"
+                    f" {percent(merged)}",
+                    Spread(0.0, 0.0).below(lost, seeds),
                 )
             )
     return said
