@@ -526,7 +526,7 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
                     None if verdict is None else not verdict,
                 )
             )
-        said += [compared(task, one, gain, seeds) for gain in one.gains]
+        said += [compared(task, one, gain, seeds, best) for best in (False, True) for gain in one.gains]
         said.append(halved(task, one, seeds))
         if "nf4" in one.beside:
             plain = one.methods[ADAPTED][1.0]
@@ -551,16 +551,24 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
     return said
 
 
-def compared(task: str, found: Found, gain: float, seeds: int) -> Claim:
-    """Say which method forgets least at its own rate where all have the same accuracy."""
-    own = {method: found.forgotten(rates[1.0], gain) for method, rates in found.methods.items()}
-    first, *others = sorted(own, key=lambda method: (math.isnan(own[method].mean), own[method].mean))
-    beside = [f"{WORDS[own[first].below(own[other], seeds)]} {other}'s {own[other]}" for other in others]
-    best = f"{first} has the lowest KL, {own[first]}, {', '.join(beside)}"
-    verdict = "no gain" if math.isnan(own[first].mean) else best
+def compared(task: str, found: Found, gain: float, seeds: int, best: bool) -> Claim:
+    """Say which method forgets least where all have the same gain, at its own rate, or at the best of its
+    rates.
+    """
+    least, names = {}, {}
+    for method, rates in found.methods.items():
+        at = {f: found.forgotten(rates[f], gain) for f in (FACTORS if best else (1.0,))}
+        factor = min(at, key=lambda f: (math.isnan(at[f].mean), at[f].mean))
+        least[method], names[method] = at[factor], f"{method} ({found.rates[method] * factor:g})"
+    first, *others = sorted(least, key=lambda method: (math.isnan(least[method].mean), least[method].mean))
+    verdicts = {other: WORDS[least[first].below(least[other], seeds)] for other in others}
+    beside = [f"{verdicts[other]} {names[other]} with {least[other]}" for other in others]
+    lowest = f"{names[first]} has the lowest KL, {least[first]}, {', '.join(beside)}"
+    where = "the best of its three rates" if best else "its own searched rate"
     return Claim(
-        "who forgets less at equal gain, each at its own searched rate? (not published)",
-        f"{task}, where each has {found.in_words(gain)}: {verdict}",
+        f"who forgets less at equal gain, each at {where}? (not published)",
+        f"{task}, where each has {found.in_words(gain)}:"
+        f" {'no gain' if math.isnan(least[first].mean) else lowest}",
     )
 
 
