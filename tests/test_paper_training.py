@@ -267,6 +267,9 @@ def test_the_page_of_forgetting_says_what_its_looks_do():
         "letters, where each has 66.0% right: lora (0.02) has the lowest KL, 0.5400 ± 0.0180, level with bat"
         " (0.01) with 0.5490 ± 0.0180, below miss (0.01) with 0.7200 ± 0.0144"
     )
+    assert forgetting.in_short("letters", found, 3) == (
+        "on letters lora and bat (KL 0.540, 0.549) forget less than miss (KL 0.720)"
+    )
     assert "each at the best of its three rates" in said[4].paper
     assert said[4].ours.endswith(
         "bat (0.02) has the lowest KL, 0.3600 ± 0.0180, below lora (0.01) with 0.5400 ± 0.0180, below miss"

@@ -572,6 +572,23 @@ def compared(task: str, found: Found, gain: float, seeds: int, best: bool) -> Cl
     )
 
 
+def in_short(task: str, found: Found, seeds: int) -> str:
+    """Say which methods forget less than which at their own rates, at the last of the gains."""
+    gain = found.gains[-1]
+    own = {method: found.forgotten(rates[1.0], gain) for method, rates in found.methods.items()}
+    first = min(own, key=lambda method: (math.isnan(own[method].mean), own[method].mean))
+    more = [method for method in own if own[first].below(own[method], seeds)]
+    if math.isnan(own[first].mean):
+        return f"on {task} there is no gain"
+    if not more:
+        return f"on {task} the methods are level"
+    less, than = (
+        f"{' and '.join(methods)} (KL {', '.join(f'{own[method].mean:.3f}' for method in methods)})"
+        for methods in ([method for method in own if method not in more], more)
+    )
+    return f"on {task} {less} forget less than {than}"
+
+
 def halved(task: str, found: Found, seeds: int) -> Claim:
     """Say whether half of a rate forgets less than its double where both have the same accuracy."""
     verdicts = {}
@@ -642,17 +659,25 @@ def run(settings: Settings) -> PaperResult:
         for outcomes in (*(o for _, _, o in rows_of(one)), *one.beside.values())
         for outcome in outcomes
     )
+    sizes = [
+        f"{task} {trainings.own('steps', task)} steps of {trainings.own('rows', task)} rows, LoRA of rank"
+        f" {trainings.own('rank', task)}"
+        for task in found
+    ]
+    shorts = [in_short(task, one, len(settings.seeds)) for task, one in found.items()]
     said, quantised = claims(found, len(settings.seeds)), [quantised_table(found)] if settings.quant else []
     return PaperResult(
         "What is forgotten, at each method's own rate",
+        f"**At equal gain, each method at its own searched rate: {'; '.join(shorts)}.** Means within two"
+        " standard errors are level.\n\n"
         "gsm8k and shakespeare: text to a 3M-parameter RWKV-6 trained on English, two tokens a character;"
         " accuracy is the share of next characters that are the likeliest, and what is not trained is"
         " LAMBADA's English. letters: an RWKV-7 that reverses letters learns to sort them; accuracy is the"
         " share of right answers, greedy, and what is not trained is reversing. Losses and KL(base || model)"
-        " are in nats a token. All methods have about the parameters of LoRA at"
-        f" --rank. A method's rate is searched as train.py does, with the first seed, on {JUDGED} rows of the"
+        f" are in nats a token. The trainings are short: {', '.join(sizes)}. The methods have about as many"
+        f" parameters. A method's rate is searched as train.py does, with the first seed, on {JUDGED} rows of the"
         " training data that are not trained on. AdamW, 5 % warm-up, cosine, clip 1, the same rows in the"
-        " same order for all. Means within two standard errors are level. The trainings took"
+        " same order for all. The trainings took"
         f" {spent / 60:.0f} CPU minutes.",
         said,
         [
