@@ -606,7 +606,7 @@ def halved(task: str, found: Found, seeds: int) -> Claim:
 
 
 def draw(found: dict[str, Found], figure) -> None:
-    """Draw KL over accuracy for each task: every training's looks, with a mark at its end."""
+    """Draw KL over the gain for each task: every training's looks, with a mark at its end."""
     figure.set_size_inches(6 * len(found), 5)
     styles = dict(zip(FACTORS, (":", "-", "--")))
     axes = figure.subplots(1, len(found), squeeze=False)[0]
@@ -615,7 +615,7 @@ def draw(found: dict[str, Found], figure) -> None:
             for factor, outcomes in rates.items():
                 for seed, outcome in enumerate(outcomes):
                     axis.plot(
-                        [100 * look.accuracy for look in outcome.looks],
+                        [abs(look.gain(one.by)) for look in outcome.looks],
                         [look.kl for look in outcome.looks],
                         styles[factor],
                         color=f"C{number}",
@@ -625,7 +625,9 @@ def draw(found: dict[str, Found], figure) -> None:
                         markevery=[-1],
                         label=None if seed else f"{method}, {one.rates[method] * factor:g}",
                     )
-        axis.set(title=task, xlabel="accuracy on the task (%)", ylabel=f"KL on {kept_of(task)}")
+        axis.set(title=task, xlabel=f"{one.by} on the task", ylabel=f"KL on {kept_of(task)}")
+        if one.by == "loss":
+            axis.invert_xaxis()
         axis.legend(fontsize="x-small", ncols=2)
 
 
@@ -675,8 +677,8 @@ def run(settings: Settings) -> PaperResult:
         " LAMBADA's English. letters: an RWKV-7 that reverses letters learns to sort them; accuracy is the"
         " share of right answers, greedy, and what is not trained is reversing. Losses and KL(base || model)"
         f" are in nats a token. The trainings are short: {', '.join(sizes)}. The methods have about as many"
-        f" parameters. A method's rate is searched as train.py does, with the first seed, on {JUDGED} rows of the"
-        " training data that are not trained on. AdamW, 5 % warm-up, cosine, clip 1, the same rows in the"
+        f" parameters. A method's rate is searched as train.py does, with the first seed, on {JUDGED} rows of"
+        " the training data that are not trained on. AdamW, 5 % warm-up, cosine, clip 1, the same rows in the"
         " same order for all. The trainings took"
         f" {spent / 60:.0f} CPU minutes.",
         said,
