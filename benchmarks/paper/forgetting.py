@@ -1,5 +1,5 @@
-"""What MiSS, Bat, LoRA and DoRA forget at equal gain, each at its own searched rate; and what a base in 8 or
-4 bits costs in right answers.
+"""Forgetting of MiSS, Bat, LoRA and DoRA at equal gain, each at its own searched rate; and the right answers
+that a base in 8 or 4 bits costs.
 
 Half and double of each rate are trained at, too.
 
@@ -87,8 +87,8 @@ TINY = Settings(
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What a model knows: loss and accuracy of the task's held-out rows and of the text that is not trained,
-    and KL(base || model) on that text, in nats a token.
+    """Knowledge of a model: loss and accuracy of the task's held-out rows and of the text that is not
+    trained, and KL(base || model) on that text, in nats a token.
     """
 
     step: int
@@ -367,7 +367,7 @@ def at_gain(looks: Sequence[Look], gain: float, by: str, name: str) -> float | N
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What was measured of a task: outcomes by method and factor of its rate, those of MiSS at LoRA's rate,
+    """Results of a task: outcomes by method and factor of its rate, those of MiSS at LoRA's rate,
     and those beside a quantised base, by kind.
     """
 
@@ -381,8 +381,8 @@ class Found:
 
     @property
     def gains(self) -> list[float]:
-        """Where forgetting is compared: shares of the gain that every training of every method at its own
-        rate has reached.
+        """Choose where forgetting is compared: at shares of the gain that every training of every method at
+        its own rate has reached.
         """
         own = [outcome.looks for rates in self.methods.values() for outcome in rates[1.0]]
         before = self.before.gain(self.by)
