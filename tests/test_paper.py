@@ -351,6 +351,8 @@ def test_the_interval_of_a_median_holds_it_19_times_of_20():
         ),
         (["rank", "--ranks", "4", "7"], "--ranks 4 7: must be even"),
         (["rank", "--ranks", "128"], "one at least 96 or less"),
+        (["forgetting", "--methods", "mis"], "--methods takes any of: .* miss .*; got mis"),
+        (["forgetting", "--quant", "int4"], "--quant takes any of: int8 nf4; got int4"),
     ],
 )
 def test_trainings_are_refused_before_the_first(argv, message, tmp_path):
