@@ -274,16 +274,32 @@ struct Buffer {
     float* data;
 };
 
+// The pool of OpenMP that torch's own functions run on, in a process that has loaded it; otherwise null. Its
+// threads are there and wait. A new thread begins when the caller has done most of such work already, and it
+// shares its core with one of the pool that spins, unless OMP_WAIT_POLICY is passive.
+#if defined(__linux__)
+extern "C" __attribute__((weak)) void GOMP_parallel(
+    void (*run)(void*), void* data, unsigned threads, unsigned flags);
+#else
+constexpr void (*GOMP_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+#endif
+
 // work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they
-// are free
-template <class Work> inline void parallel(long items, int threads, Work work) {
+// are free. A pool that is asked for fewer threads ends the others: `threads` is torch's number, or 1. Without
+// POOL the threads are new ones, which end with the work.
+template <bool POOL = true, class Work> inline void parallel(long items, int threads, Work work) {
     std::atomic<long> next{0};
-    auto run = [&](int thread) {
+    std::atomic<int> began{0};
+    auto run = [&] {
+        const int thread = began.fetch_add(1);
         for (long item; (item = next.fetch_add(1)) < items;) work(item, thread);
     };
+    if (threads <= 1 || items <= 1) return run();
+    if (POOL && GOMP_parallel)
+        return GOMP_parallel([](void* all) { (*static_cast<decltype(run)*>(all))(); }, &run, threads, 0);
     std::vector<std::thread> others;
-    for (int i = 1; i < threads && i < items; i++) others.emplace_back(run, i);
-    run(0);
+    for (int i = 1; i < threads && i < items; i++) others.emplace_back(run);
+    run();
     for (auto& other : others) other.join();
 }
 

@@ -27,12 +27,11 @@ template <class Run> inline void typed(long width, int dtype, Run run) {
     width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
 }
 
-// work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN
-// numbers each: starting one takes as long as the work on about that many (20 us)
-constexpr long GRAIN = 1 << 17;
+// work(first, last) over parts of `total`, each a multiple of `unit`. Fewer than SMALL numbers are not shared
+// out: waking the threads takes as long as the work on about that many.
+constexpr long SMALL = 1 << 16;
 template <class Work> inline void shared_out(long total, long unit, long numbers, int threads, Work work) {
-    threads = std::max(1L, std::min<long>(threads, numbers / GRAIN));
-    const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
+    const long units = total / unit, parts = std::min<long>(units, numbers < SMALL ? 1 : 4 * threads);
     parallel(parts, threads,
         [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
 }

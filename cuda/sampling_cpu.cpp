@@ -314,6 +314,7 @@ void choose_token(const float* logits, long V, Choice& choice) {
 
 extern "C" int choose_tokens(
     const float* logits, int64_t stride, int64_t V, Choice* choices, int64_t rows, int threads) {
-    parallel(rows, threads, [&](long i, int) { choose_token(logits + i * stride, V, choices[i]); });
+    // the pool's threads may spin on after it, on the cores where the decoder's compute the next token
+    parallel<false>(rows, threads, [&](long i, int) { choose_token(logits + i * stride, V, choices[i]); });
     return 0;
 }
