@@ -1,7 +1,6 @@
 """Tools of every benchmark: flags, contenders that take turns, memory above the start, the last line."""
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -174,21 +173,3 @@ def peak_above_start(work) -> int:
         done.set()
         watcher.join()
     return max(seen, default=start) - start
-
-
-def release_freed() -> None:
-    """Have glibc give back what is freed, where it is the C library: what comes next would use it, and seem
-    to need less.
-    """
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
-
-
-def keep_pages() -> bool:
-    """Have glibc keep the memory that is freed, for this process; False where it is another C library.
-
-    Left alone it returns large blocks to the system, and a single operation is then timed with the page
-    faults of getting them again.
-    """
-    mmap_threshold, trim_threshold = -3, -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
-    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 2**31 - 1))

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.functional import linear
 from src import ops
+from src.common.freed_memory import keep_freed
 from src.model.loss import head_loss, loss_sum
 from src.ops import elementwise
 
@@ -52,7 +53,6 @@ from .common import (
     clock_name,
     fastest_by_turns,
     json_of_process,
-    keep_pages,
     peak_above_start,
     report,
 )
@@ -316,7 +316,7 @@ def main() -> None:
         named = {form.name: form for forms in groups(*asked[0], args) for form in forms}
         print(peak_above_start(named[args.peak]))
         return
-    pages_kept = keep_pages()
+    pages_kept = keep_freed()
     rows = [row for case in asked for forms in groups(*case, args) for row in rows_of(forms, *case, args)]
     on_gpu = args.device == "cuda"
     clock = "until the GPU is done" if on_gpu else clock_name(args.threads)

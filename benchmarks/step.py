@@ -23,6 +23,7 @@ import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.gemm import product
 from src.common.device import PRECISIONS
+from src.common.freed_memory import keep_freed
 from src.model import RWKV, default_arch
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
@@ -291,6 +292,7 @@ def main() -> None:
     if args.peak:
         print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
         return
+    keep_freed()  # as a training does
     seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds, args.device)
     rows = {}
     for name, s in seconds.items():

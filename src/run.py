@@ -23,6 +23,7 @@ from rwkv_miss.progress import Progress, print_notes
 from . import ops
 from .common.device import PRECISIONS
 from .common.files import read_lines
+from .common.freed_memory import freed_memory_kept
 from .common.startup import Start
 from .config import Config, save
 from .config.launcher import is_first_process, starts_others
@@ -388,7 +389,7 @@ def fit(trainer, module, report) -> None:
 
     try:
         # NaN passes, as LastGood judges the steps
-        with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():
+        with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals(), freed_memory_kept():
             trainer.fit(module)
     except SystemExit:  # Lightning's answer to the second Ctrl-C, with another code
         sys.exit(EXIT_CODE)

@@ -2,8 +2,10 @@
 fit.
 """
 
+import ctypes
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from scripts import plan
 from src import ops
 from src.common import available_memory, startup
 from src.common.available_memory import GIB, parse_size
+from src.common.freed_memory import HEAP_LIMIT, freed_memory_kept
 from src.common.startup import Start
 from src.config import Config
 from src.config.launcher import PER_PROCESS, starts_others
@@ -33,7 +36,7 @@ from src.planning.defaults import cheapest_fix
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
 from src.planning.plan import estimate
-from src.planning.step_memory import HEAP_LIMIT, Live, StepBytes, step_bytes
+from src.planning.step_memory import Live, StepBytes, step_bytes
 
 from .conftest import ROOT, make_arch, settled_config, slow
 
@@ -183,6 +186,19 @@ def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(
     monkeypatch.setattr(step_memory, "COUNTED_CHUNKS", 99)
     at_once = step_bytes(arch, config, "cpu", "fp32", 48, 96)
     assert dataclasses.astuple(extrapolated) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_a_step_frees_is_kept_for_the_next_one_and_returned_at_the_end():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        [torch.ones(HEAP_LIMIT // 32) for _ in range(16)]  # 64 MB are 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with freed_memory_kept():
+        faults()
+        again = faults()
+    assert again < 1000 and faults() > 10000
 
 
 def test_large_blocks_are_counted_apart():

@@ -27,9 +27,10 @@ import torch
 import rwkv_miss
 from rwkv_miss.inject import find_targets
 from src import ops
+from src.common.freed_memory import release_freed
 from src.model import RWKV
 
-from ..common import peak_above_start, release_freed, timed
+from ..common import peak_above_start, timed
 from ..step import add_peft, random_base, training_step
 from .methods import systems
 from .metrics import median_and_interval

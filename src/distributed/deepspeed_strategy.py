@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import deepspeed.ops
@@ -24,6 +23,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from ..common.freed_memory import return_large_blocks
 from ..common.moments import packed, unpacked
 from ..common.zero_sizes import SIZES
 
@@ -129,7 +129,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         if self.stage < 3:
             return model
         if self._on_cpu:
-            _return_large_blocks()
+            return_large_blocks()
         # the empty module makes DeepSpeed replace F.linear by its own, whose backward gathers the weight
         # again instead of keeping it
         shares = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
@@ -289,15 +289,6 @@ def _gather_to_accumulate(p: nn.Parameter):
     accumulator.register_prehook(gather)
     accumulator.register_hook(release)
     return accumulator
-
-
-def _return_large_blocks() -> None:
-    """Make glibc return blocks of 1 MiB and more to the system when they are freed.
-
-    Its own limit grows to 32 MiB with use. It then keeps freed parameters worth a tenth of the base.
-    """
-    mmap_threshold = -3
-    getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)(mmap_threshold, 1 << 20)
 
 
 def gathered(parameters: list[nn.Parameter]):

@@ -24,6 +24,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from ..common.device import PRECISIONS
+from ..common.freed_memory import HEAP_LIMIT
 from ..config import Config
 from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
@@ -34,9 +35,6 @@ from ..objectives.estimates import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..ops import per_document
 
-# glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is
-# returned when it is freed.
-HEAP_LIMIT = 1 << 25
 COUNTED_CHUNKS = 4  # the most chunks of a row that are counted; each further chunk adds the same
 WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)
 LAYERS = 4  # the most layers that are counted; each further layer adds the same
