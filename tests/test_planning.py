@@ -169,7 +169,7 @@ def test_a_cpu_is_told_whether_bf16_is_fast_on_it(monkeypatch, features, multipl
     assert device.multiplies_bf16() == multiplies
     assert device.choose_precision("auto", "cpu") == (
         "fp32",
-        "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies,
+        "auto: a CPU" + "; --precision bf16 takes less memory, and may be faster" * multiplies,
     )
     asked = device.choose_precision("bf16", "cpu")
     assert asked == (

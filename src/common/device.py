@@ -62,7 +62,7 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
         return asked, "as asked"
     if accelerator == "cpu":
         if multiplies_bf16():
-            return "fp32", "auto: a CPU; --precision bf16 is faster on this one"
+            return "fp32", "auto: a CPU; --precision bf16 takes less memory, and may be faster"
         return "fp32", "auto: a CPU"
     if gpu_has_bf16():
         return "bf16", "auto: the GPU has bf16"
