@@ -81,7 +81,7 @@ def test_the_tokens_of_a_preference_are_whole_answers(flags):
         ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
         ("--beta 0", "--beta 0: must be above 0; leave it out for the usual one of --loss dpo"),
         ("--beta -1", "--beta -1: must be above 0; leave it out"),
-        ("--loss tdpo", "expected one of sft, distill, dpo, ipo, orpo, simpo, kto"),
+        ("--loss tdpo", "expected one of sft, distill, distill_on_policy, dpo, ipo, orpo, simpo, kto"),
     ],
 )
 def test_mistakes_are_explained(flags, words):
@@ -142,7 +142,7 @@ def test_the_loss_has_all_its_settings():
     assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
     assert {name for name in LOSSES if objective_of(Config(loss=name)).loss.needs_reference} == {
         *OF_LOSSES["reference"][0]
-    } - {"grpo", "distill"}
+    } - {"grpo", "distill", "distill_on_policy"}
     assert [name for name in LOSSES if not objective_of(Config(loss=name)).loss.paired] == ["kto"]
 
 
