@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -27,7 +28,7 @@ from src.serving.limits import Limits
 from src.serving.program import guard_of
 from src.serving.request_parsing import Defaults
 from src.serving.served_models import ServedModels
-from src.studio import jobs, program
+from src.studio import jobs, program, runs
 from src.studio.app import Studio
 from src.studio.curves import Metrics
 from src.studio.folders import Folders
@@ -274,7 +275,46 @@ def test_a_second_start_in_a_folder_is_refused_with_the_reason(served):
         )
 
 
-def test_running_json_is_there_while_the_lock_is_held(tmp_path):
+def test_a_run_that_has_ended_does_not_go_on(served):
+    made_run(served.folder / "a", verdict={"name": "learnt"})
+    assert served.refused("/studio/runs/a/resume", 409) == "a has ended; start a new run for more steps"
+
+
+def test_children_that_outlive_their_run_are_stopped(served):
+    run = made_run(served.folder / "a")
+    with open(run / "train.log", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        leader = subprocess.Popen(["sh", "-c", "sleep 600 &"], stdout=log, start_new_session=True)
+    leader.wait()
+    assert served.get("/studio/runs/a")["can_stop"]
+    assert "says which process" in served.refused("/studio/runs/a/stop", 409)
+    (run / "studio.json").write_text(json.dumps({"pid": leader.pid}))
+    served.post("/studio/runs/a/stop")
+    until(served, "a", lambda run: not run["can_stop"])
+
+
+def test_runs_of_another_server_count(served, monkeypatch):
+    (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(runs, "AT_ONCE", 1)
+    with open(made_run(served.folder / "a") / "train.log", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        settings = {"load_model": BASE, "data_file": "rows.jsonl"}
+        assert "1 runs are going" in served.refused("/studio/runs", 429, name="b", settings=settings)
+
+
+def test_one_bad_folder_does_not_hide_the_other_runs(served):
+    made_run(served.folder / "good")
+    for name, text in (("summary", '{"steps": "x"}'), ("list", "[]"), ("steps", '{"steps": 1e999}')):
+        (made_run(served.folder / name) / "run.json").write_text(text)
+    (made_run(served.folder / "started") / "studio.json").write_text('{"settings": [], "started": "x"}')
+    (made_run(served.folder / "line") / "validation.jsonl").write_text('{"step": 1}\n')
+    assert {"good", "list"} <= {run["name"] for run in served.get("/studio/runs")}
+
+
+def test_running_json_is_there_while_the_lock_is_held(tmp_path, monkeypatch):
+    def of_another_user(pid, number):
+        raise PermissionError
+
     folder = str(tmp_path / "run")
     with alone_in(folder):
         assert running(folder)["pid"] == os.getpid()
@@ -283,6 +323,9 @@ def test_running_json_is_there_while_the_lock_is_held(tmp_path):
     os.mkdir(folder)
     shutil.copy(tmp_path / "running.json", folder)  # as a run leaves it that was killed
     assert running(folder) is None
+    shutil.copy(tmp_path / "running.json", folder)
+    monkeypatch.setattr(os, "kill", of_another_user)
+    assert running(folder) is None  # its number is another user's by now
     (tmp_path / "run/running.json").write_text('{"pid": "x"}')
     assert running(folder) is None
 

@@ -7,17 +7,18 @@ finds every run as it is.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.files.untrusted import read_json
 
 from ..common.files import read_lines, write_text
 from ..config.parse import command as full_command
@@ -30,24 +31,10 @@ from . import jobs, settings
 from .curves import Metrics
 from .folders import ROOT, STARTED, Folders
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 LOG = "train.log"
-AT_ONCE = 4  # runs that this server has started and that have not ended
+AT_ONCE = 4  # runs that the page has started and that have not ended
 LOG_LINES = 60
 SHOWN = (".pth", ".gguf", ".safetensors", ".md", ".json", ".jsonl", ".yaml", ".png", ".log")
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """Read a JSON object. Raises OSError or ValueError if it is not there, or not whole."""
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
 
 
 def read_config(path: str) -> tuple[Config, Mapping[str, str]]:
@@ -62,23 +49,24 @@ def lock_log(folder: str):
     Returns None if one of them is running. The lock belongs to the open file, which they inherit.
     """
     log = open(os.path.join(folder, LOG), "ab")
-    if fcntl:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.close()
-            return None
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        log.close()
+        return None
     return log
 
 
 def is_started(folder: str) -> bool:
     """Tell whether a process that the page has started has not ended yet."""
-    if not os.path.exists(os.path.join(folder, LOG)):
-        return False
-    log = lock_log(folder)
-    if log:
-        log.close()
-    return log is None
+    try:
+        with open(os.path.join(folder, LOG), "rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no log, or it is not for us to read
+        pass
+    return False
 
 
 class Run:
@@ -106,9 +94,9 @@ class Run:
     def look(self) -> None:
         """Read what is new in the folder."""
         self.metrics.update()
-        self.held, self.started = running(self.folder), self.read(STARTED, read_object, {})
-        self.said = self.held or self.read(RUNNING, read_object, {})
-        self.summary = self.read(SUMMARY, read_object, {})
+        self.held, self.started = running(self.folder), self.read(STARTED, read_json, {})
+        self.said = self.held or self.read(RUNNING, read_json, {})
+        self.summary = self.read(SUMMARY, read_json, {})
         self.is_alive = self.held is not None or is_started(self.folder)
         self.history = self.read(VALIDATION, lambda path: read_lines(path, sys.maxsize), [])
         self.config, self.chosen = self.read(CONFIG, read_config, (Config(), {}))
@@ -216,7 +204,6 @@ class Runs:
     def __init__(self, folders: Folders, operators: Mapping[str, str]):
         self.folders, self.operators = folders, operators
         self.by_folder: dict[str, Run] = {}
-        self.processes: list[subprocess.Popen] = []
 
     def find(self, name: str) -> Run:
         """Return a run as it is now. Raises Refused if there is none."""
@@ -229,9 +216,10 @@ class Runs:
         """List all runs, the newest ones first."""
         found = []
         for name in self.folders.runs():
-            with contextlib.suppress(Refused):  # it has just been removed
-                found.append(self.find(name).overview())
-        return sorted(found, key=lambda run: -(run["started"] or 0))
+            with contextlib.suppress(Exception):  # it was just removed, or its files are anybody's
+                run = self.find(name).overview()
+                found.append((-float(run["started"] or 0), name, run))
+        return [run for _, _, run in sorted(found)]
 
     def words(self, typed: Mapping[str, Any], folder: str, *more: str) -> list[str]:
         """Return the command line of a run. Raises Refused or UserError for settings that are wrong."""
@@ -255,12 +243,14 @@ class Runs:
         run = self.find(name)
         if run.is_alive:
             raise Refused(409, f"{name} is in use by a run; stop it first", code="folder_in_use")
+        if run.state == "done":
+            raise Refused(409, f"{name} has ended; start a new run for more steps", code="run_ended")
         self._start(name, run.folder, self.words(run.typed(), run.folder, "--resume=auto"), run.typed())
         return {"name": name}
 
     def _start(self, name: str, folder: str, words: list[str], typed: Mapping[str, Any]) -> None:
-        self.processes = [process for process in self.processes if process.poll() is None]
-        if len(self.processes) >= AT_ONCE:
+        work = self.folders.work
+        if sum(is_started(os.path.join(work, other)) for other in self.folders.runs()) >= AT_ONCE:
             raise Refused(429, f"{AT_ONCE} runs are going; wait for one, or stop it", code="too_many_runs")
         os.makedirs(folder, exist_ok=True)
         log = lock_log(folder)
@@ -269,7 +259,6 @@ class Runs:
         with log:
             said = {"started": time.time(), "settings": dict(typed), "words": words}
             process = jobs.start([os.path.join(ROOT, "train.py"), *words], log, log)
-            self.processes.append(process)
             write_text(os.path.join(folder, STARTED), json.dumps({**said, "pid": process.pid}))
 
     def stop(self, name: str) -> dict[str, str]:
@@ -278,9 +267,16 @@ class Runs:
         if not run.is_alive:
             raise Refused(409, f"no process of the run {name} is going", code="not_running")
         process = (run.held or run.started).get("pid")
+        if not isinstance(process, int) or process < 2:
+            raise Refused(409, f"no file of {name} says which process it is", code="not_running")
+        # not SIGINT, which is ignored in children of a server that was started in the background
+        try:
+            os.kill(process, signal.SIGTERM)
+        except ProcessLookupError:  # its children outlived it; so its number is still that of their group
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        except PermissionError:
+            raise Refused(409, f"{name} is a run of another user, who can stop it", code="not_ours") from None
         if run.started:
             write_text(run.path(STARTED), json.dumps({**run.started, "stopped": time.time()}))
-        # not SIGINT, which is ignored in children of a server that was started in the background
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGTERM)
         return {"name": name}

@@ -136,10 +136,9 @@ def running(folder: str) -> dict | None:
     try:
         with open(os.path.join(folder, RUNNING), encoding="utf-8") as file:
             said = json.load(file)
-        os.kill(said["pid"], 0)  # of a dead run the lock is not tried: a new one may be about to take it
+        with contextlib.suppress(PermissionError):  # a process of another user
+            os.kill(said["pid"], 0)  # of a dead run the lock is not tried: a new one may be about to take it
         place = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # a process of another user
-        return said
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     try:
