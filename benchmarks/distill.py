@@ -66,7 +66,7 @@ class Case:
 
 CASES = {
     "supervised": Case("sft"),
-    "offline": Case("distill", (2.0,)),
+    "offline": Case("distill", (1.0, 2.0)),
     "on-policy": Case("distill_on_policy", (1.0, 2.0), (*RATES[1:], 1.6e-2)),
 }
 
@@ -87,23 +87,23 @@ class Trainings:
 
     @functools.cached_property
     def teacher(self) -> pathlib.Path:
-        return self._model("teacher", letters(START_STEPS * START_ROWS, 4, self.seen), load_model=BASE)
+        rows = letters(START_STEPS * START_ROWS, 4, self.seen)
+        return self._model("teacher", rows, load_model=BASE, lr_init=2e-3)
 
     @functools.cached_property
     def student(self) -> pathlib.Path:
         rows = demo_task.rows("reverse", START_STEPS * START_ROWS, 5)
         new = dict(version="x070", n_layer=2, n_embd=64, head_size=32, tokenizer="bytes")
-        return self._model("student", rows, **new)
+        return self._model("student", rows, **new, lr_init=4e-3)
 
     def _model(self, name: str, rows: Sequence[dict], **flags: object) -> pathlib.Path:
         """Train a model on rows, once; returns its file."""
         path = self.folder / f"{name}.pth"
         if not path.exists():
             data = write_rows(self.folder / f"{name}.jsonl", rows)
-            rate = 2e-3 if name == "teacher" else 4e-3
             common = as_flags(
                 data_file=data, peft="none", packing=0, micro_bsz=START_ROWS, epoch_steps=START_STEPS,
-                epoch_count=1, lr_init=rate, eval_samples=0, eval_split=0, random_seed=0, data_cache="none",
+                epoch_count=1, eval_samples=0, eval_split=0, random_seed=0, data_cache="none",
             )  # fmt: skip
             ran = train(self.folder / name, [*common, *as_flags(**flags)], self.folder / "log")
             shutil.copy(ran.summary["output"], path)

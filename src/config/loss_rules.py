@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rwkv_miss.errors import UserError
 
-from .loss_settings import LOSSES, TAUGHT
+from .loss_settings import DRAWING, LOSSES, TAUGHT
 from .option import AUTO, Auto
 from .schema import Config
 
@@ -34,7 +34,7 @@ OF_LOSSES = {
     ),
     "distill_temperature": (TAUGHT, {}),
     **dict.fromkeys(("distill_top", "distill_mix"), (("distill",), {})),
-    **dict.fromkeys(("group_size", "max_tokens", "inner_steps"), (("grpo", "distill_on_policy"), {})),
+    **dict.fromkeys(("group_size", "max_tokens", "inner_steps"), (DRAWING, {})),
     **dict.fromkeys(
         (
             "rewards",

@@ -9,8 +9,9 @@ from .option import opt
 
 # losses on preferences; --loss also takes sft, the usual one, those with a teacher, and grpo, on rewards
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
-# built-in rewards of --loss grpo (src/evaluation/rewards.py); others are functions of --reward_file
 TAUGHT = ("distill", "distill_on_policy")  # with a teacher
+DRAWING = ("distill_on_policy", "grpo")  # on answers that the model draws
+# built-in rewards of --loss grpo (src/evaluation/rewards.py); others are functions of --reward_file
 REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
 
 
@@ -214,4 +215,4 @@ class LossSettings(DataSettings):
     @property
     def draws_answers(self) -> bool:
         """Tell whether the model learns from answers that it draws itself."""
-        return self.loss in ("grpo", "distill_on_policy")
+        return self.loss in DRAWING

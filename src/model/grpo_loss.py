@@ -81,8 +81,80 @@ def dead(rewards: Tensor) -> Tensor:
     return high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
 
 
+class DrawnAnswers:
+    """Sums over drawn answers for the metrics of a loss on them. A step's loss is divided by divisor()."""
+
+    rewards: tuple[str, ...] = ()  # their names
+
+    def divisor(self, answers: int, tokens: int) -> float:
+        """Return the divisor of a step's summed loss: the tokens of all answers, at least 1."""
+        return max(float(tokens), 1.0)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Name the entries of sums()."""
+        return (*METRICS, *map(reward_metric, self.rewards))
+
+    def sums(self, device: torch.device | str = "cpu", **values: Tensor | float) -> Tensor:
+        """Put values by name into (len(metrics),) float64, with 0 elsewhere."""
+        places = {name: place for place, name in enumerate(self.metrics)}
+        found = torch.zeros(len(places), dtype=torch.float64, device=device)
+        for name, value in values.items():
+            found[places[name]] = value
+        return found
+
+    @staticmethod
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        """Join the sums of two micro-batches or processes."""
+        return torch.cat([torch.maximum(a[:1], b[:1]), a[1:] + b[1:]])
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Compute the metrics by name from sums(); NaN for the mean of nothing.
+
+        | name                   | what                                                                   |
+        |------------------------|------------------------------------------------------------------------|
+        | reward, reward_NAME    | the mean over the answers: in all, and of each reward without its      |
+        |                        | weight                                                                 |
+        | reward_std             | the standard deviation in a group, in the mean                         |
+        | dead_groups            | the share of the groups whose rewards are equal                        |
+        | failed_groups          | how many had no rewards                                                |
+        | length, cut            | tokens of an answer; the share of answers that were cut                |
+        | entropy                | -ln p of the drawn tokens, in the mean                                 |
+        | clip                   | the share of the trained tokens that the clip keeps from going on      |
+        | engine_gap, .._gap_max | how far ln p of training and drawing are apart: the mean, the largest  |
+        | kl, where measured     | the KL to the reference, per token                                     |
+        | draw_seconds           | the seconds of drawing of a process, and the tokens of all of them per |
+        | draw_tokens_per_second | second; where answers were drawn                                       |
+        """
+        of = dict(zip(self.metrics, sums, strict=True))
+
+        def mean(name: str, count: str) -> float:
+            return of[name] / of[count] if of[count] else math.nan
+
+        found = {
+            "reward": mean("reward", "answers"),
+            **{name: mean(name, "answers") for name in map(reward_metric, self.rewards)},
+            "reward_std": mean("spread", "groups"),
+            "dead_groups": mean("dead_groups", "groups"),
+            "failed_groups": of["failed_groups"],
+            "length": mean("length", "answers"),
+            "cut": mean("cut", "answers"),
+            "entropy": mean("entropy", "length"),
+            "clip": mean("clipped", "tokens"),
+            "engine_gap": mean("gap", "tokens"),
+            "engine_gap_max": of["gap_max"] if of["tokens"] else math.nan,
+        }
+        if of["kl_tokens"]:
+            found["kl"] = mean("kl", "kl_tokens")
+        if of["draws"]:
+            seconds = mean("draw_seconds", "draws")
+            found["draw_seconds"] = seconds
+            found["draw_tokens_per_second"] = of["drawn_tokens"] / seconds if seconds else math.nan
+        return found
+
+
 @dataclasses.dataclass(frozen=True)
-class GrpoLoss:
+class GrpoLoss(DrawnAnswers):
     """GRPO's loss with its settings.
 
     | kind    | loss of a step                                                   | arXiv      |
@@ -146,68 +218,6 @@ class GrpoLoss:
                 kl=kl.sum(),
                 kl_tokens=len(kl),
             )
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Name the entries of sums()."""
-        return (*METRICS, *map(reward_metric, self.rewards))
-
-    def sums(self, device: torch.device | str = "cpu", **values: Tensor | float) -> Tensor:
-        """Put values by name into (len(metrics),) float64, with 0 elsewhere."""
-        places = {name: place for place, name in enumerate(self.metrics)}
-        found = torch.zeros(len(places), dtype=torch.float64, device=device)
-        for name, value in values.items():
-            found[places[name]] = value
-        return found
-
-    @staticmethod
-    def joined(a: Tensor, b: Tensor) -> Tensor:
-        """Join the sums of two micro-batches or processes."""
-        return torch.cat([torch.maximum(a[:1], b[:1]), a[1:] + b[1:]])
-
-    def means(self, sums: Sequence[float]) -> dict[str, float]:
-        """Compute the metrics by name from sums(); NaN for the mean of nothing.
-
-        | name                   | what                                                                   |
-        |------------------------|------------------------------------------------------------------------|
-        | reward, reward_NAME    | the mean over the answers: in all, and of each reward without its      |
-        |                        | weight                                                                 |
-        | reward_std             | the standard deviation in a group, in the mean                         |
-        | dead_groups            | the share of the groups whose rewards are equal                        |
-        | failed_groups          | how many had no rewards                                                |
-        | length, cut            | tokens of an answer; the share of answers that were cut                |
-        | entropy                | -ln p of the drawn tokens, in the mean                                 |
-        | clip                   | the share of the trained tokens that the clip keeps from going on      |
-        | engine_gap, .._gap_max | how far ln p of training and drawing are apart: the mean, the largest  |
-        | kl, where measured     | the KL to the reference, per token                                     |
-        | draw_seconds           | the seconds of drawing of a process, and the tokens of all of them per |
-        | draw_tokens_per_second | second; where answers were drawn                                       |
-        """
-        of = dict(zip(self.metrics, sums, strict=True))
-
-        def mean(name: str, count: str) -> float:
-            return of[name] / of[count] if of[count] else math.nan
-
-        found = {
-            "reward": mean("reward", "answers"),
-            **{name: mean(name, "answers") for name in map(reward_metric, self.rewards)},
-            "reward_std": mean("spread", "groups"),
-            "dead_groups": mean("dead_groups", "groups"),
-            "failed_groups": of["failed_groups"],
-            "length": mean("length", "answers"),
-            "cut": mean("cut", "answers"),
-            "entropy": mean("entropy", "length"),
-            "clip": mean("clipped", "tokens"),
-            "engine_gap": mean("gap", "tokens"),
-            "engine_gap_max": of["gap_max"] if of["tokens"] else math.nan,
-        }
-        if of["kl_tokens"]:
-            found["kl"] = mean("kl", "kl_tokens")
-        if of["draws"]:
-            seconds = mean("draw_seconds", "draws")
-            found["draw_seconds"] = seconds
-            found["draw_tokens_per_second"] = of["drawn_tokens"] / seconds if seconds else math.nan
-        return found
 
 
 def reward_metric(name: str) -> str:

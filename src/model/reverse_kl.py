@@ -13,7 +13,8 @@ of both models are made for a few tokens at a time.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rwkv_miss.gemm import product_into
 
+from .grpo_loss import DrawnAnswers
 from .loss import Blocks, in_place_of, wide
 
 
@@ -45,6 +47,21 @@ class WholeTeacher(NamedTuple):
         log_p = (F.linear(self.numbers, self.head).to(logits.dtype) / self.temperature).log_softmax(1)
         kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * (kl if weights is None else kl * weights).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicyLoss(DrawnAnswers):
+    """Loss with its settings: the mean of T^2 KL over the tokens of all answers of a step."""
+
+    temperature: float
+
+    def teacher(self, batch: Mapping[str, Any]) -> WholeTeacher:
+        """Return the teacher of a batch, which has the entries `teacher` and `teacher_head`."""
+        return WholeTeacher(batch["teacher"], batch["teacher_head"], self.temperature)
+
+    def nats(self, loss: Tensor) -> Tensor:
+        """Return the KL alone."""
+        return loss.detach() / self.temperature**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,9 @@ class Distilled(Supervised):
         teacher = Teacher(batch["teacher"], self.config.distill_mix, self.config.distill_temperature)
         sums = batch_distillation(model, batch, self.chunks, batch.get("width", 0), teacher)
         weights = batch["weights"]
-        weight = torch.ones_like(batch["targets"]).sum() if weights is None else weights.sum()
-        return sums[0], torch.cat([sums[1:].detach(), weight.unsqueeze(0)]).double()
+        count = sums.new_full((1,), batch["targets"].numel())
+        weight = count if weights is None else weights.sum(0, keepdim=True)
+        return sums[0], torch.cat([sums[1:].detach(), weight]).double()
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
         return metrics[0]

@@ -17,6 +17,7 @@ from rwkv_miss.files.hub_names import of_address
 from rwkv_miss.progress import Progress
 
 from ...config.launcher import is_first_process
+from ...config.loss_settings import LOSSES
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
 
@@ -44,8 +45,7 @@ class Reading:
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
-        rows = dict.fromkeys(("sft", "distill", "distill_on_policy", "grpo"), SFT) | {"kto": LABELS}
-        rows = rows.get(getattr(config, "loss", SFT), PAIRS)
+        rows = (dict.fromkeys(LOSSES, PAIRS) | {"kto": LABELS}).get(getattr(config, "loss", ""), SFT)
         return cls(tuple(filter(None, names)), config.sft_split, rows)
 
 

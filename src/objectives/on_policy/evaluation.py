@@ -15,7 +15,6 @@ from ...data.collate import to_device
 from ...data.held_out import SampleQuestion
 from ...data.questions import Questions
 from ...data.templates import answer_text
-from ...distributed.process_group import processes_of
 from ...evaluation.scoring import SCORES
 from ...inference.request import Answer
 from ...model import RWKV
@@ -33,13 +32,10 @@ class TaughtEvaluation(RewardEvaluation):
     """
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
-        self.module = module = trainer.lightning_module
-        # T^2 KL, and tokens
-        self.sums = torch.zeros(2, dtype=torch.float64, device=module.device)
-        if not (found := super().measure(trainer, is_stopped)):
-            return None
-        kl, tokens = processes_of(trainer).total(self.sums).tolist()
-        return found._replace(loss=kl / tokens / module.config.distill_temperature**2)
+        self.module = trainer.lightning_module
+        # of this process's answers: the KL, and tokens
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.module.device)
+        return super().measure(trainer, is_stopped)
 
     def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
         given, size = super()._given(model, questions, block, bar), self.module.config.micro_bsz
@@ -56,21 +52,25 @@ class TaughtEvaluation(RewardEvaluation):
         objective, shared = self.module.objective, self.module.shared
         rows = [[group] for group in groups]
         batch = to_device(collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP), self.sums.device)
-        loss, _ = objective(model, batch | self.module.data.teacher.of(batch))
-        self.sums += torch.stack([loss.double(), torch.ones_like(batch["targets"]).sum().double()])
+        self.sums[0] += objective.reported(*objective(model, batch | self.module.data.teacher.of(batch)))
+        self.sums[1] += batch["targets"].numel()
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
-        """Return (a loss that measure() replaces, the share of right answers)."""
+        """Return (the KL per token, the share of right answers, where they are known)."""
+        kl, tokens = self.module.policy.processes.total(self.sums).tolist()
+        return kl / tokens, self._right(questions, judged)
+
+    def _right(self, questions: Questions, judged: list[Judged]) -> dict[str, float]:
         tokenizer, template = self.encoder.tokenizer, self.encoder.template
         if not have_answers(questions.questions):
-            return 0.0, {}
+            return {}
         asked = [
             SampleQuestion(prompt.tolist(), tokenizer.encode(question.answer))
             for prompt, question in zip(questions.prompts, questions.questions, strict=True)
         ]
         judge = Judge(asked, self.encoder)
         if not judge.score:
-            return 0.0, {}
+            return {}
         said = [answer_text(one.text, template, questions[one.place].opening) for one in judged]
         right = [judge.right[one.place] for one in judged]
-        return 0.0, {"right_answers": sum(map(SCORES[judge.score].agree, said, right)) / len(judged)}
+        return {"right_answers": sum(map(SCORES[judge.score].agree, said, right)) / len(judged)}

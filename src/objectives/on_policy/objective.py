@@ -26,8 +26,7 @@ from ...data.questions import LoadedQuestions, Questions, answer_limit
 from ...data.tokenizer import Tokenizer
 from ...model import RWKV
 from ...model.batch_loss import batch_distillation
-from ...model.grpo_loss import GrpoLoss
-from ...model.reverse_kl import WholeTeacher
+from ...model.reverse_kl import OnPolicyLoss
 from ..base import Evaluation, Feed, TrainingData
 from ..held_out_answers import RIGHT, SHOWN
 from ..loss_metrics import LossMetrics, Shown, percent
@@ -67,19 +66,18 @@ class OnOwnAnswers(OnRewards):
     rate_share = 1.0
 
     @functools.cached_property
-    def loss(self) -> GrpoLoss:
-        """The counts of drawn answers. The loss itself is that of __call__(), the mean over all tokens."""
-        return GrpoLoss("dapo", clip_low=0.0, clip_high=0.0, beta=0.0, max_tokens=self.config.max_tokens)
+    def loss(self) -> OnPolicyLoss:
+        return OnPolicyLoss(self.config.distill_temperature)
 
     def __call__(
         self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
-        teacher = WholeTeacher(batch["teacher"], batch["teacher_head"], self.config.distill_temperature)
+        teacher = self.loss.teacher(batch)
         loss = batch_distillation(model, batch, self.chunks, batch.get("width", 0), teacher)
         return loss, self.loss.sums(loss.device)
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        return loss.detach() / self.config.distill_temperature**2
+        return self.loss.nats(loss)
 
     def means(self, sums: list[float]) -> dict[str, float]:
         found = super().means(sums)

@@ -27,7 +27,7 @@ from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...evaluation.rewards import Failed
-from ...model.grpo_loss import GrpoLoss, reward_metric
+from ...model.grpo_loss import DrawnAnswers, reward_metric
 from ..base import BetweenSteps, Feed, Objective, StepSize
 from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
@@ -101,7 +101,7 @@ class RolloutFeed(Feed):
         reference: Reference | None,
     ):
         self.rollouts, self.schedule, self.steps, self.policy = rollouts, schedule, steps, policy
-        self.loss: GrpoLoss = objective.loss
+        self.loss: DrawnAnswers = objective.loss
         self.rewards, self.chunk = rollouts.rewards, objective.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
         self.reference = reference
