@@ -28,7 +28,7 @@ from src.serving.limits import Limits
 from src.serving.program import guard_of
 from src.serving.request_parsing import Defaults
 from src.serving.served_models import ServedModels
-from src.studio import jobs, program, runs
+from src.studio import folders, jobs, program, runs
 from src.studio.app import Studio
 from src.studio.curves import Metrics
 from src.studio.folders import Folders
@@ -128,6 +128,7 @@ def test_the_fields_are_those_of_the_settings_table(served):
         ("template", "train.py"),
         ("tokenizer", "LICENSE"),  # a word, but also a file where the run is started
         ("init_adapter", "nul\0"),
+        ("load_model", "0"),  # the newest of a folder, to train.py
     ],
 )
 def test_only_files_in_the_named_folders_may_be_named(served, name, text):
@@ -193,10 +194,62 @@ def test_an_upload_never_overwrites_and_leaves_nothing_if_it_fails(served):
     assert (data / "a-b.jsonl").read_bytes() == b"one"
     assert send("a.jsonl", b"x" * 1001).status_code == 413
     assert send("a.jsonl", iter([b"x" * 600, b"x" * 600])).status_code == 413  # without its length
-    for name, body in (("a.py", b"x"), (".jsonl", b"x"), ("", b"x"), ("config.yaml", b"x"), ("a.csv", b"")):
+    for name, body in (
+        ("a.py", b"x"),
+        (".jsonl", b"x"),
+        ("", b"x"),
+        ("config.JSON", b"x"),
+        ("a.bin", b"x"),
+        ("a.csv", b""),
+    ):
         assert send(name, body).status_code == 400, name
     assert sorted(os.listdir(data)) == ["a-b-2.jsonl", "a-b.jsonl"]
     assert [file["bytes"] for file in served.get("/studio/data")] == [3, 3]
+
+
+def test_lists_have_each_file_once_and_none_that_cannot_be_read(served):
+    """A Hugging Face data set may have a config.json; a model's folder is no data."""
+    for name in ("data/rows.jsonl", "data/a.csv.gz", "set/train.jsonl", "set/config.json", "data/alone.bin"):
+        (served.folder / name).parent.mkdir(exist_ok=True)
+        (served.folder / name).write_text("x")
+    made_run(served.folder / "runs/a")
+    (served.folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (served.folder / "model" / name).write_text("{}")
+    (served.folder / "broken.jsonl").symlink_to("nowhere")
+    (served.folder / "again.jsonl").symlink_to("data/rows.jsonl")
+    served.studio.folders.others.append(str(served.folder / "data"))
+    names = [file["name"] for file in served.get("/studio/data")]
+    assert sorted(names) == ["data/a.csv.gz", "data/rows.jsonl", "set/train.jsonl"]
+
+
+def test_a_folder_of_data_has_no_link_that_leads_out(served):
+    (served.folder / "set").mkdir()
+    (served.folder / "set/a.jsonl").symlink_to(ROOT / "README.md")
+    said = served.refused("/studio/command", 400, settings={"data_file": "set:2"})
+    assert said.startswith(f"data_file: {served.folder}/set/a.jsonl is a link that leads out of ")
+
+
+def test_many_files_in_runs_hide_no_other_run(served, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "MOST_FOLDERS", 6)
+    for i in range(9):
+        (made_run(served.folder / "a") if not i else served.folder / "a").joinpath(f"sub{i}").mkdir()
+    made_run(served.folder / "b")
+    assert {run["name"] for run in served.get("/studio/runs")} == {"a", "b"}
+    for i in range(9):
+        (served.folder / f"c{i}").mkdir()
+    for _ in range(2):
+        served.get("/studio/runs")
+    assert capsys.readouterr().err.count("has more folders than 6") == 1
+
+
+def test_what_a_killed_server_left_of_an_upload_is_removed(served):
+    (served.folder / "data").mkdir()
+    for name, age in (("old", 9999), ("new", 0)):
+        (served.folder / f"data/.upload-{name}.tmp").write_text("x")
+        os.utime(served.folder / f"data/.upload-{name}.tmp", (time.time() - age,) * 2)
+    Folders(str(served.folder))
+    assert os.listdir(served.folder / "data") == [".upload-new.tmp"]
 
 
 def test_uploaded_files_are_no_run(served):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import pathlib
 import re
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -15,15 +20,17 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import is_hub_name
 
-from ..data.formats.sources import SUFFIXES, weighted_paths
+from ..data.formats.sources import SUFFIXES, files_in, may_have_records, weighted_paths
 from ..model import read_model_file
 from ..serving.errors import Refused, wrong
-from ..training.run_folder import CHECKPOINTS, CONFIG, RUNNING
+from ..training.run_folder import CONFIG, RUNNING
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of train.py
+ROOT = str(pathlib.Path(__file__).resolve().parents[2])  # of train.py
 STARTED = "studio.json"  # of a run that the page has started
 DATA, RUNS = "data", "runs"
-DEPTH, MOST = 3, 1000  # folders below each other and files that are looked at
+DEPTH, MOST_FOLDERS, MOST = 3, 10_000, 1000  # folders below each other and in all, files in a list
+UPLOADS, FORGOTTEN = ".upload-", 3600  # files on their way, and after how many seconds one is left over
+TO_DROP = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")  # that one is of two files
 NAME = re.compile(r"\w[\w.-]{0,79}")
 
 
@@ -38,6 +45,10 @@ class Folders:
                 raise UserError(f"{folder} is no folder, and none can be made there; give another one")
         self.work, *self.others = map(os.path.realpath, (work, *others))
         self.seen: dict[tuple, str] = {}  # (path, time, size) of a model -> what it is
+        for leftover in pathlib.Path(self.work, DATA).glob(f"{UPLOADS}*"):  # of a server that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > FORGOTTEN:
+                    leftover.unlink()
 
     def allowed(self, path: str) -> str | None:
         """Return the path without links if it is there and in one of the folders, else None."""
@@ -55,9 +66,12 @@ class Folders:
         # train.py takes a relative path from the folder that it is started in, which was this one before
         paths = (self.allowed(os.path.join(root, text)) for root in (*self.roots, ROOT))
         if found := next(filter(None, paths), None):
+            if out := next((file for file in files_in(found) if not self.allowed(file)), None):
+                raise wrong(setting, f"{out} is a link that leads out of {found}; copy the file there")
             return found
-        if re.fullmatch(r"[\w-]+", text) and not os.path.exists(os.path.join(ROOT, text)):
-            return text  # a word, such as world for a tokenizer
+        is_word = setting in ("tokenizer", "template") and re.fullmatch(r"[\w-]+", text)
+        if is_word and not os.path.exists(os.path.join(ROOT, text)):
+            return text  # such as world
         raise wrong(
             setting,
             f"{text[:200]!r} is not in {', '.join(self.roots)}; choose a file there, an hf:// name, or start"
@@ -82,7 +96,7 @@ class Folders:
     def run(self, name: str) -> str:
         """Return the folder of a run. Raises Refused if there is none in the work folder."""
         folder = self.allowed(os.path.join(self.work, name)) or ""
-        if not folder.startswith(self.work + os.sep) or not is_run(folder) or self._is_data(folder):
+        if not folder.startswith(self.work + os.sep) or not self._is_run(folder):
             raise Refused(404, f"there is no run {name[:80]!r}", code="not_found")
         return folder
 
@@ -94,14 +108,19 @@ class Folders:
             raise wrong("name", f"got {name[:80]!r}, expected letters, digits, - and _, such as first-try")
         return f"{RUNS}/{name}", folder
 
-    def _is_data(self, folder: str) -> bool:
-        return os.path.relpath(folder, self.work).split(os.sep)[0] == DATA
+    def _is_run(self, folder: str) -> bool:
+        is_data = os.path.relpath(folder, self.work).split(os.sep)[0] == DATA
+        names = () if is_data or folder in self.roots else (CONFIG, RUNNING, STARTED)
+        return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
     def runs(self) -> list[str]:
         """Name all runs in the work folder."""
-        found = [folder for folder, _, _ in walk(self.work) if folder != self.work and is_run(folder)]
-        names = [os.path.relpath(folder, self.work) for folder in found if not self._is_data(folder)]
-        return [name.replace(os.sep, "/") for name in names]
+        names = []
+        for folder, folders, _ in walk(self.work):
+            if self._is_run(folder):
+                folders.clear()
+                names.append(os.path.relpath(folder, self.work).replace(os.sep, "/"))
+        return names
 
     def file_of_run(self, name: str, file: str) -> str:
         """Return the path of a file right in a run's folder. Raises Refused for others."""
@@ -115,22 +134,26 @@ class Folders:
 
     def models(self) -> list[dict]:
         """List the models in all folders."""
-        found = []
+        paths = []
         for root in self.roots:
-            for folder, _, files in walk(root):
-                if os.path.basename(folder) == CHECKPOINTS:
-                    continue
-                paths = [os.path.join(folder, file) for file in sorted(files) if file.endswith(".pth")]
+            for folder, folders, files in walk(root):
+                if self._is_run(folder):
+                    folders.clear()  # its checkpoints
+                paths += [os.path.join(folder, file) for file in sorted(files) if file.endswith(".pth")]
                 if "config.json" in files:
                     paths.append(folder)
-                found += filter(None, map(self._model, paths))
-        return found[:MOST]
+        return self._listed(paths, self._model)
 
-    def _model(self, path: str) -> dict | None:
+    def _listed(self, paths: Iterable[str], described: Callable[[str], dict | None]) -> list[dict]:
+        """Describe each file once, under whatever names it was found."""
+        found = []
+        for real in dict.fromkeys(filter(None, map(self.allowed, paths))):
+            with contextlib.suppress(OSError):  # it is gone, or not for us to read
+                found.append(described(real))
+        return list(filter(None, found))[:MOST]
+
+    def _model(self, real: str) -> dict | None:
         """Describe a model file or folder; None for anything else."""
-        real = self.allowed(path)
-        if real is None:
-            return None
         stat = os.stat(real)
         key = (real, stat.st_mtime_ns, stat.st_size)
         if key not in self.seen:
@@ -145,18 +168,17 @@ class Folders:
 
     def data(self) -> list[dict]:
         """List the files of data in all folders, outside of runs."""
-        found = []
+        paths: list[str] = []
         for root in self.roots:
             for folder, folders, files in walk(root):
-                if is_run(folder) and not self._is_data(folder):
+                if self._is_run(folder):
                     folders.clear()
-                    continue
-                if "config.json" in files:  # a model's folder
-                    continue
-                paths = [os.path.join(folder, file) for file in sorted(files) if file.endswith(SUFFIXES)]
-                for real in filter(None, map(self.allowed, paths)):
-                    found.append({"path": real, "name": self.shown(real), "bytes": os.path.getsize(real)})
-        return found[:MOST]
+                elif "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+                    paths += filter(may_have_records, (os.path.join(folder, name) for name in sorted(files)))
+        return self._listed(paths, self._file)
+
+    def _file(self, real: str) -> dict:
+        return {"path": real, "name": self.shown(real), "bytes": os.path.getsize(real)}
 
     def shown(self, path: str) -> str:
         """Return a path without its folder's."""
@@ -169,8 +191,8 @@ class Folders:
         """Write a request's body into a new file of the data. A failure raises Refused and leaves nothing."""
         base, suffix = os.path.splitext(os.path.basename(name.replace("\\", "/")))
         base = re.sub(r"[^\w-]+", "-", base).strip("-")[:80]
-        if suffix.lower() not in SUFFIXES or not base:
-            raise wrong("name", f"got {name[:80]!r}, expected a file of data: {', '.join(SUFFIXES)}")
+        if suffix.lower() not in TO_DROP or not base or not may_have_records(base + suffix.lower()):
+            raise wrong("name", f"got {name[:80]!r}, expected a file of data: {', '.join(TO_DROP)}")
         close = {"Connection": "close"}
         too_large = f"the file is larger than the {most:,} bytes that --limit_upload allows"
         refused = Refused(413, too_large, code="request_too_large", headers=close)
@@ -179,6 +201,8 @@ class Folders:
             raise refused
         folder, size = os.path.join(self.work, DATA), 0
         os.makedirs(folder, exist_ok=True)
+        if declared.isdecimal() and int(declared) > shutil.disk_usage(folder).free:
+            raise Refused(507, "the disk has no room for the file", code="no_room", headers=close)
         parts = request.stream()
         with temporary(folder) as (file, path):
             try:
@@ -199,11 +223,7 @@ class Folders:
             if not size:
                 raise wrong("body", "the file is empty")
             target = place_in(folder, path, base, suffix.lower())
-        return {"path": target, "name": self.shown(target), "bytes": size}
-
-
-def is_run(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, RUNNING, STARTED))
+        return self._file(target)
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -213,15 +233,21 @@ def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
         depth = os.path.relpath(folder, root).count(os.sep) + (folder != root)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < DEPTH else []
         yield folder, folders, files
-        looked += len(files) + 1
-        if looked > MOST * 10:
+        looked += 1
+        if looked == MOST_FOLDERS:
+            warn(f"{root} has more folders than {looked:,}; what is in the others is not shown")
             return
+
+
+@functools.cache  # said once
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def temporary(folder: str):
     """Open a new file with a name of its own, which is removed at the end."""
-    number, path = tempfile.mkstemp(".tmp", ".upload-", folder)
+    number, path = tempfile.mkstemp(".tmp", UPLOADS, folder)
     try:
         with os.fdopen(number, "wb") as file:
             yield file, path

@@ -153,7 +153,7 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[DataSource]:
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
         described = f"Hugging Face data set, split {split}"
-        files = tuple(_files_in(path))
+        files = tuple(files_in(path))
         return [
             DataSource(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)
         ]
@@ -170,15 +170,15 @@ def names_dataset(path: str) -> bool:
     return not _exists(path) and not os.path.exists(path.split("/")[0])
 
 
-def _files_in(path: str) -> list[str]:
+def files_in(path: str) -> list[str]:
     """List all files of a folder and of the folders in it, sorted."""
     return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 def _folder(path: str, split: str, notes: list[str]) -> list[str]:
     """List the data files of a folder, in order of their names, without those of splits but `split`."""
-    files = [file for file in _files_in(path) if not _hidden(os.path.relpath(file, path))]
-    data = [file for file in files if _may_have_records(file)]
+    files = [file for file in files_in(path) if not _hidden(os.path.relpath(file, path))]
+    data = [file for file in files if may_have_records(file)]
     splits = {file: _split_of(os.path.relpath(file, path)) for file in data}
     chosen = [file for file in data if splits[file] in (None, split)]
     if not chosen:
@@ -199,7 +199,7 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split(os.sep))
 
 
-def _may_have_records(file: str) -> bool:
+def may_have_records(file: str) -> bool:
     """Tell whether a file's name is that of a data file."""
     if os.path.basename(file) in DESCRIPTIONS:
         return False
