@@ -295,7 +295,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path, write):
     assert modes == {0o640}
 
 
-def test_what_is_half_written_at_a_sigterm_is_removed(tmp_path):
+def test_what_is_half_written_at_a_sigterm_is_removed(tmp_path, monkeypatch):
     def killed(path):
         write_text(path + "-whole", "a")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -307,6 +307,9 @@ def test_what_is_half_written_at_a_sigterm_is_removed(tmp_path):
         with pytest.raises(SystemExit, match="143"):
             write()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        write_text(tmp_path / "without-its-name", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["b-whole"]
 
 

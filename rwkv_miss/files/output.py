@@ -81,16 +81,17 @@ def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "")
     mode = "wb" if temporary else "xb"
     temporary, written = temporary or f"{place}.{secrets.token_hex(4)}.tmp", 0
     try:
-        try:
-            with _tidy(), open(temporary, mode) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, place)
-        finally:
-            if os.path.exists(temporary):
-                written = os.path.getsize(temporary)
-                os.remove(temporary)
+        with _tidy():
+            try:
+                with open(temporary, mode) as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, place)
+            finally:
+                if os.path.exists(temporary):
+                    written = os.path.getsize(temporary)
+                    os.remove(temporary)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
