@@ -68,7 +68,7 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
         if ours.json:
             findings, loaded = for_machines(found.lint.findings), found.loaded.questions
             samples = [
-                [(loaded[i].prompt, 0.0), (str(loaded[i].answer), 1.0)]
+                [(loaded[i].prompt, 0.0), (str(loaded[i].answer), 0.0)]  # no reference answer is trained
                 for i in spread_places(ours.samples, loaded)
             ]
             said = {**figures(config, found), "rewards": worth, "findings": findings, "samples": samples}

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import time
+import types
 
 import pytest
 
@@ -141,6 +142,16 @@ def test_only_files_in_the_named_folders_may_be_named(served, name, text):
     assert not (served.folder / "runs").exists()
 
 
+@pytest.mark.parametrize("text", ["\0", "\ud800", "x" * 40_000])
+def test_a_text_that_no_command_line_can_have_is_refused_before_a_run_is_made(served, text):
+    (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    settings = {"load_model": BASE, "data_file": "rows.jsonl", "reward_regex": text}
+    body = json.dumps({"name": "a", "settings": settings})
+    reply = served.client.post("/studio/runs", content=body)
+    assert reply.status_code == 400 and "no command line can have" in reply.text
+    assert not (served.folder / "runs").exists()
+
+
 @pytest.mark.parametrize("name", ["proj_dir", "reward_file", "data_cache", "wandb", "resume"])
 def test_what_runs_code_or_names_a_place_is_the_operators(served, name):
     said = served.refused("/studio/command", 400, settings={name: "x"})
@@ -178,6 +189,7 @@ def test_flags_of_the_operator_that_do_not_exist_end_the_start():
         ([], "give --model FILE, or --train FOLDER"),
         (["--model", "m.pth", "--train", "."], "give --model FILE or --train FOLDER, not both"),
         (["--model", "m.pth", "--models", "."], "--models has no meaning without --train"),
+        (["--model", "m.pth", "--limit_upload", "1GB"], "--limit_upload has no meaning without --train"),
         (["--train", ".", "--adapter", "a.pth"], "--adapter has no meaning with --train"),
     ):
         with pytest.raises(UserError, match=said):
@@ -414,9 +426,7 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks(tmp_path):
     path.write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in losses.items()))
     metrics = Metrics(str(path))
     metrics.update()
-    begun = time.process_time()
     curves = metrics.thinned(100, 0, 1e9)
-    assert time.process_time() - begun < 0.2
     found = dict(zip(curves["step"], curves["loss"]))
     assert len(found) <= 100 and found[777] == 9 and found[8000] == 0.5 and {1, 20000} <= set(found)
     assert curves["mean"][curves["step"].index(777)] == pytest.approx(1 + 8 / 200)
@@ -440,6 +450,19 @@ def test_the_key_guards_the_page_and_its_chat(tmp_path):
         assert served.client.get(path).status_code == 200, path
 
 
+def test_an_admins_key_guards_what_changes_something(tmp_path):
+    for name in ("keys", "admins"):
+        (tmp_path / name).write_text(f"of-{name}")
+    keys = ["--api_key_file", str(tmp_path / "keys"), "--admin_key_file", str(tmp_path / "admins")]
+    served = Served(tmp_path / "work", *keys)
+    for key, status in (("of-keys", 403), ("of-admins", 404)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert served.client.get("/studio/runs", headers=headers).status_code == 200
+        reply = served.client.post("/studio/runs/a/stop", headers=headers)
+        assert reply.status_code == status
+        assert status == 404 or "only an admin's key may change something" in reply.text
+
+
 def chat(script, guard=LOCAL):
     tokenizer = load_tokenizer("bytes", 256)
     engine = Engine(Scripted(4, script), tokenizer, chunk=64, reads_first=False)
@@ -458,6 +481,27 @@ def test_the_chat_is_below_try(served):
     made_run(served.folder / "a")
     assert "no trained file" in served.refused("/studio/runs/a/try", 409)
     assert "no trained file" in served.refused("/studio/jobs", 409, kind="merge", run="a")
+
+
+def test_a_trial_that_cannot_be_loaded_says_so_and_a_next_one_may_be(served, monkeypatch, capsys):
+    def load(args):
+        raise KeyError("blocks.0")
+
+    monkeypatch.setattr("src.serving.program.load", load)
+    (made_run(served.folder / "a") / "model.pth").write_bytes(b"x")
+    for _ in range(2):
+        served.post("/studio/runs/a/try")
+        while (state := served.get("/studio/try"))["state"] == "loading":
+            time.sleep(0.02)
+        assert state == {"state": "failed", "run": "a", "error": "'blocks.0'"}
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_a_server_that_ends_takes_no_new_answers_of_the_trial(served):
+    served.trial.dispatcher = types.SimpleNamespace(closing=False, worker=types.SimpleNamespace(fatal=None))
+    served.trial.closing = True
+    assert served.trial.dispatcher.closing
+    served.trial.dispatcher = None
 
 
 def test_progress_is_read_from_a_programs_line():

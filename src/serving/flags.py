@@ -124,8 +124,9 @@ def add_training(add: Callable) -> None:
     )
     add(
         "--limit_upload",
-        default="4GB",
-        help="the largest data file for the training page; default %(default)s",
+        default="",
+        metavar="SIZE",
+        help="the largest data file for the training page; default 4GB",
     )
 
 
@@ -165,9 +166,11 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.model) == bool(args.train):
         both = " or --train FOLDER, not both" if args.model else ", or --train FOLDER for the training page"
         raise UserError(f"give --model FILE{both}")
-    stray = ("adapter", "adapter_dir") if args.train else ("models", "train_flags")
+    stray = ("adapter", "adapter_dir") if args.train else ("models", "train_flags", "limit_upload")
     if given := next((flag for flag in stray if getattr(args, flag)), None):
         raise UserError(f"--{given} has no meaning {'with' if args.train else 'without'} --train; drop it")
+    if args.train and importlib.util.find_spec("fcntl") is None:
+        raise UserError("--train needs locks of files, which Windows lacks; use WSL, or train.py itself")
     args.adapter = named(args.adapter)
     check_shared(args)
     least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}

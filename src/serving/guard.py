@@ -29,8 +29,8 @@ ADMIN_PATHS = ("/studio", "/v1/adapters", "/v1/states", "/v1/load_lora_adapter",
 class Guard:
     """Guard with `hosts`, names of the server (None: any), and `origins`, other sites that may ask.
 
-    A client sends one of `keys`, if there are any. One of `admin_keys` is needed to load and delete adapters
-    and states, and serves for the rest, too; without any, all who may ask may do so.
+    A client sends one of `keys`, if there are any. One of `admin_keys` is needed to change something on the
+    server, such as its adapters, and serves for the rest, too; without any, all who may ask may do so.
     """
 
     keys: tuple[str, ...] = ()
@@ -71,8 +71,8 @@ class Guard:
         if known and is_admins:
             raise Refused(
                 403,
-                "only an admin's key may load and delete adapters and states on this server; send one of its"
-                " --admin_key_file in the header Authorization: Bearer KEY",
+                "only an admin's key may change something on this server; send one of its --admin_key_file in"
+                " the header Authorization: Bearer KEY",
                 code="admin_key_required",
             )
         if not known:

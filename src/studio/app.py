@@ -60,7 +60,7 @@ class Studio:
             self._route("/studio/jobs/{id}", lambda request, fields: self._job(request).as_object()),
             self._route("/studio/jobs/{id}", self.end_job, "DELETE"),
             self._route("/studio/runs", lambda request, fields: self.runs.overviews()),
-            self._route("/studio/runs", self.start_run, "POST"),
+            self._route("/studio/runs", self.start_run, "POST", 201),
             self._route(f"{run}/stop", lambda request, fields: self.runs.stop(name_of(request)), "POST"),
             self._route(f"{run}/resume", lambda request, fields: self.runs.resume(name_of(request)), "POST"),
             self._route(f"{run}/files/{{file}}", self.download),
@@ -72,14 +72,17 @@ class Studio:
             self._awaited("/page/{name}", self.page),
         ]
 
-    def _route(self, path: str, endpoint: Callable[[Request, Fields], Any], method: str = "GET") -> Route:
+    def _route(
+        self, path: str, endpoint: Callable[[Request, Fields], Any], method: str = "GET", status: int = 200
+    ) -> Route:
         """Make a route whose endpoint takes the request and the fields of its body, in the thread."""
 
-        async def in_thread(request: Request) -> Any:
+        async def in_thread(request: Request) -> Response:
             body = await read_body(request, self.trial.limits) if method == "POST" else b""
             fields = Fields(read_object(body or b"{}"))
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.thread, endpoint, request, fields)
+            value = await loop.run_in_executor(self.thread, endpoint, request, fields)
+            return value if isinstance(value, Response) else json_reply(value, status)
 
         return self._awaited(path, in_thread, method)
 
@@ -89,8 +92,7 @@ class Studio:
         async def answered(request: Request) -> Response:
             try:
                 value = await endpoint(request)
-                created = 201 if method == "POST" and path == "/studio/runs" else 200
-                return value if isinstance(value, Response) else json_reply(value, created)
+                return value if isinstance(value, Response) else json_reply(value)
             except Refused as refused:
                 return error_reply(refused, request.url.path)
             except UserError as error:
@@ -129,14 +131,13 @@ class Studio:
 
     # jobs
 
-    def _flags(self, fields: Fields) -> list[str]:
-        return settings.flags(settings_in(fields), self.folders, self.operators)
+    def _words(self, fields: Fields) -> tuple[str, list[str]]:
+        name, folder = self.folders.new_run(fields.text("run") or "run")
+        return name, self.runs.words(settings_in(fields), folder)
 
     def command(self, request: Request, fields: Fields) -> dict[str, Any]:
         """Write the command line that does what the page would, and what is wrong with it."""
-        name, folder = self.folders.new_run(fields.text("run") or "run")
-        words = self._flags(fields)
-        words.append(f"--proj_dir={folder}")
+        name, words = self._words(fields)
         problem = None
         try:
             parse(words)
@@ -147,7 +148,7 @@ class Studio:
     def start_job(self, request: Request, fields: Fields) -> dict[str, str]:
         kind = fields.choice("kind", ("preview", "plan", "fetch", "merge", "export")) or ""
         if kind in ("preview", "plan"):
-            words = self._flags(fields)
+            _, words = self._words(fields)
             if kind == "preview":
                 words += ["--samples", str(fields.integer("samples", 0, 100, SAMPLES))]
             return self.jobs.start(kind, [f"scripts.{kind}", "--json", *words])

@@ -19,7 +19,7 @@ with importing():
 
 
 def main() -> None:
-    progress.LINE = 1.0
+    progress.LINE, progress.LINE_SHARE = 1.0, 0.0
     module, *words = sys.argv[1:]
     sys.argv = [module, *words]
     if module != "fetch":

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     folders = Folders(args.train, args.models)
     operators = checked_flags(args.train_flags)
     trial = Trial(args, limits)
-    studio = Studio(folders, operators, trial, parse_size(args.limit_upload, "--limit_upload"))
+    studio = Studio(folders, operators, trial, parse_size(args.limit_upload or "4GB", "--limit_upload"))
     app = make_app(studio.all(), guard_of(args), args.log_requests, trial.metrics.refused, studio.close)
     listener = bound(args.host, args.port)
 

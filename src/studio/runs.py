@@ -221,16 +221,15 @@ class Runs:
                 found.append((-float(run["started"] or 0), name, run))
         return [run for _, _, run in sorted(found)]
 
-    def words(self, typed: Mapping[str, Any], folder: str, *more: str) -> list[str]:
-        """Return the command line of a run. Raises Refused or UserError for settings that are wrong."""
-        words = [*settings.flags(typed, self.folders, self.operators), f"--proj_dir={folder}", *more]
-        parse(words)  # with all its rules, as train.py does
-        return words
+    def words(self, typed: Mapping[str, Any], folder: str) -> list[str]:
+        """Return the command line of a run. Raises Refused for settings that the page may not set."""
+        return [*settings.flags(typed, self.folders, self.operators), f"--proj_dir={folder}"]
 
     def start(self, name: str, typed: Mapping[str, Any]) -> dict[str, str]:
         """Start a run in a new folder."""
         name, folder = self.folders.new_run(name)
         words = self.words(typed, folder)
+        parse(words)  # with all its rules, as train.py does
         if os.path.isdir(folder) and os.listdir(folder):
             used = running(folder) or is_started(folder)
             reason = "is in use by a run" if used else "holds files of another run"
@@ -245,7 +244,9 @@ class Runs:
             raise Refused(409, f"{name} is in use by a run; stop it first", code="folder_in_use")
         if run.state == "done":
             raise Refused(409, f"{name} has ended; start a new run for more steps", code="run_ended")
-        self._start(name, run.folder, self.words(run.typed(), run.folder, "--resume=auto"), run.typed())
+        words = [*self.words(run.typed(), run.folder), "--resume=auto"]
+        parse(words)
+        self._start(name, run.folder, words, run.typed())
         return {"name": name}
 
     def _start(self, name: str, folder: str, words: list[str], typed: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ COMMON = (
     "load_model data_file eval_file template peft peft_config loss lr_init epoch_count ctx_len micro_bsz"
     " quant"
 ).split()
+MOST = 30_000  # characters of a command line: systems allow 128 KB in one word
 ALLOWED = [name for name, field in FIELDS.items() if not field.metadata["operator"]]
 
 
@@ -63,7 +65,11 @@ def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str,
         if FIELDS[name].metadata["file"]:
             named = folders.named_data if name in ("data_file", "eval_file") else folders.named
             text = named(name, text)
+        if re.search("[\0\ud800-\udfff]", text) or len(text) > MOST:
+            raise wrong(name, f"has a character that no command line can have, or more than {MOST:,}")
         words.append(f"--{name}={text}")
+    if sum(map(len, words)) > MOST:
+        raise wrong("settings", f"together they have more than {MOST:,} characters")
     return words
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import traceback
 import types
 from typing import Any
 
@@ -28,12 +29,21 @@ class Trial:
     worker = types.SimpleNamespace(fatal=None)  # a trial that fails does not end the server
 
     def __init__(self, args: argparse.Namespace, limits: Limits):
-        self.args, self.limits, self.metrics, self.closing = args, limits, Metrics(), False
+        self.args, self.limits, self.metrics = args, limits, Metrics()
         self.state, self.run, self.error = "none", None, None
         self.app: ASGIApp | None = None
         self.dispatcher: Dispatcher | None = None
         self.loading: asyncio.Task | None = None
         self.open = contextlib.AsyncExitStack()
+
+    @property
+    def closing(self) -> bool:
+        return self.dispatcher is not None and self.dispatcher.closing
+
+    @closing.setter
+    def closing(self, closing: bool) -> None:
+        if self.dispatcher:
+            self.dispatcher.closing = closing
 
     def as_object(self) -> dict[str, Any]:
         if self.dispatcher and self.dispatcher.worker.fatal:
@@ -59,7 +69,9 @@ class Trial:
             await self.open.enter_async_context(app.router.lifespan_context(app))
             self.dispatcher.worker.start()
             self.app, self.state = app, "ready"
-        except (UserError, OSError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # else it would be loading for good
+            if not isinstance(error, UserError):
+                traceback.print_exc()
             self.state, self.error = "failed", str(error) or type(error).__name__
 
     async def close(self) -> None:
