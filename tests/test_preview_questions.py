@@ -108,6 +108,7 @@ def test_a_right_answer_is_drawn_as_the_template_writes_it(look, mode):
     """After empty thoughts where the template begins them: it gets the full reward in every mode."""
     found, names = look([{"question": "a", "answer": "b\n\nc"}], "--template", mode)
     assert names == {} and found["rewards"]["exact"]["mean"] == 1
+    assert {weight for sample in found["samples"] for _, weight in sample} == {0}  # none is trained
 
 
 def test_what_people_read(show):  # noqa: F811

@@ -17,7 +17,7 @@ pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the serve
 
 from starlette.testclient import TestClient
 
-from demo import serve, task
+from demo import serve
 from rwkv_miss import UserError
 from rwkv_miss.progress import Progress
 from src.config.parse import parse
@@ -345,6 +345,22 @@ def test_a_run_that_has_ended_does_not_go_on(served):
     assert served.refused("/studio/runs/a/resume", 409) == "a has ended; start a new run for more steps"
 
 
+def test_a_run_that_was_killed_goes_on_with_what_was_typed(served, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        jobs, "start", lambda words, *log: commands.append(words) or types.SimpleNamespace(pid=7)
+    )
+    (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    settings = {"load_model": BASE, "data_file": "rows.jsonl", "lr_init": "6e-3"}
+    assert served.post("/studio/runs", 201, name="first", settings=settings) == {"name": "runs/first"}
+    assert served.get("/studio/runs/runs/first")["state"] == "failed"  # its log is locked by nobody
+    other = Served(served.folder)  # it knows nothing but the folder
+    other.post("/studio/runs/runs/first/resume")
+    first, second = commands
+    assert second == [*first, "--resume=auto"] and "--lr_init=6e-3" in first
+    assert other.get("/studio/runs/runs/first")["settings"] == settings
+
+
 def test_children_that_outlive_their_run_are_stopped(served):
     run = made_run(served.folder / "a")
     with open(run / "train.log", "ab") as log:
@@ -541,43 +557,3 @@ def until(served, name, done):
         assert time.monotonic() < deadline and run["state"] != "failed", run["log"]
         time.sleep(0.1)
     return run
-
-
-@pytest.mark.slow
-def test_a_run_outlives_its_server_is_stopped_goes_on_is_merged_and_answers(served, tmp_path):
-    """One run through everything: the processes are those of a user."""
-    (served.folder / "data").mkdir()
-    task.write(served.folder / "data/sort.jsonl", task.rows("sort", 60, 1))
-    settings = {"load_model": BASE, "data_file": "data/sort.jsonl", "micro_bsz": "4", "epoch_steps": "80"}
-    settings |= {"lr_init": "6e-3", "ctx_len": "64", "eval_split": "0"}
-    assert served.post("/studio/runs", 201, name="first", settings=settings) == {"name": "runs/first"}
-    name = "runs/first"
-    until(served, name, lambda run: run["step"] >= 2)
-    # another server, as after a kill: it knows nothing but the folder
-    other = Served(served.folder)
-    run = other.get(f"/studio/runs/{name}")
-    assert run["state"] == "running" and run["steps"] == 80 and run["plan"]
-    assert "is in use" in other.refused("/studio/runs", 409, name="first", settings=settings)
-    other.post(f"/studio/runs/{name}/stop")
-    stopped = until(other, name, lambda run: not run["can_stop"])
-    assert stopped["state"] == "stopped" and 0 < stopped["step"] < 80 and stopped["can_resume"]
-    other.post(f"/studio/runs/{name}/resume")
-    done = until(other, name, lambda run: run["state"] == "done")
-    assert done["curves"]["step"] == list(range(1, 81)) and done["steps"] == 80
-    assert done["verdict"]["rule"] == "nothing held out" and done["verdict"]["numbers"]["steps"] == 80
-    assert done["settings"] == settings and "running.json" not in os.listdir(served.folder / name)
-    merge = served.post("/studio/jobs", kind="merge", run=name)["id"]
-    while (job := served.get(f"/studio/jobs/{merge}"))["state"] == "running":
-        time.sleep(0.1)
-    assert job["state"] == "done" and job["result"]["file"] == "merged.pth", job
-    assert f"{name}/merged.pth" in [model["name"] for model in served.get("/studio/models")]
-    served.post(f"/studio/runs/{name}/try")
-    while (state := served.get("/studio/try"))["state"] == "loading":
-        time.sleep(0.1)
-    assert state == {"state": "ready", "run": name, "error": None}
-    body = {"messages": [{"role": "user", "content": "sort abc"}], "temperature": 0, "max_tokens": 9}
-    base, adapter = (
-        served.post("/try/v1/chat/completions", model=model, **body)["choices"][0]["message"]["content"]
-        for model in ("base", "adapter")
-    )
-    assert base == "cba" and adapter not in ("", base)
