@@ -63,8 +63,8 @@ def add_address(add: Callable) -> None:
     add(
         "--admin_key_file",
         metavar="FILE",
-        help="a file with a key in each line, one of which clients have to send to load and delete adapters"
-        " and states; default: whoever may ask may do that",
+        help="a file with a key in each line, one of which clients have to send to change something on the"
+        " server, such as its adapters; default: whoever may ask may do that",
     )
     add(
         "--tls_cert",

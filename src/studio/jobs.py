@@ -93,7 +93,7 @@ class Job:
 
 
 class Jobs:
-    """Jobs since the server's start; nothing but their files outlives it."""
+    """Jobs since the server's start. They end with it, and go on unseen after a SIGKILL."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, Job] = {}
@@ -111,7 +111,7 @@ class Jobs:
 
     def find(self, name: str) -> Job:
         if name not in self.by_id:
-            raise Refused(404, "there is no such job; it ended with the server", code="not_found")
+            raise Refused(404, "this server has started no such job, or it is long over", code="not_found")
         return self.by_id[name]
 
     def close(self) -> None:
