@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -26,7 +25,7 @@ from src.studio.app import PAGE
 from src.studio.settings import ALLOWED
 
 from .conftest import ROOT
-from .test_studio import made_run
+from .test_studio import eventually, made_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASE = ROOT / "demo" / "rwkv7-reverse.pth"
@@ -129,13 +128,6 @@ def visiting(browser, url, **context):
 def rows(count):
     """Rows of the demo's task with strings of three letters, which is learnt in few steps."""
     return "".join(json.dumps(row) + "\n" for row in task.rows("sort", count, 1, lengths=[3]))
-
-
-def eventually(holds, seconds=PATIENCE / 1000):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from ..serving.app import PAGE as CHAT_PAGE
 from ..serving.app import page_file
 from ..serving.errors import Refused, wrong
 from ..serving.fields import Fields, read_object
-from ..serving.replies import error_reply, json_reply, read_body
+from ..serving.replies import error_reply, ignored_header, json_reply, read_body
 from ..training.run_folder import MERGED, MODEL
 from . import settings
 from .folders import Folders
@@ -82,7 +82,9 @@ class Studio:
             fields = Fields(read_object(body or b"{}"))
             loop = asyncio.get_running_loop()
             value = await loop.run_in_executor(self.thread, endpoint, request, fields)
-            return value if isinstance(value, Response) else json_reply(value, status)
+            if isinstance(value, Response):
+                return value
+            return json_reply(value, status, ignored_header(fields.ignored()))
 
         return self._awaited(path, in_thread, method)
 

@@ -75,8 +75,8 @@ class Metrics:
         if len(inside) > points:
             kept = {inside[0], inside[-1]}
             for part in np.array_split(inside, max(1, (points - 2) // 2)):
-                known = np.nan_to_num(losses[part], nan=np.inf), np.nan_to_num(losses[part], nan=-np.inf)
-                kept |= {part[known[0].argmin()], part[known[1].argmax()]}
+                low, high = np.nan_to_num(losses[part], nan=np.inf), np.nan_to_num(losses[part], nan=-np.inf)
+                kept |= {part[low.argmin()], part[high.argmax()]}
             inside = np.array(sorted(kept))
         return {name: [finite(value) for value in column[inside]] for name, column in columns.items()}
 

@@ -55,12 +55,12 @@ class Job:
     """Job with its process, whose output goes into files without a name."""
 
     def __init__(self, kind: str, words: Sequence[str], result: dict[str, Any]):
-        self.id, self.kind, self.made = secrets.token_hex(8), kind, result
+        self.id, self.kind, self.when_done = secrets.token_hex(8), kind, result
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.process = start(["-m", "src.studio.job", *words], self.out, self.err)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self.process.poll() is None
 
     def as_object(self) -> dict[str, Any]:
@@ -71,8 +71,8 @@ class Job:
             result = json.loads(tail(self.out, 1 << 24).rstrip().rpartition("\n")[2])
         # a plan that does not fit has the code 1
         done = code == 0 or code == 1 and self.kind == "plan" and result is not None
-        if done and self.made:
-            result = {**self.made, "lines": printed}
+        if done and self.when_done:
+            result = {**self.when_done, "lines": printed}
         error = next((line for line in reversed(lines) if line.startswith("error:")), (lines or [""])[-1])
         found = PROGRESS.match(lines[-1]) if lines and code is None else None
         numbers = {name: int(found[name].replace(",", "")) for name in ("done", "total")} if found else {}
@@ -87,7 +87,7 @@ class Job:
         }
 
     def end(self) -> None:
-        if self.runs:
+        if self.is_running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGTERM)
 
@@ -100,9 +100,9 @@ class Jobs:
 
     def start(self, kind: str, words: Sequence[str], **result: Any) -> dict[str, str]:
         """Start a job that makes `result`, or prints it as JSON. Raises Refused if too many are running."""
-        if sum(job.runs for job in self.by_id.values()) >= AT_ONCE:
+        if sum(job.is_running for job in self.by_id.values()) >= AT_ONCE:
             raise Refused(429, f"{AT_ONCE} jobs are running; wait for one, or end it", code="too_many_jobs")
-        ended = [name for name, job in self.by_id.items() if not job.runs]
+        ended = [name for name, job in self.by_id.items() if not job.is_running]
         for name in itertools.islice(ended, max(0, len(self.by_id) + 1 - KEPT)):
             del self.by_id[name]
         job = Job(kind, words, result)

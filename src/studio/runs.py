@@ -75,7 +75,7 @@ class Run:
     def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
         self.metrics = Metrics(os.path.join(folder, METRICS))
-        self.known: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read)
+        self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -85,19 +85,19 @@ class Run:
         try:
             stat = os.stat(self.path(name))
             state = stat.st_ino, stat.st_size, stat.st_mtime_ns
-            if name not in self.known or self.known[name][0] != state:
-                self.known[name] = state, read(self.path(name))
-            return self.known[name][1]
+            if name not in self.files_read or self.files_read[name][0] != state:
+                self.files_read[name] = state, read(self.path(name))
+            return self.files_read[name][1]
         except (OSError, ValueError):
             return otherwise
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Read what is new in the folder."""
         self.metrics.update()
-        self.held, self.started = running(self.folder), self.read(STARTED, read_json, {})
-        self.said = self.held or self.read(RUNNING, read_json, {})
+        self.holder, self.started = running(self.folder), self.read(STARTED, read_json, {})
+        self.running_json = self.holder or self.read(RUNNING, read_json, {})
         self.summary = self.read(SUMMARY, read_json, {})
-        self.is_alive = self.held is not None or is_started(self.folder)
+        self.is_alive = self.holder is not None or is_started(self.folder)
         self.history = self.read(VALIDATION, lambda path: read_lines(path, sys.maxsize), [])
         self.config, self.chosen = self.read(CONFIG, read_config, (Config(), {}))
 
@@ -121,7 +121,7 @@ class Run:
     def state(self) -> str:
         if self.is_alive:
             with contextlib.suppress(OSError):
-                since = (self.held or self.started).get("started", math.inf)
+                since = (self.holder or self.started).get("started", math.inf)
                 if self.step and os.path.getmtime(self.metrics.path) > since:
                     return "running"
             return "starting"
@@ -136,10 +136,10 @@ class Run:
             "name": self.name,
             "state": state,
             "step": self.step,
-            "steps": self.said.get("steps") or self.summary.get("planned_steps"),
+            "steps": self.running_json.get("steps") or self.summary.get("planned_steps"),
             "loss": self.metrics.last("loss"),
             "held_out": evaluated[-1] if evaluated else None,
-            "started": self.started.get("started") or self.said.get("started") or self._written(),
+            "started": self.started.get("started") or self.running_json.get("started") or self._written(),
             "peft": typed.get("peft", config.peft),
             "model": typed.get("load_model", ""),
             "can_stop": self.is_alive,
@@ -157,7 +157,7 @@ class Run:
         words = self.started.get("words")
         return {
             **self.overview(),
-            "plan": self.said.get("plan") or self.summary.get("plan") or [],
+            "plan": self.running_json.get("plan") or self.summary.get("plan") or [],
             "curves": self.metrics.thinned(points, begin, end),
             "evaluations": [
                 {**line, "samples": line.get("samples", []) if id(line) in ends else []}
@@ -209,7 +209,7 @@ class Runs:
         """Return a run as it is now. Raises Refused if there is none."""
         folder = self.folders.run(name)
         run = self.by_folder.setdefault(folder, Run(name, folder))
-        run.look()
+        run.update()
         return run
 
     def overviews(self) -> list[dict[str, Any]]:
@@ -267,7 +267,7 @@ class Runs:
         run = self.find(name)
         if not run.is_alive:
             raise Refused(409, f"no process of the run {name} is going", code="not_running")
-        process = (run.held or run.started).get("pid")
+        process = (run.holder or run.started).get("pid")
         if not isinstance(process, int) or process < 2:
             raise Refused(409, f"no file of {name} says which process it is", code="not_running")
         # not SIGINT, which is ignored in children of a server that was started in the background

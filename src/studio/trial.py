@@ -69,10 +69,11 @@ class Trial:
             await self.open.enter_async_context(app.router.lifespan_context(app))
             self.dispatcher.worker.start()
             self.app, self.state = app, "ready"
+        except UserError as error:
+            self.state, self.error = "failed", str(error)
         except Exception as error:  # else it would be loading for good
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            self.state, self.error = "failed", str(error) or type(error).__name__
+            traceback.print_exc()
+            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
 
     async def close(self) -> None:
         """End the answers that are written, and let go of the model."""
