@@ -1,6 +1,7 @@
 """The training page's server, without a browser: paths, uploads, settings, runs, jobs, the chat of a run."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import shlex
@@ -203,6 +204,14 @@ def test_flags_of_the_operator_that_do_not_exist_end_the_start():
     ):
         with pytest.raises(UserError, match=said):
             serve.parse(words)
+
+
+def test_without_locks_of_files_the_start_is_refused(monkeypatch):
+    """On Windows no run would ever be seen as alive."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "fcntl" and find_spec(name) or None)
+    with pytest.raises(UserError, match="--train needs locks of files"):
+        serve.parse(["--train", "."])
 
 
 def test_an_upload_never_overwrites_and_leaves_nothing_if_it_fails(served):

@@ -149,8 +149,8 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
         expect(visitor.step("Run")).to_contain_text(re.compile("Stopped · step [1-9]"))
         visitor.press("Go on")
         expect(visitor.page.locator("#verdict")).to_contain_text("learnt", timeout=2 * PATIENCE)
-        assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == list(range(1, 57))
-        expect(visitor.page.locator("#answers")).to_contain_text("Step 56")
+        assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == list(range(1, 73))
+        expect(visitor.page.locator("#answers")).to_contain_text("Step 72")
         assert not (run / "running.json").exists()
         visitor.press("Try the model")
         visitor.press("Merge into one model")
@@ -186,7 +186,7 @@ def prepare(visitor):
     for label, value in {
         "Learning rate lr_init": "0.01",
         "Rows at once": "8",
-        "Passes over the data": "7",
+        "Passes over the data": "9",
     }.items():
         page.get_by_label(label).fill(value)
     expect(visitor.button("Start training")).to_be_enabled()
