@@ -70,12 +70,13 @@ def is_started(folder: str) -> bool:
 
 
 class Run:
-    """Run in a folder."""
+    """Run in a folder, as it was at the last update()."""
 
     def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
         self.metrics = Metrics(os.path.join(folder, METRICS))
         self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read)
+        self.update()
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -208,9 +209,11 @@ class Runs:
     def find(self, name: str) -> Run:
         """Return a run as it is now. Raises Refused if there is none."""
         folder = self.folders.run(name)
-        run = self.by_folder.setdefault(folder, Run(name, folder))
-        run.update()
-        return run
+        if folder in self.by_folder:
+            self.by_folder[folder].update()
+        else:
+            self.by_folder[folder] = Run(name, folder)
+        return self.by_folder[folder]
 
     def overviews(self) -> list[dict[str, Any]]:
         """List all runs, the newest ones first."""
