@@ -2,7 +2,7 @@
 
 import { ServerError, ask } from "./api.js";
 import { attempt, bytesText, choices, get, showProgress, work } from "./jobs.js";
-import { save, state } from "./state.js";
+import { asked, save, state } from "./state.js";
 import { byId, make } from "./text.js";
 import { said, word } from "./words.js";
 
@@ -20,7 +20,7 @@ export async function showFiles(server, changed) {
 }
 
 export const nameOf = (path) => path.split("/").pop();
-const about = () => JSON.stringify([state.model, state.data]);
+const about = () => JSON.stringify(asked()); // loss and columns decide what rows are
 
 /** Show the preview of a file. It is chosen even if it is wrong, so that its name stands by its mistakes. */
 async function look(path, changed) {
@@ -29,15 +29,15 @@ async function look(path, changed) {
   Object.assign(state, { data: path, rows: 0, ready: false });
   seen = about();
   changed();
-  byId("preview").hidden = true;
-  const settings = { load_model: state.model, data_file: path };
+  for (const id of ["preview", "other-rows"]) byId(id).hidden = true;
   const result = await attempt(step, () => {
     showProgress(step, word("looking"));
-    return work("preview", { settings }, null, mine.signal);
+    return work("preview", { settings: asked() }, null, mine.signal);
   });
   if (mine !== controller) return;
   if (result) showPreview(result);
   else seen = ""; // what is wrong is told again
+  byId("other-rows").hidden = Boolean(result);
   changed();
 }
 

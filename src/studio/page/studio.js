@@ -26,7 +26,7 @@ const adapterIn = () => run?.files.some(({ name }) => /^adapter.*\.pth$/.test(na
 const missing = {
   model: () => "",
   data: () => (state.model ? "" : word("needs_model")),
-  plan: () => missing.data() || (state.ready ? "" : word("needs_data")),
+  plan: () => missing.data() || (state.data ? "" : word("needs_data")),
   run: () => (run ? "" : word("needs_start")),
   try: () => missing.run() || (goes() ? word("needs_end") : adapterIn() ? "" : word("needs_adapter")),
 };
