@@ -16,11 +16,12 @@ import { useLanguage, word } from "./words.js";
 const STEPS = ["model", "data", "plan", "run", "try"];
 const OFTEN = 1; // polls between two lists of runs while one goes, else:
 const SELDOM = 5;
+const BOOLS = { true: "1", false: "0" }; // as a run's record has them
 let server = null;
 let settings = [];
 let runs = [];
 
-const adapterIn = () => run?.files.some(({ name }) => /^adapter.*\.pth$/.test(name));
+const hasTrained = () => run?.files.some(({ name }) => /^(adapter.*|model)\.pth$/.test(name));
 
 /** Why a step can't be done yet; "" where it can. */
 const missing = {
@@ -28,7 +29,7 @@ const missing = {
   data: () => (state.model ? "" : word("needs_model")),
   plan: () => missing.data() || (state.data ? "" : word("needs_data")),
   run: () => (run ? "" : word("needs_start")),
-  try: () => missing.run() || (goes() ? word("needs_end") : adapterIn() ? "" : word("needs_adapter")),
+  try: () => missing.run() || (goes() ? word("needs_end") : hasTrained() ? "" : word("needs_adapter")),
 };
 
 /** What a step's head says once it is done. */
@@ -82,7 +83,8 @@ function preparePlan() {
 
 /** A name for the next run, after its data. */
 function freeName() {
-  const stem = nameOf(state.data).replace(/\.\w+$/, "").replace(/[^\w-]+/g, "-") || "run";
+  const words = nameOf(state.data).replace(/\.\w+$/, "").replace(/[^\p{L}\p{N}_-]+/gu, "-");
+  const stem = [...words.replace(/^-+/, "")].slice(0, 76).join("") || "run"; // 80 with its number
   const isTaken = (name) => runs.some((one) => nameOf(one.name) === name);
   let name = stem;
   for (let i = 2; isTaken(name); i++) name = `${stem}-${i}`;
@@ -102,8 +104,12 @@ async function choose(name) {
 
 /** The steps before show what the run has, so that the next one can begin with it. */
 function adopt() {
-  const { load_model: model = "", data_file: data = "", ...typed } = run.settings;
+  const { load_model: model = "", data_file: data = "", ...others } = run.settings;
   if (data !== state.data) state.rows = 0;
+  const typed = {}; // without the operator's
+  for (const { name, type } of settings) {
+    if (others[name] !== undefined) typed[name] = (type === "bool" && BOOLS[others[name]]) || others[name];
+  }
   Object.assign(state, { model, data, settings: typed, name: "", ready: data !== "" });
   showSettings(settings, show);
 }

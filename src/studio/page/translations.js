@@ -138,6 +138,7 @@ export const ENGLISH = {
   file_adapter: "the adapter, for this base alone",
   file_best: "the adapter at its best step",
   file_merged: "base and adapter in one model",
+  file_model: "the trained model",
   file_gguf: "for llama.cpp and Ollama",
   file_other: "about the run",
 
@@ -306,6 +307,7 @@ export const CHINESE = {
   file_adapter: "适配器，只能配此底模使用",
   file_best: "最佳一步的适配器",
   file_merged: "底模与适配器合一的模型",
+  file_model: "训练好的模型",
   file_gguf: "用于 llama.cpp 和 Ollama",
   file_other: "训练说明",
 

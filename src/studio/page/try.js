@@ -20,16 +20,17 @@ export function showTry(run) {
     return make("li", {}, link, make("small", { textContent: `${bytesText(bytes)} · ${about(name)}` }));
   });
   byId("downloads").replaceChildren(...rows);
-  const merged = files.find(({ name }) => name === "merged.pth");
+  const [merged, whole] = ["merged.pth", "model.pth"].map((file) => files.find(({ name }) => name === file));
   byId("merged").hidden = !merged;
   byId("merged").textContent = merged ? word("merged", { size: bytesText(merged.bytes) }) : "";
-  byId("export").disabled = !merged;
+  step.querySelector("button.main").hidden = Boolean(whole);
+  byId("export").disabled = !merged && !whole;
   byId("chat-room").hidden = room !== run.name;
 }
 
 function about(name) {
   const kind = name.endsWith(".gguf") ? "gguf" : name.replace(/[-.].*/, "");
-  return word(`file_${["adapter", "best", "merged", "gguf"].includes(kind) ? kind : "other"}`);
+  return word(`file_${["adapter", "best", "merged", "model", "gguf"].includes(kind) ? kind : "other"}`);
 }
 
 /** A server with a key gives no file to a bare link. */
