@@ -12,7 +12,7 @@ let seen = ""; // what the shown preview is about
 let controller = null;
 
 export async function showFiles(server, changed) {
-  limits = server.limits;
+  limits = server?.limits ?? limits;
   const found = (await attempt(step, () => get("studio/data"))) ?? [];
   const files = found.map(({ bytes, ...file }) => ({ ...file, note: bytesText(bytes) }));
   choices(byId("files"), files, state.data, (path) => look(path, changed));

@@ -21,7 +21,7 @@ export async function showModels(server, changed) {
   }));
   choices(byId("models"), shown, state.model, (path) => take(path, changed));
   byId("no-models").hidden = shown.length > 0;
-  byId("no-models").textContent = word("no_models", server);
+  byId("no-models").textContent = word("no_models", server ?? { folder: "…" });
   changed();
 }
 
@@ -45,7 +45,7 @@ async function fetchModel(server, changed, body) {
     state.model = result.name; // a run is given the name, and finds the file again
     byId("model-path").value = "";
   }, button);
-  if (!step.querySelector(".problem").textContent) await showModels(server, changed);
+  if (!step.querySelector(".problem").textContent) await showModels(server(), changed);
 }
 
 export function listenToModel(server, changed) {
@@ -54,7 +54,7 @@ export function listenToModel(server, changed) {
     const path = byId("model-path").value.trim();
     if (!path) return;
     if (path.startsWith("hf://")) {
-      await fetchModel(server(), changed, { name: path });
+      await fetchModel(server, changed, { name: path });
       return;
     }
     await attempt(step, async () => {
@@ -66,5 +66,5 @@ export function listenToModel(server, changed) {
     if (state.model === path) await showModels(server(), changed);
   });
   step.querySelector(".progress button").addEventListener("click", () => controller.abort());
-  if (state.jobs.fetch) fetchModel(server(), changed);
+  if (state.jobs.fetch) fetchModel(server, changed);
 }

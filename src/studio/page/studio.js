@@ -20,6 +20,8 @@ const BOOLS = { true: "1", false: "0" }; // as a run's record has them
 let server = null;
 let settings = [];
 let runs = [];
+let troubled = false; // whether the last request failed
+let isStarting = false;
 
 const hasTrained = () => run?.files.some(({ name }) => /^(adapter.*|model)\.pth$/.test(name));
 
@@ -59,7 +61,7 @@ function show() {
   }
   byId("model").querySelector(".main").disabled = !state.model;
   byId("data").querySelector(":scope > .body > .main").disabled = !state.ready;
-  byId("plan").querySelector(".main").disabled = !plan || !plan.fits || !state.name;
+  byId("plan").querySelector(".main").disabled = isStarting || !plan?.fits || !state.name;
   byId("run").querySelector(":scope > .body > .main").disabled = Boolean(missing.try());
   if (run && !missing.try()) showTry(run);
   save();
@@ -68,7 +70,7 @@ function show() {
 function open(name) {
   state.step = name;
   show();
-  if (state.step === "data") showFiles(server, show).then(show);
+  if (state.step === "data" && server) showFiles(server, show).then(show);
   if (state.step === "plan") preparePlan();
   const head = byId(state.step).querySelector("h2 button");
   head.focus({ preventScroll: true });
@@ -94,7 +96,7 @@ function freeName() {
 async function choose(name) {
   state.run = name;
   await hear(name);
-  if (!run) return show();
+  if (run?.name !== name) return show(); // another one was chosen, or the server can't be reached
   adopt();
   await showBeside();
   if (getComputedStyle(document.querySelector("main")).display === "none") closePanel();
@@ -119,41 +121,53 @@ async function listRuns() {
   showRuns(runs, choose);
 }
 
+async function askedAgain(isDue) {
+  if (isDue) await listRuns();
+  const listed = runs.find((one) => one.name === state.run);
+  const isNew = state.run !== (run?.name ?? ""); // it could not be asked for before
+  if (isNew || goes() || (listed && listed.state !== run.state)) await heardOf(state.run);
+  if (isNew && run && !state.data) adopt();
+}
+
 /** Ask again and again, while somebody sees the page. */
 async function poll() {
   for (let count = 1; ; count++) {
     await pause();
-    try {
-      if (!server) await meetServer();
-      if (goes()) await heardOf(state.run);
-      if (count % (goes() ? OFTEN : SELDOM) === 0) await listRuns();
-      const listed = runs.find((one) => one.name === state.run);
-      if (listed && run && listed.state !== run.state) await heardOf(state.run); // by another tab
-      complain(document.querySelector("main"));
-    } catch (error) {
-      complain(document.querySelector("main"), error);
-      if (error.status === 401) server = null;
-    }
+    if (!server) await meetServer();
+    else await attended(() => askedAgain(troubled || count % (goes() ? OFTEN : SELDOM) === 0));
     show();
   }
 }
 
-async function meetServer() {
+/** Ask something of the server, with its errors above all steps until it answers again. */
+async function attended(what) {
+  let text = "";
   try {
-    [server, settings] = await Promise.all(["studio", "studio/settings"].map(get));
+    await what();
   } catch (error) {
+    if (error.status === 401) server = null;
     byId("key-form").hidden = error.status !== 401;
-    if (error.status !== 401 || readKey()) complain(document.querySelector("main"), error);
-    return;
+    if (error.status !== 401 || readKey()) text = error.message;
   }
+  troubled = Boolean(text);
+  // said once, not each second
+  if (byId("problem").textContent !== text) complain(document.querySelector("main"), text);
+}
+
+async function meetServer() {
+  let met = null;
+  await attended(async () => {
+    [met, settings] = await Promise.all(["studio", "studio/settings"].map(get));
+    await listRuns();
+  });
+  if (troubled || !met) return;
+  server = met;
   byId("key-form").hidden = true;
-  complain(document.querySelector("main"));
-  await listRuns();
   await hear(state.run);
   if (run && !state.data) adopt();
+  speak();
   await showModels(server, show);
   await showBeside();
-  speak();
   if (["data", "plan"].includes(state.step)) open(state.step);
 }
 
@@ -184,12 +198,16 @@ function listen() {
   mains("model").addEventListener("click", () => open("data"));
   mains("data").addEventListener("click", () => open("plan"));
   mains("plan").addEventListener("click", async ({ target }) => {
+    isStarting = true;
     const name = await start(target);
-    if (!name) return;
-    Object.assign(state, { run: name, name: "" });
-    await hear(name);
-    await listRuns();
-    open("run");
+    show();
+    if (name) {
+      Object.assign(state, { run: name, name: "" });
+      await changed();
+      open("run");
+    }
+    isStarting = false;
+    show();
   });
   mains("run").addEventListener("click", () => open("try"));
   byId("new").addEventListener("click", () => {
@@ -215,13 +233,13 @@ function listen() {
   window.addEventListener("hashchange", () => {
     const before = state.run;
     readAddress();
-    if (state.run !== before) choose(state.run);
+    if (server && state.run !== before) choose(state.run);
   });
 }
 
 const changed = async () => {
   await hear(state.run);
-  await listRuns();
+  await attended(listRuns);
   show();
 };
 
@@ -232,11 +250,12 @@ listenToColours();
 listenToPanels(() => showRuns(runs, choose));
 listenToPlan(show);
 listenToRun(changed);
-speak();
-await meetServer();
 listenToModel(() => server, show);
 listenToData(() => server, show);
 listenToTry(changed);
+speak();
+show();
+await meetServer();
 if (matchMedia("(min-width: 75rem)").matches) togglePanel("runs", true);
 show();
 document.body.classList.add("ready");
