@@ -27,9 +27,8 @@ export async function ask(path, options = {}) {
 async function refusal(response) {
   const { status } = response;
   if (status === 401) return new ServerError(word(readKey() ? "wrong_key" : "needs_key"), status);
-  if (status === 429) {
-    return new ServerError(word("busy", { seconds: response.headers.get("Retry-After") ?? "10" }), status);
-  }
+  const seconds = response.headers.get("Retry-After");
+  if (status === 429 && seconds) return new ServerError(word("busy", { seconds }), status);
   const body = await response.json().catch(() => null);
   const message = body?.error?.message ?? `${status} ${response.statusText}`;
   return new ServerError(word("refused", { message }), status);

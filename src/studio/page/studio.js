@@ -10,7 +10,7 @@ import { goes, hear, heardOf, listenToRun, run, shortName, showBeside, showRuns 
 import { readAddress, restore, save, state } from "./state.js";
 import { keepKey, readKey } from "./store.js";
 import { byId } from "./text.js";
-import { listenToTry, showTry } from "./try.js";
+import { checkChat, listenToTry, showTry } from "./try.js";
 import { useLanguage, word } from "./words.js";
 
 const STEPS = ["model", "data", "plan", "run", "try"];
@@ -127,6 +127,7 @@ async function askedAgain(isDue) {
   const isNew = state.run !== (run?.name ?? ""); // it could not be asked for before
   if (isNew || goes() || (listed && listed.state !== run.state)) await heardOf(state.run);
   if (isNew && run && !state.data) adopt();
+  await checkChat();
 }
 
 /** Ask again and again, while somebody sees the page. */

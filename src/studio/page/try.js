@@ -1,7 +1,7 @@
 // The last step: a chat with base and adapter side by side, one merged model, files.
 
 import { ask } from "./api.js";
-import { attempt, bytesText, follow, get, pathOf, pause, post, showProgress, work } from "./jobs.js";
+import { attempt, bytesText, complain, follow, get, pathOf, pause, post, showProgress, work } from "./jobs.js";
 import { readKey } from "./store.js";
 import { state } from "./state.js";
 import { byId, make } from "./text.js";
@@ -10,22 +10,30 @@ import { word } from "./words.js";
 const step = byId("try");
 const CHAT = "rwkv-miss"; // the chat page's own state
 const WRITES = { merge: "merging", export: "exporting" };
+let run = null; // the one that is shown
 let room = ""; // the run that the chat below is about
+let shown = ""; // what is listed for download
+let isBusy = false;
 
-export function showTry(run) {
+export function showTry(found) {
+  run = found;
   const files = run.files.filter(({ name }) => /\.(pth|gguf|safetensors)$|^run_card\.md$/.test(name));
+  const [merged, whole] = ["merged.pth", "model.pth"].map((file) => files.find(({ name }) => name === file));
+  for (const button of step.querySelectorAll(".row button")) button.disabled = isBusy;
+  byId("export").disabled ||= !merged && !whole;
+  byId("chat-room").hidden = room !== run.name;
+  const now = JSON.stringify([run.name, files, state.language]);
+  if (now === shown) return; // a link keeps the focus
+  shown = now;
   const rows = files.map(({ name, bytes }) => {
     const link = make("a", { href: `${pathOf(run.name)}/files/${name}`, download: name, textContent: name });
     link.addEventListener("click", (event) => readKey() && fetchFile(event, link));
     return make("li", {}, link, make("small", { textContent: `${bytesText(bytes)} · ${about(name)}` }));
   });
   byId("downloads").replaceChildren(...rows);
-  const [merged, whole] = ["merged.pth", "model.pth"].map((file) => files.find(({ name }) => name === file));
   byId("merged").hidden = !merged;
   byId("merged").textContent = merged ? word("merged", { size: bytesText(merged.bytes) }) : "";
   step.querySelector("button.main").hidden = Boolean(whole);
-  byId("export").disabled = !merged && !whole;
-  byId("chat-room").hidden = room !== run.name;
 }
 
 function about(name) {
@@ -43,33 +51,67 @@ async function fetchFile(event, link) {
   });
 }
 
-async function openChat(button) {
-  await attempt(step, async () => {
+/** Do something that takes a while, with all buttons held. */
+async function held(what) {
+  isBusy = true;
+  for (const button of step.querySelectorAll(".row button")) button.disabled = true;
+  await attempt(step, what);
+  isBusy = false;
+}
+
+/** A chat's page saves its state when it goes: so it goes before the next one's is made. */
+function closeChat() {
+  const frame = byId("chat-room").querySelector("iframe");
+  const next = frame.cloneNode();
+  next.removeAttribute("src");
+  frame.remove();
+  byId("chat-room").append(next);
+  byId("chat-room").hidden = true;
+  room = "";
+  return next;
+}
+
+/** Close the chat if the server has another run's model by now, or none. */
+export async function checkChat() {
+  const mine = room;
+  const trial = mine && (await get("studio/try"));
+  if (!mine || room !== mine || (trial.run === mine && trial.state === "ready")) return;
+  closeChat();
+  complain(step, trial.error ?? word("chat_gone"));
+}
+
+async function openChat() {
+  const { name } = run;
+  await held(async () => {
     showProgress(step, word("loading"));
-    await post(`${pathOf(state.run)}/try`);
+    await post(`${pathOf(name)}/try`);
+    const frame = closeChat();
     let trial;
-    while (!["ready", "failed"].includes((trial = await get("studio/try")).state)) await pause(500);
-    if (trial.state === "failed") throw new Error(trial.error);
+    while ((trial = await get("studio/try")).state === "loading") await pause(500);
+    if (trial.state !== "ready" || trial.run !== name) throw new Error(trial.error ?? word("chat_gone"));
     const sides = ["", null].map((adapter) => ({ adapter: adapter ?? "adapter", scale: "" }));
     const chosen = { compare: true, sides, language: state.language };
     sessionStorage.setItem(CHAT, JSON.stringify(chosen));
-    room = trial.run;
-    byId("chat-room").hidden = false;
-    byId("chat-room").querySelector("iframe").src = `try/?${Date.now()}`;
-  }, button);
+    room = name;
+    byId("chat-room").hidden = room !== run.name;
+    frame.src = `try/?${Date.now()}`;
+  });
 }
 
 async function write(kind, changed, isRunning) {
   const progress = ({ progress: now }) => showProgress(step, now?.text ?? word(WRITES[kind]), now ?? {});
   showProgress(step, word(WRITES[kind]));
-  const work_it = () => (isRunning ? follow(kind, progress) : work(kind, { run: state.run }, progress));
-  await attempt(step, work_it, byId(kind) ?? step.querySelector("button.main"));
+  const work_it = () => (isRunning ? follow(kind, progress) : work(kind, { run: run.name }, progress));
+  await held(work_it);
   await changed();
 }
 
 export function listenToTry(changed) {
   step.querySelector("button.main").addEventListener("click", () => write("merge", changed));
   byId("export").addEventListener("click", () => write("export", changed));
-  byId("chat").addEventListener("click", ({ target }) => openChat(target));
+  byId("chat").addEventListener("click", async () => {
+    await openChat();
+    await changed();
+  });
   for (const kind of Object.keys(WRITES)) if (state.jobs[kind]) write(kind, changed, true);
 }
