@@ -12,7 +12,7 @@ from typing import Any
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import did_you_mean
 
-from ..config.schema import FIELDS, GROUPS, type_of
+from ..config.schema import FIELDS, type_of
 from ..serving.errors import wrong
 from .folders import Folders
 
@@ -27,9 +27,9 @@ ALLOWED = [name for name, field in FIELDS.items() if not field.metadata["operato
 
 def described() -> list[dict[str, Any]]:
     """Describe every setting that the page may set."""
-    begins, group, fields = {first: heading for heading, _, first in GROUPS}, "", []
-    for name, field in FIELDS.items():
-        group, meta = begins.get(name, group), field.metadata
+    fields = []
+    for name in ALLOWED:
+        meta = FIELDS[name].metadata
         choices = (*sorted(METHODS), "none") if name == "peft" else meta["choices"]
         fields.append(
             {
@@ -41,10 +41,9 @@ def described() -> list[dict[str, Any]]:
                 "choices": choices,
                 "words": list(meta["words"]),
                 "common": name in COMMON,
-                "group": group,
             }
         )
-    return [field for field in fields if field["name"] in ALLOWED]
+    return fields
 
 
 def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str, str]) -> list[str]:
