@@ -14,9 +14,10 @@ export class ServerError extends Error {
 export async function ask(path, options = {}) {
   const key = readKey();
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const signal = options.method ? null : AbortSignal.timeout(60_000); // what is sent may take longer
   let response;
   try {
-    response = await fetch(path, { ...options, headers, referrerPolicy: "no-referrer" });
+    response = await fetch(path, { signal, ...options, headers, referrerPolicy: "no-referrer" });
   } catch (error) {
     throw error.name === "AbortError" ? error : new ServerError(word("unreachable"));
   }
