@@ -299,11 +299,11 @@ def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browse
         page.get_by_label("(1) 数据.jsonl").check()
         expect(visitor.step("Data")).to_contain_text("say so in the plan's settings")
         assert asked[-1]["kind"] == "preview"
-        assert {"packing": "0", "loss": "kto"}.items() <= asked[-1]["settings"].items()
+        assert {"packing": "false", "loss": "kto"}.items() <= asked[-1]["settings"].items()
         assert "wandb" not in asked[-1]["settings"]
         visitor.step("Plan").get_by_role("button").first.click()
         assert page.get_by_label("Name", exact=True).input_value() == "1-数据"
-        assert page.locator("#set-packing").input_value() == "0"
+        assert page.locator("#set-packing").input_value() == "false"
         visitor.step("Try").get_by_role("button").first.click()
         expect(visitor.button("Export to GGUF")).to_be_enabled()
 

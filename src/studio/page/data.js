@@ -1,7 +1,7 @@
 // The second step: rows, and how the model will see them.
 
 import { ServerError, ask } from "./api.js";
-import { attempt, bytesText, choices, get, showProgress, work } from "./jobs.js";
+import { attempt, bytesText, choices, complain, get, showProgress, work } from "./jobs.js";
 import { asked, save, state } from "./state.js";
 import { byId, make } from "./text.js";
 import { said, word } from "./words.js";
@@ -17,10 +17,11 @@ export async function showFiles(server, changed) {
   const files = found.map(({ bytes, ...file }) => ({ ...file, note: bytesText(bytes) }));
   choices(byId("files"), files, state.data, (path) => look(path, changed));
   if (state.data && seen !== about()) await look(state.data, changed);
+  if (!state.data) for (const id of ["preview", "other-rows"]) byId(id).hidden = true;
 }
 
 export const nameOf = (path) => path.split("/").pop();
-const about = () => JSON.stringify(asked()); // loss and columns decide what rows are
+const about = () => JSON.stringify([state.language, asked()]); // loss and columns decide what rows are
 
 /** Show the preview of a file. It is chosen even if it is wrong, so that its name stands by its mistakes. */
 async function look(path, changed) {
@@ -85,18 +86,21 @@ async function upload(name, blob, changed, server) {
 
 export function listenToData(server, changed) {
   const drop = step.querySelector(".drop");
-  const take = async (files) => {
-    if (files.length) await upload(files[0].name, files[0], changed, server());
+  const take = async ([file, ...others]) => {
+    if (others.length) complain(step, word("one_file"));
+    else if (file) await upload(file.name, file, changed, server());
   };
   byId("data-file").addEventListener("change", async ({ target }) => {
     await take([...target.files]);
     target.value = "";
   });
   for (const [event, over] of Object.entries({ dragover: true, dragleave: false, drop: false })) {
-    drop.addEventListener(event, (happened) => {
+    // beside the box a file would replace the page
+    window.addEventListener(event, (happened) => {
+      if (!happened.dataTransfer?.types.includes("Files")) return;
       happened.preventDefault();
       drop.classList.toggle("over", over);
-      if (event === "drop") take([...happened.dataTransfer.files]);
+      if (event === "drop" && state.step === "data") take([...happened.dataTransfer.files]);
     });
   }
   byId("use-rows").addEventListener("click", async () => {

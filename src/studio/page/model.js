@@ -6,18 +6,21 @@ import { byId } from "./text.js";
 import { word } from "./words.js";
 
 const step = byId("model");
+const isMerged = ({ path }) => path.endsWith("/merged.pth");
 let found = [];
 let controller = new AbortController();
 
-export async function showModels(server, changed) {
+/** List the models. One is chosen: the `last` that was used, or the only one. */
+export async function showModels(server, changed, last = "") {
   const named = await attempt(step, () => get("studio/models"));
   found = named ?? found;
-  if (!state.model && found.length === 1) state.model = found[0].path;
-  const listed = found.some(({ path }) => path === state.model);
-  const others = state.model && !listed ? [{ path: state.model, note: "" }] : [];
-  const shown = [...found, ...others].map((model) => ({
-    ...model,
-    note: [model.bytes && bytesText(model.bytes), model.about].filter(Boolean).join(", "),
+  const isFound = (model) => found.some(({ path }) => path === model);
+  const bases = found.filter((model) => !isMerged(model));
+  state.model ||= isFound(last) ? last : bases.length === 1 ? bases[0].path : "";
+  const others = state.model && !isFound(state.model) ? [{ path: state.model, note: "" }] : [];
+  const shown = [...found, ...others].map(({ bytes, about, ...one }) => ({
+    ...one,
+    note: [bytes && bytesText(bytes), about, isMerged(one) && word("file_merged")].filter(Boolean).join(", "),
   }));
   choices(byId("models"), shown, state.model, (path) => take(path, changed));
   byId("no-models").hidden = shown.length > 0;

@@ -27,7 +27,7 @@ export function showSettings(settings, changed) {
 function field(setting, changed) {
   const { name, help, choices } = setting;
   const id = `set-${name}`;
-  const options = setting.type === "bool" ? ["0", "1"] : choices?.filter((choice) => choice !== "");
+  const options = setting.type === "bool" ? ["false", "true"] : choices?.filter((choice) => choice !== "");
   const input = make(options?.length ? "select" : "input", { id, spellcheck: false });
   if (options?.length) {
     input.append(make("option", { value: "" }));
@@ -40,6 +40,8 @@ function field(setting, changed) {
     if (input.value === "") delete state.settings[name];
     else state.settings[name] = input.value;
     save();
+    [plan, planned] = [null, ""]; // it was about something else
+    changed();
     clearTimeout(timer);
     timer = setTimeout(() => showPlan(changed), options?.length ? 0 : 600);
   });
@@ -57,7 +59,7 @@ function field(setting, changed) {
 
 function valueText(setting, value) {
   if (setting.type !== "bool") return value;
-  return word(value === "1" ? "yes" : "no");
+  return word(value === "true" ? "yes" : "no");
 }
 
 /** What stands in a field nobody touched: its default, with what it means and may be. */
@@ -80,7 +82,6 @@ function hold(input, setting, text) {
 }
 
 function textOf(value) {
-  if (typeof value === "boolean") return value ? "1" : "0";
   if (value === null || value === undefined) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
@@ -173,13 +174,14 @@ function showNeeds() {
   byId("needs").replaceChildren(...rows);
   const flags = Object.entries(plan?.fix ?? {}).map(([name, value]) => `--${name} ${textOf(value)}`);
   byId("fix").hidden = !flags.length;
+  if (plan && !plan.fits && !flags.length) complain(step, plan.lines.at(-1).replace(/^verdict +/, ""));
   byId("fix").textContent = word("fix", { flags: flags.join(" ") });
 }
 
 export function listenToPlan(changed) {
   byId("search").addEventListener("input", filter);
   byId("fix").addEventListener("click", () => {
-    for (const [name, value] of Object.entries(plan.fix)) {
+    for (const [name, value] of Object.entries(plan?.fix ?? {})) {
       state.settings[name] = textOf(value);
       if (fields[name]) fields[name].input.value = state.settings[name];
     }

@@ -14,15 +14,12 @@ import { checkChat, listenToTry, showTry } from "./try.js";
 import { useLanguage, word } from "./words.js";
 
 const STEPS = ["model", "data", "plan", "run", "try"];
-const OFTEN = 1; // polls between two lists of runs while one goes, else:
-const SELDOM = 5;
-const BOOLS = { true: "1", false: "0" }; // as a run's record has them
+const SELDOM = 5; // polls between two lists of runs while none goes
 let server = null;
 let settings = [];
 let runs = [];
-let troubled = false; // whether the last request failed
-let isStarting = false;
 
+const trouble = () => byId("problem").textContent;
 const hasTrained = () => run?.files.some(({ name }) => /^(adapter.*|model)\.pth$/.test(name));
 
 /** Why a step can't be done yet; "" where it can. */
@@ -61,15 +58,16 @@ function show() {
   }
   byId("model").querySelector(".main").disabled = !state.model;
   byId("data").querySelector(":scope > .body > .main").disabled = !state.ready;
-  byId("plan").querySelector(".main").disabled = isStarting || !plan?.fits || !state.name;
+  byId("plan").querySelector(".main").disabled = !plan?.fits || !state.name;
   byId("run").querySelector(":scope > .body > .main").disabled = Boolean(missing.try());
-  if (run && !missing.try()) showTry(run);
+  if (run && !missing.try()) showTry();
   save();
 }
 
 function open(name) {
   state.step = name;
   show();
+  if (state.step === "model" && server) showModels(server, show, runs[0]?.model);
   if (state.step === "data" && server) showFiles(server, show).then(show);
   if (state.step === "plan") preparePlan();
   const head = byId(state.step).querySelector("h2 button");
@@ -108,10 +106,8 @@ async function choose(name) {
 function adopt() {
   const { load_model: model = "", data_file: data = "", ...others } = run.settings;
   if (data !== state.data) state.rows = 0;
-  const typed = {}; // without the operator's
-  for (const { name, type } of settings) {
-    if (others[name] !== undefined) typed[name] = (type === "bool" && BOOLS[others[name]]) || others[name];
-  }
+  const known = settings.filter(({ name }) => name in others); // without the operator's
+  const typed = Object.fromEntries(known.map(({ name }) => [name, others[name]]));
   Object.assign(state, { model, data, settings: typed, name: "", ready: data !== "" });
   showSettings(settings, show);
 }
@@ -135,7 +131,7 @@ async function poll() {
   for (let count = 1; ; count++) {
     await pause();
     if (!server) await meetServer();
-    else await attended(() => askedAgain(troubled || count % (goes() ? OFTEN : SELDOM) === 0));
+    else await attended(() => askedAgain(trouble() || goes() || count % SELDOM === 0));
     show();
   }
 }
@@ -150,24 +146,20 @@ async function attended(what) {
     byId("key-form").hidden = error.status !== 401;
     if (error.status !== 401 || readKey()) text = error.message;
   }
-  troubled = Boolean(text);
-  // said once, not each second
-  if (byId("problem").textContent !== text) complain(document.querySelector("main"), text);
+  if (trouble() !== text) complain(document.querySelector("main"), text);
 }
 
 async function meetServer() {
-  let met = null;
   await attended(async () => {
-    [met, settings] = await Promise.all(["studio", "studio/settings"].map(get));
-    await listRuns();
+    [server, settings] = await Promise.all(["studio", "studio/settings"].map(get));
   });
-  if (troubled || !met) return;
-  server = met;
+  if (!server) return;
   byId("key-form").hidden = true;
+  await attended(listRuns);
   await hear(state.run);
   if (run && !state.data) adopt();
   speak();
-  await showModels(server, show);
+  await showModels(server, show, runs[0]?.model);
   await showBeside();
   if (["data", "plan"].includes(state.step)) open(state.step);
 }
@@ -199,16 +191,12 @@ function listen() {
   mains("model").addEventListener("click", () => open("data"));
   mains("data").addEventListener("click", () => open("plan"));
   mains("plan").addEventListener("click", async ({ target }) => {
-    isStarting = true;
-    const name = await start(target);
+    const name = await start(target.parentElement);
+    if (!name) return;
+    Object.assign(state, { run: name, name: "" });
     show();
-    if (name) {
-      Object.assign(state, { run: name, name: "" });
-      await changed();
-      open("run");
-    }
-    isStarting = false;
-    show();
+    await changed();
+    open("run");
   });
   mains("run").addEventListener("click", () => open("try"));
   byId("new").addEventListener("click", () => {

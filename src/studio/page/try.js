@@ -1,26 +1,25 @@
 // The last step: a chat with base and adapter side by side, one merged model, files.
 
 import { ask } from "./api.js";
-import { attempt, bytesText, complain, follow, get, pathOf, pause, post, showProgress, work } from "./jobs.js";
+import { attempt, bytesText, complain, follow, get } from "./jobs.js";
+import { pathOf, pause, post, showProgress, work } from "./jobs.js";
+import { run } from "./run.js";
 import { readKey } from "./store.js";
 import { state } from "./state.js";
 import { byId, make } from "./text.js";
 import { word } from "./words.js";
 
 const step = byId("try");
+const buttons = step.querySelector("fieldset"); // held together
 const CHAT = "rwkv-miss"; // the chat page's own state
 const WRITES = { merge: "merging", export: "exporting" };
-let run = null; // the one that is shown
 let room = ""; // the run that the chat below is about
 let shown = ""; // what is listed for download
-let isBusy = false;
 
-export function showTry(found) {
-  run = found;
+export function showTry() {
   const files = run.files.filter(({ name }) => /\.(pth|gguf|safetensors)$|^run_card\.md$/.test(name));
   const [merged, whole] = ["merged.pth", "model.pth"].map((file) => files.find(({ name }) => name === file));
-  for (const button of step.querySelectorAll(".row button")) button.disabled = isBusy;
-  byId("export").disabled ||= !merged && !whole;
+  byId("export").disabled = !merged && !whole;
   byId("chat-room").hidden = room !== run.name;
   const now = JSON.stringify([run.name, files, state.language]);
   if (now === shown) return; // a link keeps the focus
@@ -45,18 +44,10 @@ function about(name) {
 async function fetchFile(event, link) {
   event.preventDefault();
   await attempt(step, async () => {
-    const url = URL.createObjectURL(await (await ask(link.getAttribute("href"))).blob());
+    const url = URL.createObjectURL(await (await ask(link.getAttribute("href"), { method: "GET" })).blob());
     make("a", { href: url, download: link.download }).click();
     setTimeout(() => URL.revokeObjectURL(url), 60_000);
   });
-}
-
-/** Do something that takes a while, with all buttons held. */
-async function held(what) {
-  isBusy = true;
-  for (const button of step.querySelectorAll(".row button")) button.disabled = true;
-  await attempt(step, what);
-  isBusy = false;
 }
 
 /** A chat's page saves its state when it goes: so it goes before the next one's is made. */
@@ -64,10 +55,8 @@ function closeChat() {
   const frame = byId("chat-room").querySelector("iframe");
   const next = frame.cloneNode();
   next.removeAttribute("src");
-  frame.remove();
-  byId("chat-room").append(next);
-  byId("chat-room").hidden = true;
-  room = "";
+  frame.replaceWith(next);
+  [room, byId("chat-room").hidden] = ["", true];
   return next;
 }
 
@@ -82,36 +71,32 @@ export async function checkChat() {
 
 async function openChat() {
   const { name } = run;
-  await held(async () => {
+  await attempt(step, async () => {
     showProgress(step, word("loading"));
     await post(`${pathOf(name)}/try`);
     const frame = closeChat();
     let trial;
     while ((trial = await get("studio/try")).state === "loading") await pause(500);
     if (trial.state !== "ready" || trial.run !== name) throw new Error(trial.error ?? word("chat_gone"));
-    const sides = ["", null].map((adapter) => ({ adapter: adapter ?? "adapter", scale: "" }));
-    const chosen = { compare: true, sides, language: state.language };
-    sessionStorage.setItem(CHAT, JSON.stringify(chosen));
+    const sides = ["", "adapter"].map((adapter) => ({ adapter, scale: "" }));
+    sessionStorage.setItem(CHAT, JSON.stringify({ compare: true, sides, language: state.language }));
     room = name;
-    byId("chat-room").hidden = room !== run.name;
+    byId("chat-room").hidden = room !== run?.name;
     frame.src = `try/?${Date.now()}`;
-  });
+  }, buttons);
 }
 
 async function write(kind, changed, isRunning) {
   const progress = ({ progress: now }) => showProgress(step, now?.text ?? word(WRITES[kind]), now ?? {});
   showProgress(step, word(WRITES[kind]));
   const work_it = () => (isRunning ? follow(kind, progress) : work(kind, { run: run.name }, progress));
-  await held(work_it);
+  await attempt(step, work_it, buttons);
   await changed();
 }
 
 export function listenToTry(changed) {
   step.querySelector("button.main").addEventListener("click", () => write("merge", changed));
   byId("export").addEventListener("click", () => write("export", changed));
-  byId("chat").addEventListener("click", async () => {
-    await openChat();
-    await changed();
-  });
+  byId("chat").addEventListener("click", openChat);
   for (const kind of Object.keys(WRITES)) if (state.jobs[kind]) write(kind, changed, true);
 }
