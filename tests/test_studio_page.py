@@ -208,6 +208,35 @@ def answers_right(visitor):
     assert sum(right) >= 4 and said[::2] != said[1::2], said
 
 
+def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browser, tmp_path):
+    base, asked = shutil.copy(BASE, tmp_path), []
+    run = made_run(tmp_path / "runs" / "whole", verdict=VERDICT)
+    (run / "config.yaml").write_text(f"load_model: {base}\npacking: false\nwandb: mine\nloss: kto\n")
+    (run / "model.pth").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "(1) 数据.jsonl").write_text("{}\n")
+
+    def refuse(route):
+        asked.append(route.request.post_data_json)
+        route.fulfill(status=400, json={"error": {"message": "a pair is for --loss dpo"}})
+
+    with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Fwhole") as visitor:
+        page = visitor.page
+        page.route("**/studio/jobs", refuse)  # a preview is a process, which takes seconds
+        expect(visitor.button("Try the model")).to_be_enabled()
+        visitor.step("Data").get_by_role("button").first.click()
+        page.get_by_label("(1) 数据.jsonl").check()
+        expect(visitor.step("Data")).to_contain_text("say so in the plan's settings")
+        assert asked[-1]["kind"] == "preview"
+        assert {"packing": "false", "loss": "kto"}.items() <= asked[-1]["settings"].items()
+        assert "wandb" not in asked[-1]["settings"]
+        visitor.step("Plan").get_by_role("button").first.click()
+        assert page.get_by_label("Name", exact=True).input_value() == "1-数据"
+        assert page.locator("#set-packing").input_value() == "false"
+        visitor.step("Try").get_by_role("button").first.click()
+        expect(visitor.button("Export to GGUF")).to_be_enabled()
+
+
 VERDICT = {
     "name": "learnt",
     "rule": "answers learnt",
@@ -277,35 +306,6 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         with visiting(browser, url) as wide:
             assert studio_picture.run_and_others(wide.page).startswith(b"\x89PNG")
             assert wide.page.evaluate("document.documentElement.scrollWidth") == 1280
-
-
-def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browser, tmp_path):
-    base, asked = shutil.copy(BASE, tmp_path), []
-    run = made_run(tmp_path / "runs" / "whole", verdict=VERDICT)
-    (run / "config.yaml").write_text(f"load_model: {base}\npacking: false\nwandb: mine\nloss: kto\n")
-    (run / "model.pth").touch()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "(1) 数据.jsonl").write_text("{}\n")
-
-    def refuse(route):
-        asked.append(route.request.post_data_json)
-        route.fulfill(status=400, json={"error": {"message": "a pair is for --loss dpo"}})
-
-    with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Fwhole") as visitor:
-        page = visitor.page
-        page.route("**/studio/jobs", refuse)  # a preview is a process, which takes seconds
-        expect(visitor.button("Try the model")).to_be_enabled()
-        visitor.step("Data").get_by_role("button").first.click()
-        page.get_by_label("(1) 数据.jsonl").check()
-        expect(visitor.step("Data")).to_contain_text("say so in the plan's settings")
-        assert asked[-1]["kind"] == "preview"
-        assert {"packing": "false", "loss": "kto"}.items() <= asked[-1]["settings"].items()
-        assert "wandb" not in asked[-1]["settings"]
-        visitor.step("Plan").get_by_role("button").first.click()
-        assert page.get_by_label("Name", exact=True).input_value() == "1-数据"
-        assert page.locator("#set-packing").input_value() == "false"
-        visitor.step("Try").get_by_role("button").first.click()
-        expect(visitor.button("Export to GGUF")).to_be_enabled()
 
 
 def test_every_word_is_there_in_both_languages(browser, tmp_path):
