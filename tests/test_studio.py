@@ -188,12 +188,13 @@ def test_the_command_is_the_one_of_a_terminal(tmp_path):
     assert "r.py" not in found["command"] and served.get("/studio")["train_flags"][0] == "--reward_file=r.py"
 
 
-def test_flags_of_the_operator_that_do_not_exist_end_the_start():
+def test_flags_of_the_operator_that_do_not_exist_end_the_start(tmp_path):
     with pytest.raises(UserError, match="did you mean --reward_file"):
         program.checked_flags("--reward_fil r.py")
-    with pytest.raises(UserError, match="/nowhere is no folder"):
-        Folders(".", ["/nowhere"])
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="--models /nowhere is no folder"):
+        Folders(str(tmp_path / "work"), ["/nowhere"])
+    assert not os.listdir(tmp_path)
+    with pytest.raises(UserError, match="--train /dev/null/work: no folder can be made there"):
         Folders("/dev/null/work")
     for words, said in (
         ([], "give --model FILE, or --train FOLDER"),

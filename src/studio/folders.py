@@ -38,11 +38,13 @@ class Folders:
     """The work folder, which is written to, and other folders, which are only read."""
 
     def __init__(self, work: str, others: Sequence[str] = ()):
-        with contextlib.suppress(OSError):
-            os.makedirs(work, exist_ok=True)
-        for folder in (work, *others):
+        for folder in others:
             if not os.path.isdir(folder):
-                raise UserError(f"{folder} is no folder, and none can be made there; give another one")
+                raise UserError(f"--models {folder} is no folder; make it, or give another one")
+        try:
+            os.makedirs(work, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--train {work}: no folder can be made there ({error.strerror})") from None
         self.work, *self.others = map(os.path.realpath, (work, *others))
         self.seen: dict[tuple, str] = {}  # (path, time, size) of a model -> what it is
         for leftover in pathlib.Path(self.work, DATA).glob(f"{UPLOADS}*"):  # of a server that was killed
