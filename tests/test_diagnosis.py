@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from src.config import Config
+from src.config.parse import recorded_settings
 from src.config.schema import CHOSEN, PUBLISHED
 from src.reporting import run_end
 from src.reporting.diagnosis import (
@@ -719,13 +720,17 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     assert "merge it:" not in output and "\nkeep:      the base; " in output
     kept = json.loads((tmp_path / "still" / "run.json").read_text())["verdict"]
     assert kept["name"] == NOTHING and kept["remedy"].startswith("--lr_init auto")
-    assert kept["rule"] == "nothing" and kept["sentence"] in card
+    assert kept["rule"] == "nothing" and kept["sentence"] in card and kept["forgotten"] is None
     before, after = kept["numbers"]["loss"]
     assert f"from {before:.4f} to {after:.4f}" in kept["reason"] and kept["numbers"]["steps"] == 12
     output, card = trained("moved", "1e-2")
     assert "\nverdict:   still learning: the loss on held-out documents fell by " in output
     assert "\nmerge it:  " in output and "; try more passes: --epoch_count " in card
     config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"), epoch_count=1, early_stop=0)
+    done = recorded_settings(str(tmp_path / "still" / "config.yaml")).settings
+    run_end.finish(done, [], 12, 12, {"forgetting": {"all": 4.7}})
+    assert json.loads((tmp_path / "still" / "run.json").read_text())["verdict"]["forgotten"] == 4.7
+    assert "forgotten: KL to the base 4.7 per token" in capsys.readouterr().out
     run_end.finish(config, [], 4, 12)
     stopped = capsys.readouterr().out
     assert stopped.startswith("stopped, go on with --resume auto") and "verdict" not in stopped

@@ -242,6 +242,7 @@ VERDICT = {
     "rule": "answers learnt",
     "numbers": {"loss": [1.5, 0.25], "right_answers": [1, 9], "steps": 3000},
     "sentence": "learnt: right answers 1 to 9 of 10",
+    "forgotten": 4.7,
 }
 
 
@@ -293,7 +294,7 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         expect(readout).to_contain_text("killed 1")
         visitor.press("中文")
         expect(page.locator("#verdict")).to_have_text(
-            re.compile("学会了.*从 1.5000 变为 0.2500.*训练前 1，现在 9")
+            re.compile("学会了.*从 1.5000 变为 0.2500.*训练前 1，现在 9.*KL 为 4.70")
         )
         names = page.locator(".field :is(input, select)").evaluate_all("found => found.map(one => one.id)")
         assert sorted(names) == sorted(f"set-{name}" for name in ALLOWED[2:])  # model and data come before

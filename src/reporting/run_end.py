@@ -82,7 +82,7 @@ def finish(
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
         judged = verdict(config, metrics, kept_step, history, searched)
-        summary["verdict"] = judged.as_object()
+        summary["verdict"] = {**judged.as_object(), "forgotten": _forgotten(summary)}
         text = card(config, plan, summary, log, judged)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)
@@ -161,8 +161,7 @@ def _last_words(
     elif last and (known := described.evaluation_text(history[-1])):
         when = "" if last == summary["steps"] else f"at step {last} "
         lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
-    moved = (summary.get("forgetting") or {}).get("all", 0.0)
-    if moved >= 1:
+    if moved := _forgotten(summary):
         lines.append(
             f"forgotten: KL to the base {moved:.3g} per token on a fixed text, which is very large: what the"
             " base could do besides may be lost"
@@ -199,6 +198,12 @@ def _best_line(described: LossMetrics, summary: dict, history: list[dict], base:
         f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
         f" {summary[f'{described.in_summary}_best']:.4f}; before training {before}, {when} {after}"
     ]
+
+
+def _forgotten(summary: dict) -> float | None:
+    """Return the KL to the base per token if it is very large."""
+    moved = (summary.get("forgetting") or {}).get("all", 0.0)
+    return moved if moved >= 1 else None
 
 
 def _next_command(config: Config, trained: str) -> str:

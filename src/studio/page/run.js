@@ -139,7 +139,8 @@ function showVerdict() {
   ];
   const translated = said(`rule ${verdict.rule}`, "");
   const text = translated ? [translated, ...figures.filter(Boolean)].join("") : verdict.sentence;
-  byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${text}`);
+  const lost = verdict.forgotten ? ` ${word("forgotten", { kl: verdict.forgotten.toPrecision(3) })}` : "";
+  byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${text}${lost}`);
 }
 
 /** List the runs; `choose` is called with the one that is clicked. */

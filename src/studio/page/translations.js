@@ -120,6 +120,7 @@ export const ENGLISH = {
   verdict: "Verdict",
   figures: "Held out, the loss went from {before} to {after}.",
   right_of: "Right answers: {before} before, {after} now.",
+  forgotten: "KL to the base: {kl} per token on a fixed text. What the base could do besides may be lost.",
   log: "What the program says",
   try_it: "Try the model",
 
@@ -291,6 +292,7 @@ export const CHINESE = {
   verdict: "结论",
   figures: "留出数据的损失从 {before} 变为 {after}。",
   right_of: "正确回答：训练前 {before}，现在 {after}。",
+  forgotten: "在一段固定文本上，每个 token 与底模的 KL 为 {kl}：底模原有的其他能力可能已经丢失。",
   log: "程序输出",
   try_it: "试用模型",
 
