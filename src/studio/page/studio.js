@@ -118,8 +118,9 @@ async function listRuns() {
 }
 
 async function askedAgain(isDue) {
-  if (isDue) await listRuns();
-  const listed = runs.find((one) => one.name === state.run);
+  const inList = () => runs.find((one) => one.name === state.run);
+  if (isDue || inList()?.state !== run?.state) await listRuns();
+  const listed = inList();
   const isNew = state.run !== (run?.name ?? ""); // it could not be asked for before
   if (isNew || goes() || (listed && listed.state !== run.state)) await heardOf(state.run);
   if (isNew && run && !state.data) adopt();
