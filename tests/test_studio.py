@@ -150,6 +150,15 @@ def test_only_files_in_the_named_folders_may_be_named(served, name, text):
     assert not (served.folder / "runs").exists()
 
 
+def test_a_model_that_is_named_alone_is_looked_at(served):
+    assert served.post("/studio/models", name=BASE) == {"path": str(ROOT / "demo" / BASE)}
+    assert served.post("/studio/models", name="hf://a/b") == {"path": "hf://a/b"}
+    (served.folder / "rows.pth").write_text("{}")
+    assert "rows.pth" in served.refused("/studio/models", 400, name="rows.pth")
+    assert "choose a file there" in served.refused("/studio/models", 400, name="/etc/passwd")
+    assert served.refused("/studio/data?name=rows.docx", 400).startswith("'rows.docx' is no file of data")
+
+
 @pytest.mark.parametrize("text", ["\0", "\ud800", "x" * 40_000])
 def test_a_text_that_no_command_line_can_have_is_refused_before_a_run_is_made(served, text):
     (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')

@@ -146,6 +146,17 @@ class Folders:
                     paths.append(folder)
         return self._listed(paths, self._model)
 
+    def model(self, text: str) -> dict:
+        """Describe a model that somebody names. Raises Refused or UserError with what is wrong with it."""
+        real = self.named("load_model", text)
+        if is_hub_name(real):
+            return {"path": real}
+        try:
+            Arch.detect(read_model_file(real))
+        except OSError as error:
+            raise Refused(400, f"{real} can't be read: {error.strerror}", "name", "invalid_value") from None
+        return {"path": real}
+
     def _listed(self, paths: Iterable[str], described: Callable[[str], dict | None]) -> list[dict]:
         """Describe each file once, under whatever names it was found."""
         found = []
@@ -194,7 +205,8 @@ class Folders:
         base, suffix = os.path.splitext(os.path.basename(name.replace("\\", "/")))
         base = re.sub(r"[^\w-]+", "-", base).strip("-")[:80]
         if suffix.lower() not in TO_DROP or not base or not may_have_records(base + suffix.lower()):
-            raise wrong("name", f"got {name[:80]!r}, expected a file of data: {', '.join(TO_DROP)}")
+            expected = f"{name[:80]!r} is no file of data, which ends with {', '.join(TO_DROP)}"
+            raise Refused(400, expected, "name", "invalid_value")
         close = {"Connection": "close"}
         too_large = f"the file is larger than the {most:,} bytes that --limit_upload allows"
         refused = Refused(413, too_large, code="request_too_large", headers=close)
@@ -223,7 +235,7 @@ class Folders:
                 said = f"the file could not be written: {error.strerror}"
                 raise Refused(507, said, code="no_room", headers=close) from None
             if not size:
-                raise wrong("body", "the file is empty")
+                raise Refused(400, "the file is empty", "body", "invalid_value")
             target = place_in(folder, path, base, suffix.lower())
         return self._file(target)
 

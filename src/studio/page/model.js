@@ -18,7 +18,7 @@ export async function showModels(server, changed, last = "") {
   const bases = found.filter((model) => !isMerged(model));
   state.model ||= isFound(last) ? last : bases.length === 1 ? bases[0].path : "";
   const others = state.model && !isFound(state.model) ? [{ path: state.model, note: "" }] : [];
-  const shown = [...found, ...others].map(({ bytes, about, ...one }) => ({
+  const shown = [...bases, ...found.filter(isMerged), ...others].map(({ bytes, about, ...one }) => ({
     ...one,
     note: [bytes && bytesText(bytes), about, isMerged(one) && word("file_merged")].filter(Boolean).join(", "),
   }));
@@ -60,13 +60,11 @@ export function listenToModel(server, changed) {
       await fetchModel(server, changed, { name: path });
       return;
     }
-    await attempt(step, async () => {
-      const { problem } = await post("studio/command", { settings: { load_model: path }, run: "run" });
-      if (problem) throw new Error(problem);
-      state.model = path;
-      byId("model-path").value = "";
-    });
-    if (state.model === path) await showModels(server(), changed);
+    const named = await attempt(step, () => post("studio/models", { name: path }));
+    if (!named) return;
+    state.model = named.path;
+    byId("model-path").value = "";
+    await showModels(server(), changed);
   });
   step.querySelector(".progress button").addEventListener("click", () => controller.abort());
   if (state.jobs.fetch) fetchModel(server, changed);
