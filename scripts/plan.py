@@ -178,10 +178,12 @@ def shown(found: Needs) -> list[str]:
 def for_machines(found: Needs) -> dict[str, object]:
     """Return what --json prints."""
     parameters = list(found.model.parameters())
+    total = sum(p.numel() for p in parameters)
     config = found.plan.settings
     reasons = {name: config.origin_of(name).partition(": ") for name in FIELDS}
     return {
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": total,
+        "base_parameters": total if config.peft == "none" else found.model.injection.total,
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "memory": {name: int(size) for name, size in found.memory.items()},
         "memory_together": int(found.cost.memory),

@@ -145,9 +145,8 @@ export async function showPlan(changed) {
 function blame(problem) {
   const named = /(?:--|^)(\w+)/.exec(problem)?.[1];
   const field = fields[named];
-  complain(step, problem);
+  complain(step, problem); // beside the button that it holds
   if (!field) return;
-  complain(step);
   field.row.closest("details").open = true;
   field.wrong.textContent = problem;
   field.wrong.hidden = false;
@@ -164,7 +163,7 @@ function showNeeds() {
     need_steps: word("steps", { count: plan.steps.toLocaleString(), rows: plan.documents.toLocaleString() }),
     need_trained: word("part", {
       count: plan.trained_parameters.toLocaleString(),
-      share: (100 * plan.trained_parameters / plan.parameters).toPrecision(2),
+      share: (100 * plan.trained_parameters / plan.base_parameters).toPrecision(2),
     }),
   };
   const rows = Object.entries(needs ?? {}).flatMap(([name, text]) => [
@@ -187,6 +186,9 @@ export function listenToPlan(changed) {
     }
     showPlan(changed);
   });
+  byId("run-name").addEventListener("keydown", ({ key, target }) => {
+    if (key === "Enter") target.nextElementSibling.click();
+  });
   byId("run-name").addEventListener("input", ({ target }) => {
     state.name = target.value.trim();
     save();
@@ -204,5 +206,6 @@ export function showCopy() {
 /** Start the run; its name, or undefined where it is refused. */
 export async function start(button) {
   const body = { name: state.name, settings: asked() };
+  clearTimeout(timer); // else its check wipes the reason of a refusal
   return (await attempt(step, () => post("studio/runs", body), button))?.name;
 }

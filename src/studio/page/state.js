@@ -11,6 +11,7 @@ export const state = {
   ready: false, // whether a run can have the data
   settings: {}, // what was typed: name -> text
   name: "", // of the run to be started
+  offered: "", // its name if nobody types one
   run: "", // the one that is shown
   beside: [], // runs whose curves are laid over it
   jobs: {}, // kind -> id, of those that a reload must find again

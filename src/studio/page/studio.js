@@ -76,7 +76,7 @@ function open(name) {
 }
 
 function preparePlan() {
-  state.name ||= freeName();
+  if (!state.name || state.name === state.offered) state.name = state.offered = freeName();
   byId("run-name").value = state.name;
   showPlan(show);
 }
@@ -246,7 +246,9 @@ listenToTry(changed);
 speak();
 show();
 await meetServer();
-if (matchMedia("(min-width: 75rem)").matches) togglePanel("runs", true);
+const wide = matchMedia("(min-width: 75rem)");
+if (wide.matches) togglePanel("runs", true);
+wide.addEventListener("change", () => togglePanel("runs", wide.matches));
 show();
 document.body.classList.add("ready");
 poll();
