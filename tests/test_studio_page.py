@@ -255,6 +255,9 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
     long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT)
     lines = [evaluated(0, 1.5, "cba"), evaluated(3000, 0.25, "abc")]
     (long / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewards = made_run(tmp_path / "runs" / "rewards", 20)  # of which no step has a loss yet
+    metrics = (rewards / "metrics.jsonl").read_text()
+    (rewards / "metrics.jsonl").write_text(re.sub('"loss": [^,]*', '"loss": null, "reward": 0.25', metrics))
     made_run(tmp_path / "runs" / "killed", 20)
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
     with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Flong", **phone) as visitor:
@@ -304,9 +307,34 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         page.goto(f"{url}/#run=runs%2Fkilled")
         expect(visitor.step("训练")).to_contain_text("进程被外部终止")
         expect(visitor.button("继续")).to_be_enabled()
+        others_are_longer(visitor, url)
         with visiting(browser, url) as wide:
             assert studio_picture.run_and_others(wide.page).startswith(b"\x89PNG")
             assert wide.page.evaluate("document.documentElement.scrollWidth") == 1280
+
+
+def others_are_longer(visitor, url):
+    """Zoom to steps that only an overlaid run has, and choose another run meanwhile."""
+    page, readout = visitor.page, visitor.page.locator(".readout")
+    visitor.press("训练记录")
+    page.get_by_label("叠加 long 的曲线").check()
+    visitor.press("训练记录")
+    box = page.locator(".charts").bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 100)
+    page.mouse.up()
+    expect(readout).to_contain_text("损失 –")
+    page.get_by_role("slider").press("End")
+    page.get_by_role("slider").press("Control+-")  # which is the browser's own
+    expect(readout).to_have_text(re.compile("^步 3000 · 损失 – · 均值 – .* long 3"))
+    expect(page.get_by_role("slider")).to_have_attribute("aria-valuemax", "3000")
+    expect(page.locator(".legend")).to_have_text("均值损失long")
+    expect(visitor.button("全部")).to_be_enabled()
+    with page.expect_request(lambda request: request.url.endswith("runs/rewards?points=400")):
+        page.goto(f"{url}/#run=runs%2Frewards")
+    expect(readout).to_contain_text("步 20 · 奖励 0.25 · 均值 0.25 ·")
+    expect(visitor.button("全部")).to_be_disabled()
 
 
 def test_every_word_is_there_in_both_languages(browser, tmp_path):

@@ -67,15 +67,16 @@ class Metrics:
 
     def thinned(self, points: int, begin: float, end: float) -> dict[str, list]:
         """Return at most `points` lines from the steps begin to end: of each part those with the lowest and
-        the highest loss. `mean` is the running mean of the loss over a hundredth of the run."""
+        the highest score, which is the reward where there is one, else the loss. `mean` is its running mean
+        over a hundredth of the run."""
         columns = {name: np.array(column) for name, column in self.columns.items()}
-        losses = columns.get("loss", np.full(self.count, np.nan))
-        columns["mean"] = running_mean(losses, max(1, self.count // 100))
+        scores = columns.get("reward", columns.get("loss", np.full(self.count, np.nan)))
+        columns["mean"] = running_mean(scores, max(1, self.count // 100))
         inside = np.flatnonzero((columns["step"] >= begin) & (columns["step"] <= end))
         if len(inside) > points:
             kept = {inside[0], inside[-1]}
             for part in np.array_split(inside, max(1, (points - 2) // 2)):
-                low, high = np.nan_to_num(losses[part], nan=np.inf), np.nan_to_num(losses[part], nan=-np.inf)
+                low, high = np.nan_to_num(scores[part], nan=np.inf), np.nan_to_num(scores[part], nan=-np.inf)
                 kept |= {part[low.argmin()], part[high.argmax()]}
             inside = np.array(sorted(kept))
         return {name: [finite(value) for value in column[inside]] for name, column in columns.items()}

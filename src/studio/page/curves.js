@@ -1,11 +1,11 @@
-// Curves of runs as SVG: loss with its running mean, held-out marks, the learning rate below.
+// Curves of runs as SVG: loss or reward with its running mean, held-out marks, the learning rate below.
 
 import { byId, make } from "./text.js";
 import { word } from "./words.js";
 
 const NS = "http://www.w3.org/2000/svg";
 const [LEFT, RIGHT, TOP, BOTTOM] = [48, 12, 24, 24]; // pixels around a chart
-const HEIGHTS = { loss: 250, lr: 100 };
+const HEIGHTS = { loss: 250, reward: 250, lr: 100 };
 const FEWEST = 5; // steps that a zoom leaves
 
 function svg(tag, attributes, ...children) {
@@ -18,7 +18,7 @@ function svg(tag, attributes, ...children) {
 function number(value, digits = 4) {
   if (!Number.isFinite(value)) return "–";
   const isShort = value === 0 || (Math.abs(value) >= 0.001 && Math.abs(value) < 1e5);
-  return isShort ? String(+value.toPrecision(digits)) : value.toExponential(Math.min(2, digits - 1));
+  return isShort ? String(+value.toPrecision(digits)) : value.toExponential(2);
 }
 
 function ticks(low, high, log) {
@@ -26,7 +26,8 @@ function ticks(low, high, log) {
     const [first, last] = [low, high].map((value) => Math.floor(Math.log10(value)));
     const powers = Array.from({ length: last - first + 1 }, (_, i) => 10 ** (first + i));
     const all = powers.flatMap((power) => [1, 2, 5].map((one) => one * power));
-    return all.filter((value) => value >= low && value <= high);
+    const inside = all.filter((value) => value >= low && value <= high);
+    if (inside.length > 1) return inside;
   }
   const rough = (high - low) / 4 || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -44,8 +45,16 @@ function nearest(steps, wanted) {
   return best;
 }
 
+/** A run's value at a step, or at the nearest one that is shown; undefined beyond its ends. */
+function valueAt({ step: steps, ...columns }, name, step) {
+  return step >= steps[0] && step <= steps.at(-1) ? columns[name]?.[nearest(steps, step)] : undefined;
+}
+
+/** What a run's curve is about. */
+const scoreOf = (curves) => (curves.reward ? "reward" : "loss");
+
 export class Curves {
-  /** `zoomed` is called with the steps that are shown, so that more of their points can be asked for. */
+  /** `zoomed` is called when other steps are shown, `range`, so that more of their points can be asked for. */
   constructor(place, zoomed) {
     Object.assign(this, { place, zoomed, runs: [], range: null, log: false, at: null });
     this.charts = make("div", { className: "charts", tabIndex: 0, role: "slider" });
@@ -70,13 +79,17 @@ export class Curves {
 
   /** Show runs: {name, curves, evaluations}; the first is the one that the page is about. */
   show(runs) {
-    if (runs[0]?.name !== this.runs[0]?.name) Object.assign(this, { range: null, at: null });
-    this.draw({ runs: runs.filter(({ curves }) => curves.step.length) });
+    this.draw({ runs: runs.filter(({ curves }, i) => i === 0 || curves.step.length) });
   }
 
   /** The steps that there are: [first, last]. */
   get all() {
     return [1, Math.max(2, ...this.runs.map(({ step }) => step))];
+  }
+
+  /** The steps that have points: those of the first run, if it has any. */
+  get steps() {
+    return this.runs.map(({ curves }) => curves.step).find((steps) => steps.length) ?? [];
   }
 
   zoom(factor) {
@@ -90,7 +103,7 @@ export class Curves {
 
   limit(range) {
     this.draw({ range });
-    this.zoomed(range);
+    this.zoomed();
   }
 
   draw(changes = {}) {
@@ -98,15 +111,17 @@ export class Curves {
     for (const name of ["in", "out", "all"]) this.buttons[name].textContent = word(`zoom_${name}`);
     this.logWord.textContent = word("logarithmic");
     this.charts.ariaLabel = word("curves");
-    this.place.hidden = !this.runs.length;
+    this.place.hidden = !this.range && !this.steps.length;
     const width = this.charts.clientWidth;
-    if (!this.runs.length || !width) return;
+    if (this.place.hidden || !width) return;
     this.buttons.out.disabled = this.buttons.all.disabled = !this.range;
     const [from, to] = this.range ?? this.all;
     this.x = (step) => LEFT + ((step - from) / (to - from || 1)) * (width - LEFT - RIGHT);
-    this.step = (x) => from + ((x - LEFT) / (width - LEFT - RIGHT)) * (to - from);
+    const share = (x) => Math.max(0, Math.min(1, (x - LEFT) / (width - LEFT - RIGHT)));
+    this.step = (x) => from + share(x) * (to - from);
+    this.score = scoreOf(this.runs[0].curves);
     const isIn = (step) => step >= from && step <= to;
-    this.charts.replaceChildren(...["loss", "lr"].map((name) => this.chart(name, width, from, to, isIn)));
+    this.charts.replaceChildren(...[this.score, "lr"].map((name) => this.chart(name, width, from, to, isIn)));
     this.charts.ariaValueMin = from;
     this.charts.ariaValueMax = to;
     this.showLegend();
@@ -115,7 +130,7 @@ export class Curves {
 
   chart(name, width, from, to, isIn) {
     const height = HEIGHTS[name];
-    const log = name === "loss" && this.log;
+    const log = name !== "lr" && this.log;
     const lines = this.runs.slice(0, name === "lr" ? 1 : undefined).map((run) => this.lines(run, name, isIn));
     const usable = lines.flatMap(({ all }) => all).filter((value) => !log || value > 0);
     let [low, high] = [Math.min(...usable), Math.max(...usable)];
@@ -129,15 +144,16 @@ export class Curves {
     };
     const picture = svg("svg", { width, height, "aria-hidden": "true" });
     const edges = usable.length ? [Math.min(...usable), Math.max(...usable)] : [];
-    for (const value of name === "lr" ? new Set(edges) : ticks(low, high, log)) {
+    const [values, digits] = name === "lr" ? [new Set(edges), 3] : [ticks(low, high, log), 6];
+    for (const value of values) {
       const at = y(value);
       picture.append(svg("path", { class: "grid", d: `M${LEFT} ${at}H${width - RIGHT}` }));
-      picture.append(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, number(value, 2)));
+      picture.append(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, number(value, digits)));
     }
     for (const step of ticks(from, to, false).filter(Number.isInteger)) {
       picture.append(svg("text", { x: this.x(step), y: height - 6, "text-anchor": "middle" }, String(step)));
     }
-    picture.append(svg("text", { x: LEFT, y: 14 }, word(`axis_${name}`)));
+    picture.append(svg("text", { x: LEFT, y: 14 }, word(name === "lr" ? "rate" : name)));
     const path = (points) => {
       const known = points.filter(([, value]) => Number.isFinite(value) && (!log || value > 0));
       const places = known.map(([step, value]) => `${this.x(step).toFixed(1)} ${y(value).toFixed(1)}`);
@@ -159,19 +175,19 @@ export class Curves {
   /** What is drawn of a run: {drawn: kind -> points, marks, all: the values}. */
   lines({ curves, evaluations = [] }, name, isIn) {
     const visible = (values) =>
-      curves.step.map((step, i) => [step, values[i]]).filter(([step]) => isIn(step));
+      curves.step.map((step, i) => [step, values?.[i]]).filter(([step]) => isIn(step));
     const isFirst = this.runs[0].curves === curves;
-    const drawn = { mean: visible(name === "lr" ? (curves.lr ?? []) : curves.mean) };
-    if (name === "loss" && isFirst) drawn.raw = visible(curves.loss);
-    const held = evaluations.map(({ step, loss }) => [Math.max(step, 1), loss]);
-    const marks = name === "lr" ? [] : held.filter(([step, loss]) => isIn(step) && Number.isFinite(loss));
+    const drawn = { mean: visible(name === "lr" ? curves.lr : scoreOf(curves) === name && curves.mean) };
+    if (name !== "lr" && isFirst) drawn.raw = visible(curves[name]);
+    const held = name === "lr" ? [] : evaluations.map((line) => [Math.max(line.step, 1), line[name]]);
+    const marks = held.filter(([step, value]) => isIn(step) && Number.isFinite(value));
     if (marks.length > 1) drawn.held = marks;
     const values = [...Object.values(drawn).flat(), ...marks].map(([, value]) => value);
     return { drawn, marks, all: values.filter(Number.isFinite) };
   }
 
   showLegend() {
-    const entries = [["mean run-0", word("loss_mean")], ["raw run-0", word("loss")]];
+    const entries = [["mean run-0", word("mean")], ["raw run-0", word(this.score)]];
     if (this.runs[0].evaluations?.length) entries.push(["held run-0", word("held_out")]);
     this.runs.slice(1).forEach(({ name }, i) => entries.push([`mean run-${(i + 1) % 5}`, name]));
     this.legend.replaceChildren(...entries.map(([kind, text]) => {
@@ -183,16 +199,18 @@ export class Curves {
 
   /** Read the values at the step that is nearest to `wanted`; null reads the last one. */
   read(wanted) {
-    const { curves, evaluations = [] } = this.runs[0];
-    const i = wanted === null ? curves.step.length - 1 : nearest(curves.step, wanted);
-    const step = curves.step[i];
-    const parts = [`${word("step")} ${step}`, `${word("loss")} ${number(curves.loss[i])}`];
-    parts.push(`${word("loss_mean")} ${number(curves.mean[i])}`);
-    const before = evaluations.findLast((one) => one.step <= step && one.loss !== null);
-    if (before) parts.push(`${word("held_out")} ${number(before.loss)} (${word("step")} ${before.step})`);
-    parts.push(`${word("rate")} ${number(curves.lr?.[i])}`);
-    for (const { name, curves: other } of this.runs.slice(1)) {
-      parts.push(`${name} ${number(other.mean[nearest(other.step, step)])}`);
+    const [{ curves, evaluations = [] }, ...others] = this.runs;
+    const { steps, score } = this;
+    this.readout.textContent = "";
+    if (!steps.length) return null;
+    const step = wanted === null ? steps.at(-1) : steps[nearest(steps, wanted)];
+    const at = (name) => number(valueAt(curves, name, step));
+    const parts = [`${word("step")} ${step}`, `${word(score)} ${at(score)}`, `${word("mean")} ${at("mean")}`];
+    const before = evaluations.findLast((one) => one.step <= step && Number.isFinite(one[score]));
+    if (before) parts.push(`${word("held_out")} ${number(before[score])} (${word("step")} ${before.step})`);
+    parts.push(`${word("rate")} ${at("lr")}`);
+    for (const { name, curves: other } of others) {
+      parts.push(`${name} ${number(valueAt(other, scoreOf(other) === score ? "mean" : "", step))}`);
     }
     this.readout.textContent = parts.join(" · ");
     this.charts.ariaValueNow = step;
@@ -221,11 +239,13 @@ export class Curves {
       from = null;
     });
     charts.addEventListener("keydown", (event) => {
-      const { step } = this.runs[0].curves;
-      const i = this.at === null ? step.length - 1 : nearest(step, this.at);
-      const ways = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -i, End: step.length };
+      if (event.ctrlKey || event.altKey || event.metaKey) return;
+      const { steps } = this;
+      const last = steps.length - 1;
+      const i = this.at === null ? last : nearest(steps, this.at);
+      const ways = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -i, End: last };
       const way = ways[event.key];
-      if (way !== undefined) this.at = this.read(step[Math.max(0, Math.min(step.length - 1, i + way))]);
+      if (way !== undefined) this.at = this.read(steps[Math.max(0, Math.min(last, i + way))]);
       else if (event.key === "+" || event.key === "-") this.zoom(event.key === "+" ? 0.5 : 2);
       else if (event.key === "0") this.zoom(0);
       else return;

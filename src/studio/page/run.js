@@ -10,14 +10,19 @@ const POINTS = 400;
 const step = byId("run");
 export let run = null; // what was last heard of the run that is shown
 let others = []; // the runs laid over it
-let shown = ""; // the steps that are shown, in a query
 let pace = null; // {time, step} when the page first saw it go
 let wasState = "";
 let trouble = false; // whether the run could not be asked for
-const curves = curvesAt((range) => {
-  shown = range ? `&from=${Math.floor(range[0])}&to=${Math.ceil(range[1])}` : "";
+const curves = curvesAt(() => {
   hear(state.run);
+  showBeside();
 });
+
+/** The query for the steps that are shown. */
+function query() {
+  const { range } = curves;
+  return `?points=${POINTS}${range ? `&from=${Math.floor(range[0])}&to=${Math.ceil(range[1])}` : ""}`;
+}
 
 export const goes = () => ["starting", "running"].includes(run?.state);
 
@@ -27,10 +32,16 @@ export async function heardOf(name) {
     run = null;
     return;
   }
+  if (run?.name !== name) Object.assign(curves, { range: null, at: null });
+  const asked = query();
   try {
-    const found = await get(`${pathOf(name)}?points=${POINTS}${shown}`);
-    if (name !== state.run) return; // by now another one is shown
-    if (run?.name !== name) [pace, wasState, shown] = [null, "", ""];
+    const found = await get(`${pathOf(name)}${asked}`);
+    if (name !== state.run || asked !== query()) return; // by now another one is shown, or another part
+    if (run?.name !== name) [pace, wasState] = [null, ""];
+    if (trouble) {
+      complain(step);
+      [trouble, wasState] = [false, ""]; // why it failed is said again
+    }
     run = found;
     showRun();
   } catch (error) {
@@ -45,8 +56,6 @@ export async function heardOf(name) {
 export async function hear(name) {
   try {
     await heardOf(name);
-    if (trouble) complain(step);
-    trouble = false;
   } catch (error) {
     trouble = true;
     complain(step, error);
@@ -55,9 +64,12 @@ export async function hear(name) {
 
 /** Ask for the runs whose curves are laid over it. */
 export async function showBeside() {
-  const names = state.beside.filter((name) => name !== state.run);
-  const found = names.map((name) => get(`${pathOf(name)}?points=${POINTS}${shown}`).catch(() => null));
-  others = (await Promise.all(found)).filter(Boolean).map((one) => ({ ...one, name: shortName(one.name) }));
+  const names = () => state.beside.filter((name) => name !== state.run);
+  const wanted = () => names().map((name) => `${pathOf(name)}${query()}`);
+  const asked = wanted();
+  const found = await Promise.all(asked.map((path) => get(path).catch(() => null)));
+  if (asked.join() !== wanted().join()) return; // by now others are, or another part
+  others = found.filter(Boolean).map((one) => ({ ...one, name: shortName(one.name) }));
   if (run) curves.show([run, ...others]);
 }
 
@@ -147,7 +159,8 @@ function showVerdict() {
 export function showRuns(runs, choose) {
   byId("no-runs").hidden = runs.length > 0;
   byId("compare-hint").hidden = runs.length < 2;
-  const held = document.activeElement?.dataset?.run;
+  const { tagName, dataset } = document.activeElement;
+  const held = dataset.run && `${tagName}[data-run="${CSS.escape(dataset.run)}"]`;
   byId("run-list").replaceChildren(...runs.map((one) => {
     const known = [word(`state_${one.state}`), one.steps ? `${one.step}/${one.steps}` : "", figure(one)];
     const button = make(
@@ -166,6 +179,7 @@ export function showRuns(runs, choose) {
       ariaLabel: word("lay_over", { name: shortName(one.name) }),
       title: word("lay_over", { name: shortName(one.name) }),
     });
+    box.dataset.run = one.name;
     box.addEventListener("change", () => {
       state.beside = state.beside.filter((name) => name !== one.name);
       if (box.checked) state.beside.push(one.name);
@@ -174,7 +188,9 @@ export function showRuns(runs, choose) {
     });
     return make("li", {}, button, box);
   }));
-  if (held) byId("run-list").querySelector(`[data-run="${CSS.escape(held)}"]`)?.focus();
+  if (held) byId("run-list").querySelector(held)?.focus();
+  const listed = Object.fromEntries(runs.map(({ name, step }) => [shortName(name), step]));
+  if (others.some(({ name, step }) => (listed[name] ?? step) !== step)) showBeside(); // it goes on
 }
 
 /** A run in the folder that all of the page's are in is called by its own name. */
