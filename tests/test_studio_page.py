@@ -337,6 +337,21 @@ def others_are_longer(visitor, url):
     expect(visitor.button("全部")).to_be_disabled()
 
 
+def test_a_job_is_followed_over_an_outage(browser, tmp_path):
+    states = iter([None, {"state": "running"}, None, {"state": "done", "result": 7}])
+
+    def answer(route):
+        if route.request.method == "POST":
+            return route.fulfill(json={"id": "mine"})
+        state = next(states)
+        return route.fulfill(json=state) if state else route.abort()
+
+    with serving(tmp_path) as url, visiting(browser, url) as visitor:
+        visitor.page.route(re.compile("/studio/jobs"), answer)
+        assert visitor.page.evaluate("import('/page/jobs.js').then(m => m.work('fetch', {}))") == 7
+        assert visitor.page.evaluate("import('/page/state.js').then(m => m.state.jobs)") == {}
+
+
 def test_every_word_is_there_in_both_languages(browser, tmp_path):
     with serving(tmp_path) as url, visiting(browser, url) as visitor:
         english, chinese = visitor.page.evaluate("import('/page/words.js').then(m => m.languages)")

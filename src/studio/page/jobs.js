@@ -29,7 +29,8 @@ export async function work(kind, body, show, signal) {
 
 /** The result of a job that runs already. */
 export async function follow(kind, show, signal) {
-  const path = `studio/jobs/${state.jobs[kind]}`;
+  const id = state.jobs[kind];
+  const path = `studio/jobs/${id}`;
   const ended = new Promise((resolve) => signal?.addEventListener("abort", resolve));
   try {
     for (let wait = 200; ; wait = Math.min(PAUSE, 2 * wait)) {
@@ -37,14 +38,16 @@ export async function follow(kind, show, signal) {
         await ask(path, { method: "DELETE" }).catch(() => {});
         throw signal.reason;
       }
-      const job = await get(path);
-      if (job.state === "done") return job.result;
-      if (job.state === "failed") throw new ServerError(job.error);
-      show?.(job);
+      const job = await get(path).catch((error) => {
+        if (error.status) throw error; // else the server was not there just now
+      });
+      if (job?.state === "done") return job.result;
+      if (job?.state === "failed") throw new ServerError(job.error);
+      if (job) show?.(job);
       await Promise.race([pause(wait), ended]);
     }
   } finally {
-    delete state.jobs[kind];
+    if (state.jobs[kind] === id) delete state.jobs[kind]; // and no newer one
     save();
   }
 }
@@ -66,9 +69,13 @@ export function complain(step, error = "") {
   place.hidden = !place.textContent;
 }
 
+const attempts = new Map(); // step -> how many go on
+const count = (step, more) => attempts.set(step, (attempts.get(step) ?? 0) + more).get(step);
+
 /** Do something that may fail, with the error beside the step, and its button held meanwhile. */
 export async function attempt(step, what, button) {
   complain(step);
+  count(step, 1);
   if (button) button.disabled = true;
   try {
     return await what();
@@ -76,7 +83,7 @@ export async function attempt(step, what, button) {
     if (error.name !== "AbortError") complain(step, error);
     return undefined;
   } finally {
-    showProgress(step, null);
+    if (!count(step, -1)) showProgress(step, null);
     if (button) button.disabled = false;
   }
 }
