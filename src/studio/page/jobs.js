@@ -74,6 +74,7 @@ const count = (step, more) => attempts.set(step, (attempts.get(step) ?? 0) + mor
 
 /** Do something that may fail, with the error beside the step, and its button held meanwhile. */
 export async function attempt(step, what, button) {
+  const focused = document.activeElement;
   complain(step);
   count(step, 1);
   if (button) button.disabled = true;
@@ -85,6 +86,7 @@ export async function attempt(step, what, button) {
   } finally {
     if (!count(step, -1)) showProgress(step, null);
     if (button) button.disabled = false;
+    if (document.activeElement === document.body) focused.focus(); // a held button has lost it
   }
 }
 
