@@ -88,11 +88,11 @@ def eventually(holds, seconds=30):
         time.sleep(0.02)
 
 
-def made_run(folder, steps=20, **summary):
+def made_run(folder, steps=20, peft="lora", **summary):
     """A folder as a run leaves it, whose losses are 1/step."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        "load_model: base.pth\npeft: lora\nmicro_bsz: 4\nchosen:\n  micro_bsz: as many as fit\n"
+        f"load_model: base.pth\npeft: {peft}\nmicro_bsz: 4\nchosen:\n  micro_bsz: as many as fit\n"
     )
     lines = [{"step": i, "loss": 1 / i, "lr": 0.1} for i in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -531,16 +531,22 @@ def test_the_chat_is_below_try(served):
 
 
 def test_a_trial_that_cannot_be_loaded_says_so_and_a_next_one_may_be(served, monkeypatch, capsys):
+    asked = []
+
     def load(args):
+        asked.append((os.path.basename(args.model), args.adapter))
         raise KeyError("blocks.0")
 
     monkeypatch.setattr("src.serving.program.load", load)
-    (made_run(served.folder / "a") / "model.pth").write_bytes(b"x")
+    folder = made_run(served.folder / "a", peft="none", best="best.pth", best_step=10)
+    for name in ("best.pth", "model.pth"):
+        (folder / name).write_bytes(b"x")
     for _ in range(2):
         served.post("/studio/runs/a/try")
         eventually(lambda: served.get("/studio/try")["state"] != "loading")
         assert served.get("/studio/try") == {"state": "failed", "run": "a", "error": "KeyError: 'blocks.0'"}
     assert "KeyError" in capsys.readouterr().err
+    assert asked == [("best.pth", {})] * 2  # of a whole training, the best state is a model, too
 
 
 def test_a_server_that_ends_takes_no_new_answers_of_the_trial(served):

@@ -24,7 +24,7 @@ from ..serving.app import page_file
 from ..serving.errors import Refused, wrong
 from ..serving.fields import Fields, read_object
 from ..serving.replies import error_reply, ignored_header, json_reply, read_body
-from ..training.run_folder import MERGED, MODEL
+from ..training.run_folder import MERGED
 from . import settings
 from .folders import Folders
 from .jobs import Jobs
@@ -176,8 +176,8 @@ class Studio:
 
     def _export(self, run: Run, fields: Fields) -> dict[str, str]:
         to = fields.choice("to", EXPORTS) or "gguf"
-        model = next((path for name in (MERGED, MODEL) if os.path.isfile(path := run.path(name))), None)
-        if model is None:
+        model = run.trained() if run.leaves_models else run.path(MERGED)
+        if not os.path.isfile(model):
             raise Refused(409, f"{run.name} has no {MERGED}; merge it first", code="not_merged")
         words = ["scripts.export", "--model", model, "--to", to, "--out", run.path(EXPORTS[to])]
         return self.jobs.start("export", words, run=run.name, file=EXPORTS[to])
@@ -224,9 +224,7 @@ class Studio:
         def files() -> tuple[str, str | None]:
             run = self.runs.find(name_of(request))
             trained = run.trained()
-            if os.path.basename(trained) == MODEL:
-                return trained, None
-            return self._base(run), trained
+            return (trained, None) if run.leaves_models else (self._base(run), trained)
 
         loop = asyncio.get_running_loop()
         model, adapter = await loop.run_in_executor(self.thread, files)

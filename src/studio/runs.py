@@ -189,6 +189,11 @@ class Run:
         ]
         return sorted(found, key=lambda file: -file["bytes"])
 
+    @property
+    def leaves_models(self) -> bool:
+        """Tell whether the run trains the whole model: its files, best.pth too, are models, not adapters."""
+        return self.config.peft == "none"
+
     def trained(self) -> str:
         """Return the trained file that is worth using. Raises Refused without one."""
         best, steps = self.summary.get("best"), self.summary.get("steps", 0)
