@@ -240,8 +240,9 @@ def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browse
 VERDICT = {
     "name": "learnt",
     "rule": "answers learnt",
-    "numbers": {"loss": [1.5, 0.25], "right_answers": [1, 9], "steps": 3000},
-    "sentence": "learnt: right answers 1 to 9 of 10",
+    "numbers": {"loss": [1.5, 0.25], "right_answers": [0.125, 0.875], "steps": 3000},
+    "remedy": "more passes: --epoch_count 2",
+    "reason": "right answers 1 to 7 of 8",
     "forgotten": 4.7,
 }
 
@@ -265,6 +266,8 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         readout, curves = page.locator(".readout"), page.get_by_role("slider")
         expect(readout).to_have_text(re.compile("^step 3000 · loss 3.33e-4 · .* held out 0.25 .step 3000."))
         assert page.locator("td.right").all_inner_texts() == ["abc"]
+        told = "Verdict learnt: right answers 1 to 7 of 8. Try more passes: --epoch_count 2."
+        expect(page.locator("#verdict")).to_have_text(told)
         curves.press("Home")
         expect(readout).to_contain_text("step 1 · loss 1 ·")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
@@ -297,7 +300,7 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         expect(readout).to_contain_text("killed 1")
         visitor.press("中文")
         expect(page.locator("#verdict")).to_have_text(
-            re.compile("学会了.*从 1.5000 变为 0.2500.*训练前 1，现在 9.*KL 为 4.70")
+            re.compile("学会了.* 1.5000 → 0.2500 · 答对比例 13 % → 88 % .*KL 为 4.70.* 可尝试：.*_count 2。$")
         )
         names = page.locator(".field :is(input, select)").evaluate_all("found => found.map(one => one.id)")
         assert sorted(names) == sorted(f"set-{name}" for name in ALLOWED[2:])  # model and data come before

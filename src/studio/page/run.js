@@ -7,6 +7,11 @@ import { byId, make } from "./text.js";
 import { said, word } from "./words.js";
 
 const POINTS = 400;
+const TEXTS = {
+  loss: (value) => value.toFixed(4),
+  reward: (value) => value.toPrecision(3),
+  right_answers: (share) => `${Math.round(100 * share)} %`,
+};
 const step = byId("run");
 export let run = null; // what was last heard of the run that is shown
 let others = []; // the runs laid over it
@@ -119,11 +124,10 @@ function showAnswers() {
     for (const cell of cells.slice(2)) cell.classList.toggle("right", cell.textContent === sample.right);
     return make("tr", {}, ...cells);
   });
-  const shares = typeof first.right_answers === "number" && typeof last.right_answers === "number";
-  const percent = (share) => `${Math.round(100 * share)} %`;
-  if (shares) {
-    const now = isFirst ? "" : percent(last.right_answers);
-    const cells = ["", word("share_right"), percent(first.right_answers), now];
+  const shares = [first, last].map((line) => line.right_answers);
+  if (shares.every(Number.isFinite)) {
+    const [before, now] = shares.map(TEXTS.right_answers);
+    const cells = ["", word("right_answers"), before, isFirst ? "" : now];
     rows.push(make("tr", { className: "sum" }, ...row(cells, last.step)));
   }
   byId("answers").querySelector("tbody").replaceChildren(...rows);
@@ -139,20 +143,21 @@ function row(texts, step) {
   });
 }
 
-/** The verdict in the reader's language, with what was measured. */
+/** The verdict in the reader's language, with what was measured, and what the program would try. */
 function showVerdict() {
   const { verdict } = run;
   byId("verdict").hidden = !verdict || goes();
   if (!verdict) return;
-  const { loss = [], right_answers: rights = [] } = verdict.numbers ?? {};
-  const figures = [
-    loss[0] && loss[1] && word("figures", { before: loss[0].toFixed(4), after: loss[1].toFixed(4) }),
-    rights[1] !== null && rights.length && word("right_of", { before: rights[0], after: rights[1] }),
-  ];
-  const translated = said(`rule ${verdict.rule}`, "");
-  const text = translated ? [translated, ...figures.filter(Boolean)].join("") : verdict.sentence;
-  const lost = verdict.forgotten ? ` ${word("forgotten", { kl: verdict.forgotten.toPrecision(3) })}` : "";
-  byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${text}${lost}`);
+  const figures = Object.entries(TEXTS).map(([name, text]) => {
+    const ends = verdict.numbers?.[name] ?? [null];
+    return ends.every(Number.isFinite) ? `${word(name)} ${ends.map(text).join(" → ")}` : "";
+  });
+  const rule = said(`rule ${verdict.rule}`, "");
+  const told = rule ? [rule, figures.filter(Boolean).join(" · ")] : [`${verdict.name}: ${verdict.reason}.`];
+  const { forgotten } = verdict;
+  if (forgotten) told.push(word("forgotten", { kl: forgotten.toPrecision(3) }));
+  if (verdict.remedy) told.push(word("remedy", verdict));
+  byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${told.join(" ")}`);
 }
 
 /** List the runs; `choose` is called with the one that is clicked. */
