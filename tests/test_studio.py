@@ -361,6 +361,8 @@ def test_a_second_start_in_a_folder_is_refused_with_the_reason(served):
     log = open(served.folder / "runs/old/train.log", "ab")
     fcntl.flock(log, fcntl.LOCK_EX)
     assert served.get("/studio/runs/runs/old")["state"] == "starting"
+    (served.folder / "runs/old/studio.json").write_text('{"started": 1, "stopped": 2}')
+    assert served.get("/studio/runs/runs/old")["state"] == "stopping"
     assert "is in use by a run" in served.refused("/studio/runs/runs/old/resume", 409)
     for name in ("", "../a", "a/b", ".a", "a" * 90):
         assert (

@@ -121,8 +121,10 @@ class Run:
     @property
     def state(self) -> str:
         if self.is_alive:
+            since = (self.holder or self.started).get("started", math.inf)
+            if self.started.get("stopped", 0) > since:
+                return "stopping"
             with contextlib.suppress(OSError):
-                since = (self.holder or self.started).get("started", math.inf)
                 if self.step and os.path.getmtime(self.metrics.path) > since:
                     return "running"
             return "starting"
@@ -267,6 +269,8 @@ class Runs:
             raise Refused(409, f"{name} is in use by a run; choose another name", "name", "folder_in_use")
         with log:
             said = {"started": time.time(), "settings": dict(typed), "words": words}
+            log.write(f"$ {settings.command(words)}\n".encode())  # what comes after it is of this start
+            log.flush()
             process = jobs.start([os.path.join(ROOT, "train.py"), *words], log, log)
             write_text(os.path.join(folder, STARTED), json.dumps({**said, "pid": process.pid}))
 

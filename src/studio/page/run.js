@@ -29,7 +29,7 @@ function query() {
   return `?points=${POINTS}${range ? `&from=${Math.floor(range[0])}&to=${Math.ceil(range[1])}` : ""}`;
 }
 
-export const goes = () => ["starting", "running"].includes(run?.state);
+export const goes = () => ["starting", "running", "stopping"].includes(run?.state);
 
 /** Ask for the run that is shown, and show it. */
 export async function heardOf(name) {
@@ -88,21 +88,26 @@ function showRun() {
   curves.show([run, ...others]);
   showAnswers();
   showVerdict();
-  byId("run-log").textContent = run.log.join("\n");
+  const { isCollapsed, anchorNode } = getSelection();
+  if (isCollapsed || !byId("run-log").contains(anchorNode)) byId("run-log").textContent = run.log.join("\n");
   if (run.state === "failed" && wasState !== "failed") complain(step, reason());
   if (run.state !== "failed" && wasState === "failed") complain(step);
   if (wasState && wasState !== run.state) byId("told").textContent = text;
   wasState = run.state;
 }
 
-/** Why a run failed: what it said, if it could. */
+/** Why a run failed: what it said since its last start, if it could. */
 function reason() {
-  const said = run.log.findLast((line) => /^error:|^\S*(Error|Exception|Interrupt)\b/.test(line));
+  const log = run.log.slice(run.log.findLastIndex((line) => line.startsWith("$ ")) + 1);
+  const said = log.findLast((line) => /^error:|^\S*(Error|Exception|Interrupt)\b/.test(line));
   return said ? word("failed", { why: said.replace(/^error: /, "") }) : word("killed");
 }
 
 function timeLeft() {
-  if (run.state !== "running") return "";
+  if (run.state !== "running") {
+    pace = null;
+    return "";
+  }
   const now = { time: performance.now() / 1000, step: run.step };
   pace ??= now;
   if (now.step <= pace.step) return "";
