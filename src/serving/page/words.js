@@ -1,7 +1,10 @@
 // The words of a page, in the language that was chosen.
 
-import { CHINESE, ENGLISH } from "./translations.js";
+import * as common from "./common.js";
+import * as own from "./translations.js";
 
+const ENGLISH = { ...common.ENGLISH, ...own.ENGLISH };
+const CHINESE = { ...common.CHINESE, ...own.CHINESE };
 let chosen = ENGLISH;
 
 export function word(name, values = {}) {
