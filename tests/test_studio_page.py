@@ -152,6 +152,7 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
         assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == list(range(1, 73))
         expect(visitor.page.locator("#answers")).to_contain_text("Step 72")
         assert not (run / "running.json").exists()
+        assert (run / "train.log").read_text().count("\n$ python train.py ") == 1
         visitor.press("Try the model")
         visitor.press("Merge into one model")
         with visitor.page.expect_download() as download:
@@ -242,6 +243,7 @@ VERDICT = {
     "rule": "answers learnt",
     "numbers": {"loss": [1.5, 0.25], "right_answers": [0.125, 0.875], "steps": 3000},
     "remedy": "more passes: --epoch_count 2",
+    "offered": True,
     "reason": "right answers 1 to 7 of 8",
     "forgotten": 4.7,
 }
@@ -253,8 +255,8 @@ def evaluated(step, loss, answer):
 
 
 def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
-    long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT)
-    lines = [evaluated(0, 1.5, "cba"), evaluated(3000, 0.25, "abc")]
+    long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT, best="best.pth", best_step=2000)
+    lines = [evaluated(0, 1.5, "cba"), evaluated(2000, 0.2, "abc"), evaluated(3000, 0.25, "acb")]
     (long / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rewards = made_run(tmp_path / "runs" / "rewards", 20)  # of which no step has a loss yet
     metrics = (rewards / "metrics.jsonl").read_text()
@@ -266,7 +268,11 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         readout, curves = page.locator(".readout"), page.get_by_role("slider")
         expect(readout).to_have_text(re.compile("^step 3000 · loss 3.33e-4 · .* held out 0.25 .step 3000."))
         assert page.locator("td.right").all_inner_texts() == ["abc"]
-        told = "Verdict learnt: right answers 1 to 7 of 8. Try more passes: --epoch_count 2."
+        told = (
+            "Verdict learnt: right answers 1 to 7 of 8. Chat and merging take best.pth, of step 2000."
+            " KL to the base: 4.70 per token on a fixed text. What the base could do besides may be lost."
+            " Try more passes: --epoch_count 2."
+        )
         expect(page.locator("#verdict")).to_have_text(told)
         curves.press("Home")
         expect(readout).to_contain_text("step 1 · loss 1 ·")
@@ -300,7 +306,7 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
         expect(readout).to_contain_text("killed 1")
         visitor.press("中文")
         expect(page.locator("#verdict")).to_have_text(
-            re.compile("学会了.* 1.5000 → 0.2500 · 答对比例 13 % → 88 % .*KL 为 4.70.* 可尝试：.*_count 2。$")
+            re.compile("学会了.* 1.5000 → 0.2500 · 答对比例 13 % → 88 % .* 2000 步.*KL 为 4.70.* 可尝试：.*_count 2。$")
         )
         names = page.locator(".field :is(input, select)").evaluate_all("found => found.map(one => one.id)")
         assert sorted(names) == sorted(f"set-{name}" for name in ALLOWED[2:])  # model and data come before

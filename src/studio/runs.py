@@ -25,7 +25,17 @@ from ..config.parse import command as full_command
 from ..config.parse import parse, recorded_settings
 from ..config.schema import FIELDS, Config
 from ..serving.errors import Refused
-from ..training.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RUNNING, SUMMARY, running
+from ..training.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    RUNNING,
+    SUMMARY,
+    list_checkpoints,
+    running,
+)
 from ..training.validation_log import VALIDATION
 from . import jobs, settings
 from .curves import Metrics
@@ -132,6 +142,12 @@ class Run:
             return "done" if "verdict" in self.summary else "stopped"
         return "stopped" if self.started.get("stopped") else "failed"
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of best.pth, if the run has ended and its later steps made it no better."""
+        best, steps = self.summary.get("best_step"), self.summary.get("steps", 0)
+        return best if not self.is_alive and best is not None and best < steps else None
+
     def overview(self) -> dict[str, Any]:
         config, state, typed = self.config, self.state, self.typed()
         evaluated = [line["loss"] for line in self.history]
@@ -155,8 +171,9 @@ class Run:
         return None
 
     def details(self, points: int, begin: float, end: float) -> dict[str, Any]:
-        config = self.config
-        ends = {id(line) for line in (self.history[:1] + self.history[-1:])}
+        config, kept = self.config, self.best_step
+        last = [line for line in self.history if line["step"] == kept] or self.history[-1:]
+        ends = {id(line) for line in (*self.history[:1], *last)}
         words = self.started.get("words")
         return {
             **self.overview(),
@@ -166,6 +183,8 @@ class Run:
                 {**line, "samples": line.get("samples", []) if id(line) in ends else []}
                 for line in self.history
             ],
+            "best_step": kept,
+            "has_checkpoint": bool(list_checkpoints(self.path(CHECKPOINTS))),
             "verdict": self.summary.get("verdict") if self.state == "done" else None,
             "log": self.log(),
             "command": settings.command(words) if words else full_command(config),
@@ -198,9 +217,8 @@ class Run:
 
     def trained(self) -> str:
         """Return the trained file that is worth using. Raises Refused without one."""
-        best, steps = self.summary.get("best"), self.summary.get("steps", 0)
-        names = [os.path.basename(best)] if best and self.summary.get("best_step", steps) < steps else []
-        for name in (*names, ADAPTER, MODEL):
+        best = [] if self.best_step is None else [os.path.basename(self.summary["best"])]
+        for name in (*best, ADAPTER, MODEL):
             if os.path.isfile(self.path(name)):
                 return self.path(name)
         raise Refused(409, f"the run {self.name} has no trained file yet", code="nothing_trained")

@@ -100,7 +100,8 @@ function showRun() {
 function reason() {
   const log = run.log.slice(run.log.findLastIndex((line) => line.startsWith("$ ")) + 1);
   const said = log.findLast((line) => /^error:|^\S*(Error|Exception|Interrupt)\b/.test(line));
-  return said ? word("failed", { why: said.replace(/^error: /, "") }) : word("killed");
+  if (said) return word("failed", { why: said.replace(/^error: /, "") });
+  return word(run.has_checkpoint ? "killed" : "killed_early");
 }
 
 function timeLeft() {
@@ -115,7 +116,7 @@ function timeLeft() {
   return word("left", { time: durationText(seconds * (run.steps - now.step)) });
 }
 
-/** The answers before the training beside the newest ones. */
+/** The answers before the training beside the newest ones; at its end beside those that are worth using. */
 function showAnswers() {
   const asked = run.evaluations.filter(({ samples }) => samples?.length);
   byId("answers").hidden = !asked.length;
@@ -161,6 +162,8 @@ function showVerdict() {
   const told = rule ? [rule, figures.filter(Boolean).join(" · ")] : [`${verdict.name}: ${verdict.reason}.`];
   const { forgotten } = verdict;
   if (forgotten) told.push(word("forgotten", { kl: forgotten.toPrecision(3) }));
+  if (run.best_step) told.push(word("best", { step: run.best_step }));
+  byId("verdict").classList.toggle("poor", !verdict.offered);
   if (verdict.remedy) told.push(word("remedy", verdict));
   byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${told.join(" ")}`);
 }
