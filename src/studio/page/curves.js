@@ -54,13 +54,13 @@ function valueAt({ step: steps, ...columns }, name, step) {
 const scoreOf = (curves) => (curves.reward ? "reward" : "loss");
 
 export class Curves {
-  /** `zoomed` is called when other steps are shown, `range`, so that more of their points can be asked for. */
+  /** `zoomed` is called when `range` changes, so that more points of its steps can be asked for. */
   constructor(place, zoomed) {
     Object.assign(this, { place, zoomed, runs: [], range: null, log: false, at: null });
     this.charts = make("div", { className: "charts", tabIndex: 0, role: "slider" });
     this.readout = make("p", { className: "readout" });
     this.legend = make("ul", { className: "legend" });
-    this.buttons = { in: 0.5, out: 2, all: 0 };
+    this.buttons = { in: 0.5, out: 2, all: Infinity };
     const row = make("div", { className: "row" });
     for (const [name, factor] of Object.entries(this.buttons)) {
       const button = make("button", { type: "button", className: "quiet" });
@@ -87,6 +87,11 @@ export class Curves {
     return [1, Math.max(2, ...this.runs.map(({ step }) => step))];
   }
 
+  /** The steps of the first run, which are shown without a zoom. */
+  get own() {
+    return [1, Math.max(2, this.runs[0]?.step ?? 0)];
+  }
+
   /** The steps that have points: those of the first run, if it has any. */
   get steps() {
     return this.runs.map(({ curves }) => curves.step).find((steps) => steps.length) ?? [];
@@ -94,15 +99,15 @@ export class Curves {
 
   zoom(factor) {
     const [first, last] = this.all;
-    const [from, to] = this.range ?? this.all;
+    const [from, to] = this.range ?? this.own;
     const centre = this.at ?? (from + to) / 2;
-    const width = Math.max(FEWEST, (to - from) * factor);
+    const width = Math.min(last - first, Math.max(FEWEST, (to - from) * factor));
     const begin = Math.max(first, Math.min(centre - width / 2, last - width));
-    this.limit(factor === 0 || width >= last - first ? null : [begin, begin + width]);
+    this.limit([begin, begin + width]);
   }
 
   limit(range) {
-    this.draw({ range });
+    this.draw({ range: String(range) === String(this.own) ? null : range });
     this.zoomed();
   }
 
@@ -114,12 +119,15 @@ export class Curves {
     this.place.hidden = !this.range && !this.steps.length;
     const width = this.charts.clientWidth;
     if (this.place.hidden || !width) return;
-    this.buttons.out.disabled = this.buttons.all.disabled = !this.range;
-    const [from, to] = this.range ?? this.all;
+    const [from, to] = this.range ?? this.own;
+    this.buttons.out.disabled = this.buttons.all.disabled = to - from >= this.all[1] - 1;
     this.x = (step) => LEFT + ((step - from) / (to - from || 1)) * (width - LEFT - RIGHT);
     const share = (x) => Math.max(0, Math.min(1, (x - LEFT) / (width - LEFT - RIGHT)));
     this.step = (x) => from + share(x) * (to - from);
-    this.score = scoreOf(this.runs[0].curves);
+    const [{ curves }] = this.runs;
+    this.score = scoreOf(curves);
+    const scores = curves[this.score] ?? [];
+    this.isSmooth = scores.some((value, i) => value !== curves.mean[i]); // not in a short run
     const isIn = (step) => step >= from && step <= to;
     this.charts.replaceChildren(...[this.score, "lr"].map((name) => this.chart(name, width, from, to, isIn)));
     this.charts.ariaValueMin = from;
@@ -176,9 +184,9 @@ export class Curves {
   lines({ curves, evaluations = [] }, name, isIn) {
     const visible = (values) =>
       curves.step.map((step, i) => [step, values?.[i]]).filter(([step]) => isIn(step));
-    const isFirst = this.runs[0].curves === curves;
+    const hasRaw = this.isSmooth && this.runs[0].curves === curves;
     const drawn = { mean: visible(name === "lr" ? curves.lr : scoreOf(curves) === name && curves.mean) };
-    if (name !== "lr" && isFirst) drawn.raw = visible(curves[name]);
+    if (name !== "lr" && hasRaw) drawn.raw = visible(curves[name]);
     const held = name === "lr" ? [] : evaluations.map((line) => [Math.max(line.step, 1), line[name]]);
     const marks = held.filter(([step, value]) => isIn(step) && Number.isFinite(value));
     if (marks.length > 1) drawn.held = marks;
@@ -187,7 +195,8 @@ export class Curves {
   }
 
   showLegend() {
-    const entries = [["mean run-0", word("mean")], ["raw run-0", word(this.score)]];
+    const entries = [["mean run-0", word(this.isSmooth ? "mean" : this.score)]];
+    if (this.isSmooth) entries.push(["raw run-0", word(this.score)]);
     if (this.runs[0].evaluations?.length) entries.push(["held run-0", word("held_out")]);
     this.runs.slice(1).forEach(({ name }, i) => entries.push([`mean run-${(i + 1) % 5}`, name]));
     this.legend.replaceChildren(...entries.map(([kind, text]) => {
@@ -205,7 +214,8 @@ export class Curves {
     if (!steps.length) return null;
     const step = wanted === null ? steps.at(-1) : steps[nearest(steps, wanted)];
     const at = (name) => number(valueAt(curves, name, step));
-    const parts = [`${word("step")} ${step}`, `${word(score)} ${at(score)}`, `${word("mean")} ${at("mean")}`];
+    const parts = [`${word("step")} ${step}`, `${word(score)} ${at(score)}`];
+    if (this.isSmooth) parts.push(`${word("mean")} ${at("mean")}`);
     const before = evaluations.findLast((one) => one.step <= step && Number.isFinite(one[score]));
     if (before) parts.push(`${word("held_out")} ${number(before[score])} (${word("step")} ${before.step})`);
     parts.push(`${word("rate")} ${at("lr")}`);
@@ -247,7 +257,7 @@ export class Curves {
       const way = ways[event.key];
       if (way !== undefined) this.at = this.read(steps[Math.max(0, Math.min(last, i + way))]);
       else if (event.key === "+" || event.key === "-") this.zoom(event.key === "+" ? 0.5 : 2);
-      else if (event.key === "0") this.zoom(0);
+      else if (event.key === "0") this.zoom(Infinity);
       else return;
       event.preventDefault();
     });
