@@ -144,9 +144,9 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of best.pth, if the run has ended and its later steps made it no better."""
+        """The step of best.pth, if later steps made it no better."""
         best, steps = self.summary.get("best_step"), self.summary.get("steps", 0)
-        return best if not self.is_alive and best is not None and best < steps else None
+        return best if best is not None and best < steps else None
 
     def overview(self) -> dict[str, Any]:
         config, state, typed = self.config, self.state, self.typed()
@@ -157,6 +157,7 @@ class Run:
             "step": self.step,
             "steps": self.running_json.get("steps") or self.summary.get("planned_steps"),
             "loss": self.metrics.last("loss"),
+            "reward": self.metrics.last("reward"),
             "held_out": evaluated[-1] if evaluated else None,
             "started": self.started.get("started") or self.running_json.get("started") or self._written(),
             "peft": typed.get("peft", config.peft),
@@ -171,7 +172,7 @@ class Run:
         return None
 
     def details(self, points: int, begin: float, end: float) -> dict[str, Any]:
-        config, kept = self.config, self.best_step
+        config, kept = self.config, None if self.is_alive else self.best_step
         last = [line for line in self.history if line["step"] == kept] or self.history[-1:]
         ends = {id(line) for line in (*self.history[:1], *last)}
         words = self.started.get("words")

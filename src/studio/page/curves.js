@@ -4,7 +4,7 @@ import { byId, make } from "./text.js";
 import { word } from "./words.js";
 
 const NS = "http://www.w3.org/2000/svg";
-const [LEFT, RIGHT, TOP, BOTTOM] = [48, 12, 24, 24]; // pixels around a chart
+const [LEFT, RIGHT, TOP, BOTTOM] = [48, 18, 24, 24]; // pixels around a chart
 const HEIGHTS = { loss: 250, reward: 250, lr: 100 };
 const FEWEST = 5; // steps that a zoom leaves
 

@@ -52,7 +52,7 @@ function showPreview(result) {
     trained: result.trained.toLocaleString(),
   });
   const findings = result.findings.map(({ name, count, first, meaning }) => {
-    const place = word("finding", { count: count.toLocaleString(), first: place_of(first) });
+    const place = word("finding", { count: count.toLocaleString(), first: placeOf(first) });
     return make("li", {}, make("b", { textContent: place }), ` ${said(`finding ${name}`, meaning ?? name)}`);
   });
   byId("findings").replaceChildren(...(findings.length ? findings : [make("li", {}, word("no_findings"))]));
@@ -60,7 +60,7 @@ function showPreview(result) {
 }
 
 /** "folder/rows.jsonl:3" without its folders. */
-const place_of = (first) => first.replace(/[^\s:]*\//, "");
+const placeOf = (first) => first.replace(/[^\s:]*\//, "");
 
 function sample(parts) {
   const shown = parts.map(([text, weight]) => {

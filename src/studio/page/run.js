@@ -39,22 +39,18 @@ export async function heardOf(name) {
   }
   if (run?.name !== name) Object.assign(curves, { range: null, at: null });
   const asked = query();
-  try {
-    const found = await get(`${pathOf(name)}${asked}`);
-    if (name !== state.run || asked !== query()) return; // by now another one is shown, or another part
-    if (run?.name !== name) [pace, wasState] = [null, ""];
-    if (trouble) {
-      complain(step);
-      [trouble, wasState] = [false, ""]; // why it failed is said again
-    }
-    run = found;
-    showRun();
-  } catch (error) {
-    if (error.status !== 404) throw error;
-    Object.assign(state, { run: "" });
-    run = null;
-    save();
+  const found = await get(`${pathOf(name)}${asked}`).catch((error) => {
+    if (error.status === 404 && name === state.run) run = null; // it was removed
+    throw error;
+  });
+  if (name !== state.run || asked !== query()) return; // by now another one is shown, or another part
+  if (run?.name !== name) [pace, wasState] = [null, ""];
+  if (trouble) {
+    complain(step);
+    [trouble, wasState] = [false, ""]; // why it failed is said again
   }
+  run = found;
+  showRun();
 }
 
 /** The same, with an error beside the run. */
@@ -209,7 +205,8 @@ export function showRuns(runs, choose) {
 /** A run in the folder that all of the page's are in is called by its own name. */
 export const shortName = (name) => name.replace(/^runs\//, "");
 
-function figure({ loss, held_out: held }) {
+function figure({ loss, reward, held_out: held }) {
+  if (typeof reward === "number") return `${word("reward")} ${reward.toPrecision(3)}`;
   if (typeof held === "number") return `${word("held_out")} ${held.toPrecision(3)}`;
   return typeof loss === "number" ? `${word("loss")} ${loss.toPrecision(3)}` : "";
 }

@@ -89,8 +89,8 @@ async function openChat() {
 async function write(kind, changed, isRunning) {
   const progress = ({ progress: now }) => showProgress(step, now?.text ?? word(WRITES[kind]), now ?? {});
   showProgress(step, word(WRITES[kind]));
-  const work_it = () => (isRunning ? follow(kind, progress) : work(kind, { run: run.name }, progress));
-  await attempt(step, work_it, buttons);
+  const ended = () => (isRunning ? follow(kind, progress) : work(kind, { run: run.name }, progress));
+  await attempt(step, ended, buttons);
   await changed();
 }
 
