@@ -370,6 +370,8 @@ def test_every_word_is_there_in_both_languages(browser, tmp_path):
     with serving(tmp_path) as url, visiting(browser, url) as visitor:
         english, chinese = visitor.page.evaluate("import('/page/words.js').then(m => m.languages)")
         expect(visitor.page.locator("#no-models")).to_contain_text(str(tmp_path))
+        counted = "import('/page/words.js').then(m => m.word('counts', {rows: 1, tokens: 11, trained: 1}))"
+        assert visitor.page.evaluate(counted) == "1 row, 11 tokens, 1 of them trained"
     # what the program says in English itself
     messages = {f"rule {rule.name}" for rule in RULES} | {f"finding {name}" for name in MEANINGS}
     assert set(chinese) == set(english) | messages

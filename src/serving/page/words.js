@@ -8,7 +8,8 @@ const CHINESE = { ...common.CHINESE, ...own.CHINESE };
 let chosen = ENGLISH;
 
 export function word(name, values = {}) {
-  return chosen[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
+  const text = chosen[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
+  return text.replace(/(?<![\d.,])1 (row|step|token)s/g, "1 $1");
 }
 
 /** What the language has for a name, if it has something. */

@@ -89,7 +89,7 @@ export class Curves {
 
   /** The steps of the first run, which are shown without a zoom. */
   get own() {
-    return [1, Math.max(2, this.runs[0]?.step ?? 0)];
+    return [1, Math.max(2, this.runs[0].step)];
   }
 
   /** The steps that have points: those of the first run, if it has any. */

@@ -59,8 +59,11 @@ function showPreview(result) {
   byId("samples").replaceChildren(...(result.samples ?? []).map(sample));
 }
 
-/** "folder/rows.jsonl:3" without its folders. */
-const placeOf = (first) => first.replace(/[^\s:]*\//, "");
+/** "folder/rows.jsonl, line 3" without its folders, in the reader's language. */
+const placeOf = (first) =>
+  first
+    .replace(/[^\s:]*\//, "")
+    .replace(/\b(line|row) (\d+)/, (_, kind, at) => word(`place_${kind}`, { at }));
 
 function sample(parts) {
   const shown = parts.map(([text, weight]) => {
