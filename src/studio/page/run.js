@@ -156,9 +156,9 @@ function showVerdict() {
   });
   const rule = said(`rule ${verdict.rule}`, "");
   const told = rule ? [rule, figures.filter(Boolean).join(" · ")] : [`${verdict.name}: ${verdict.reason}.`];
+  if (run.best_step) told.push(word("best", { step: run.best_step }));
   const { forgotten } = verdict;
   if (forgotten) told.push(word("forgotten", { kl: forgotten.toPrecision(3) }));
-  if (run.best_step) told.push(word("best", { step: run.best_step }));
   byId("verdict").classList.toggle("poor", !verdict.offered);
   if (verdict.remedy) told.push(word("remedy", verdict));
   byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${told.join(" ")}`);
