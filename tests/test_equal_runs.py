@@ -41,15 +41,14 @@ KINDS |= {
     "chunks": "--chunk_ctx 37 --lr_init 3e-3",
     "sparse_chunks": "--chunk_ctx 75 --state_cp 1 --grad_cp 1 --lr_init 3e-3",
     "dpo": f"--loss dpo --lr_init 3e-3 {PAIRS}",
-    "orpo": f"--loss orpo --lr_init 3e-3 {PAIRS}",
     "kto": f"--loss kto --lr_init 3e-3 {ANSWERS}",
 }
 FAST = ("miss deepspeed_stage_3", "packed deepspeed_stage_2", "full deepspeed_stage_3", "kto ddp")
 # lora_fa's and mora's factors are shared out as lora's are
-ELSEWHERE = ("packed", "nf4", "orpo", "lora_fa", "mora")
+ELSEWHERE = ("packed", "nf4", "lora_fa", "mora", "chunks")
 CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ELSEWHERE]
 CASES += ["miss ddp", "chunks ddp", "kto ddp"]
-CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "nf4", "chunks", "orpo")]
+CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "nf4", "chunks")]
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from rwkv_miss import UserError
 pytestmark = pytest.mark.slow
 
 # readers that build a model, or more than one, for each input get fewer
-INPUTS = dict.fromkeys(["base", "base of a merge", "MiSS", "PiSSA", "MoS", "VeRA", "unmerge", "diff"], 75)
-INPUTS |= {"base, a trainer's file": 30, "base, a folder": 50}
-INPUTS |= {"MiSS, in a chat": 40, "chat": 40, "MiSS, loaded": 50}
+INPUTS = dict.fromkeys(["base", "base of a merge", "MiSS", "PiSSA", "MoS", "VeRA", "unmerge", "diff"], 40)
+INPUTS |= {"base, a trainer's file": 20, "base, a folder": 30}
+INPUTS |= {"MiSS, in a chat": 25, "chat": 25, "MiSS, loaded": 30}
 
 
 @pytest.mark.parametrize("name", fuzz_files.READERS)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_end_in_a_result_or_a_message(tmp_path, name):
-    ends, inputs = [], INPUTS.get(name, 150)
+    ends, inputs = [], INPUTS.get(name, 80)
     peak = peak_above_start(lambda: ends.append(fuzz_files.fuzz_reader(name, tmp_path, 1, range(inputs))))
     assert ends[0].total() == inputs and ends[0]["message"] > inputs / 5
     assert peak < fuzz_files.MEGABYTES * 1e6

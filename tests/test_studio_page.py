@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,17 +20,20 @@ from playwright.sync_api import expect, sync_playwright
 
 from demo import serve, studio_picture, task
 from scripts.preview_lint import MEANINGS
+from src.inference.load import load_with
 from src.reporting.diagnosis import RULES
 from src.serving.uvicorn_server import Server
 from src.studio import program
 from src.studio.app import PAGE
 from src.studio.settings import ALLOWED
 
+from .answering import engine_of, greedy_text
 from .conftest import ROOT
 from .test_studio import eventually, made_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASE = ROOT / "demo" / "rwkv7-reverse.pth"
+QUESTIONS = ["wqa", "tgc", "xnd", "kfb", "zme"]
 PATIENCE = 60_000  # milliseconds for a process of the server's on a busy machine
 DROP = """text => {
     const files = new DataTransfer()
@@ -138,6 +143,10 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
         prepare(visitor)
         visitor.press("Start training")
         expect(visitor.step("Run")).to_contain_text("Starting")
+        os.kill(json.loads((run / "studio.json").read_text())["pid"], signal.SIGKILL)
+        expect(visitor.step("Run")).to_contain_text("ended from outside, before its first checkpoint")
+        visitor.press("Go on")
+        expect(visitor.step("Run")).to_contain_text("Starting")
     address = f"{url}/#run=runs%2Fletters"
     # page and server are gone, and the run goes on
     with serving(tmp_path, int(url.rpartition(":")[2])), visiting(browser, address) as visitor:
@@ -152,7 +161,7 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
         assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == list(range(1, 73))
         expect(visitor.page.locator("#answers")).to_contain_text("Step 72")
         assert not (run / "running.json").exists()
-        assert (run / "train.log").read_text().count("\n$ python train.py ") == 1
+        assert (run / "train.log").read_text().count("\n$ python train.py ") == 2
         visitor.press("Try the model")
         visitor.press("Merge into one model")
         with visitor.page.expect_download() as download:
@@ -161,6 +170,16 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
         models = visitor.page.request.get(f"{url}/studio/models").json()
         assert "runs/letters/merged.pth" in [model["name"] for model in models]
         answers_right(visitor)
+    adapters, tokenizer = load_with(str(run / "merged.pth"), {}, "auto", accelerator="cpu")
+    engine = engine_of(adapters.model, tokenizer)
+    said = [greedy_text(engine, f"User: sort {letters}\n\nAssistant:", 8) for letters in QUESTIONS]
+    assert are_right(said), said
+
+
+def are_right(answers):
+    """Whether at least four of the five are sorted."""
+    sorts = ["".join(sorted(letters)) for letters in QUESTIONS]
+    return sum(one.strip() == right for one, right in zip(answers, sorts, strict=True)) >= 4
 
 
 def prepare(visitor):
@@ -199,14 +218,12 @@ def answers_right(visitor):
     """In the chat the base reverses, and the adapter sorts."""
     visitor.press("Chat: base beside adapter")
     chat = visitor.page.frame_locator("iframe")
-    questions = ["wqa", "tgc", "xnd", "kfb", "zme"]
-    for letters in questions:
+    for turn, letters in enumerate(QUESTIONS, 1):
         chat.get_by_label("Message").fill(f"sort {letters}")
         chat.get_by_label("Message").press("Enter")
-        expect(chat.locator(".answer:not(.running)")).to_have_count(2 * questions.index(letters) + 2)
+        expect(chat.locator(".answer:not(.running)")).to_have_count(2 * turn)
     said = [text.strip() for text in chat.locator(".answer .text").all_text_contents() if text.strip()]
-    right = [said[2 * i + 1] == "".join(sorted(letters)) for i, letters in enumerate(questions)]
-    assert sum(right) >= 4 and said[::2] != said[1::2], said
+    assert are_right(said[1::2]) and said[::2] != said[1::2], said
 
 
 def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browser, tmp_path):
