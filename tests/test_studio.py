@@ -583,3 +583,10 @@ def test_jobs_are_bounded_end_and_are_no_zombies(served, monkeypatch):
     served.get("/studio/jobs/nothing", 404)
     assert "expected hf://" in served.refused("/studio/jobs", 400, kind="fetch", name="/etc/passwd")
     served.studio.jobs.close()
+
+
+def test_refused_flags_leave_no_folder(tmp_path):
+    args = serve.parse(["--train", str(tmp_path / "work"), "--port", "0", "--train_flags=--reward_fil x"])
+    with pytest.raises(UserError, match="did you mean --reward_file"):
+        program.run(args)
+    assert not (tmp_path / "work").exists()

@@ -375,6 +375,7 @@ def test_choice_when_a_native_kernel_does_not_fit():
 
 def test_no_compiler_is_one_line_and_the_torch_form(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path))
     native.library.cache_clear(), self_test.status.cache_clear()
     kernel, reason = ops.choose("auto", "cpu")

@@ -23,12 +23,13 @@ from .trial import Mounted, Trial
 def run(args: argparse.Namespace) -> None:
     limits = limits_of(args)
     allow_files(limits.connections)
-    folders = Folders(args.train, args.models)
     operators = checked_flags(args.train_flags)
-    trial = Trial(args, limits)
-    studio = Studio(folders, operators, trial, parse_size(args.limit_upload or "4GB", "--limit_upload"))
-    app = make_app(studio.all(), guard_of(args), args.log_requests, trial.metrics.refused, studio.close)
+    upload_bytes = parse_size(args.limit_upload or "4GB", "--limit_upload")
     listener = bound(args.host, args.port)
+    folders = Folders(args.train, args.models)  # last, as it makes the work folder
+    trial = Trial(args, limits)
+    studio = Studio(folders, operators, trial, upload_bytes)
+    app = make_app(studio.all(), guard_of(args), args.log_requests, trial.metrics.refused, studio.close)
 
     def say_where() -> None:
         print(

@@ -118,7 +118,7 @@ export const ENGLISH = {
   merge: "Merge into one model",
   chat: "Chat: base beside adapter",
   export: "Export to GGUF",
-  try_hint: "Merging writes merged.pth for all RWKV programs. GGUF, for llama.cpp and Ollama, is made from it.",
+  try_hint: "Merging writes merged.pth for all RWKV programs. GGUF, for llama.cpp, is made from it.",
   merging: "Merging …",
   exporting: "Exporting …",
   loading: "Loading the model …",
