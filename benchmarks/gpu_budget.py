@@ -5,9 +5,9 @@
     python -m benchmarks.gpu_budget --load_model rwkv.pth --card 4090
     python -m benchmarks.gpu_budget --predict
 
-The model runs on the GPU that computes nothing (tests/fake_gpu), with two layers and with three. Every launch
-is counted by kind, with its bytes and multiply-adds; a deeper model has as many of the third layer as it
-needs. A card's bandwidth and speed turn them into milliseconds:
+The model runs on the GPU that computes nothing (gpu_emulation/fake_gpu), with two and three layers. Every
+launch is counted by kind, with its bytes and multiply-adds; a deeper model has as many of the third layer as
+it needs. A card's bandwidth and speed turn them into milliseconds:
 
 - a product takes its multiply-adds, or its bytes where those take longer;
 - everything else takes its bytes, each tensor read or written once;
@@ -27,7 +27,7 @@ import json
 import pathlib
 import sys
 
-from tests.fake_gpu import stub
+from gpu_emulation.fake_gpu import stub
 
 # bytes a second of memory; operations a second of tensor cores, dense, with fp32 sums
 CARDS = {
@@ -116,8 +116,8 @@ def main() -> None:
         stub.load()
     except stub.Unavailable as reason:
         sys.exit(f"gpu_budget: {reason}; it counts with torch's wheel for CPUs")
+    from gpu_emulation.fake_gpu.device import install  # imports torch, which has to come after the stub
     from rwkv_miss.errors import one_line_errors
-    from tests.fake_gpu.device import install  # imports torch, which has to come after the stub
 
     install()
     with one_line_errors():
@@ -139,10 +139,10 @@ def report(args: argparse.Namespace) -> dict:
     import torch
 
     from benchmarks.op_counts import TRAFFIC
+    from gpu_emulation.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
     from rwkv_miss.errors import UserError
     from rwkv_miss.files.checkpoint import Arch, read_checkpoint
     from src.model import default_arch
-    from tests.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
 
     capability = (7, 5) if args.card == OLD_CARD else (9, 0)
     torch.cuda.get_device_capability = lambda *_: capability

@@ -2,8 +2,8 @@
 
 Imports are read from the syntax trees, those within functions included. In a test or a benchmark a text that
 names a module or a file of the repository counts, too; elsewhere one that names a file beside it, which is a
-worker. tests/conftest.py counts by definition: a test reaches what the fixtures that it asks for reach. Tests
-of the pages reach the programs that README.md names.
+worker. A conftest.py counts by definition: a test reaches what the fixtures that it asks for reach. Tests of
+the pages reach the programs that README.md names.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests")
-CONFTEST = "tests/conftest.py"
+ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests", "gpu_emulation")
+TESTS = ("tests", "gpu_emulation")  # folders of tests, each with its conftest.py
 # these are red at any change of a text: a record of sources, and the places of the planted faults
 SEE_ALL = {"tests/test_ptxas.py", "tests/test_planted_faults.py"}
 # hops to a package that runs only because a module of it is imported: the test is about the module
@@ -41,7 +41,7 @@ def module_files(name: str, program: bool = False) -> list[str]:
 
 def named_files(text: str, file: str) -> list[str]:
     """List the files that a text in a Python file names: sources of kernels, pages, a file, or a module."""
-    starts_others = file.startswith(("tests/", "benchmarks/"))
+    starts_others = file.startswith(("tests/", "gpu_emulation/", "benchmarks/"))
     if re.fullmatch(r"\*\w*\.(cu|cpp)", text):
         # src/ops/build.py compiles *.cu for a GPU alone
         return [f"cuda/{p.name}" for p in (ROOT / "cuda").glob(text) if starts_others or p.suffix == ".cpp"]
@@ -82,17 +82,25 @@ def words(tree: ast.AST) -> set[str]:
     return {word for word in found if isinstance(word, str)}
 
 
+def conftest_of(file: str) -> str:
+    """The conftest.py whose fixtures a file may ask for; "" for a file that is no test."""
+    folder = file.partition("/")[0]
+    return f"{folder}/conftest.py" if folder in TESTS else ""
+
+
 @functools.cache
-def fixtures() -> dict[str, list[list[str]]]:
-    """Map each definition in tests/conftest.py to the groups of files that it reaches."""
-    tree = ast.parse((ROOT / CONFTEST).read_text("utf-8"))
-    names, found = dict(imported(tree, CONFTEST)), {}
+def fixtures(conftest: str) -> dict[str, list[list[str]]]:
+    """Map each definition in a conftest.py to the groups of files that it reaches."""
+    if not conftest:
+        return {}
+    tree = ast.parse((ROOT / conftest).read_text("utf-8"))
+    names, found = dict(imported(tree, conftest)), {}
     parts = {one.name: one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef)}
     for name, part in parts.items():
         used = words(part)
-        found[name] = [[f"{CONFTEST}::{other}"] for other in used & (parts.keys() - {name})]
+        found[name] = [[f"{conftest}::{other}"] for other in used & (parts.keys() - {name})]
         found[name] += [names[other] for other in used & names.keys()]
-        found[name] += [[one] for text in used for one in named_files(text, CONFTEST)]
+        found[name] += [[one] for text in used for one in named_files(text, conftest)]
     return found
 
 
@@ -100,7 +108,7 @@ def groups(file: str) -> list[list[str]]:
     """List what a file reaches, in groups. The last file of a group is meant; the others run on the way."""
     file, _, fixture = file.partition("::")
     if fixture:
-        return fixtures()[fixture]
+        return fixtures(file)[fixture]
     text = (ROOT / file).read_text("utf-8")
     if file.startswith("cuda/"):
         return [[f"cuda/{name}"] for name in re.findall(r'#include "([\w.]+)"', text)]
@@ -110,9 +118,8 @@ def groups(file: str) -> list[list[str]]:
     used = words(tree)
     found = [files for _, files in imported(tree, file)]
     found += [[one] for text in used for one in named_files(text, file)]
-    if file.startswith("tests/"):
-        found += [[f"{CONFTEST}::{name}"] for name in used & fixtures().keys()]
-    return found
+    conftest = conftest_of(file)
+    return found + [[f"{conftest}::{name}"] for name in used & fixtures(conftest).keys()]
 
 
 @functools.cache
@@ -121,14 +128,18 @@ def neighbours(file: str) -> dict[str, int]:
     reached = groups(file)
     found = {one: PASSING for files in reached for one in files[:-1]}
     found |= {files[-1]: 1 for files in reached if files}
-    return {one: far for one, far in found.items() if one != CONFTEST and is_file(one.partition("::")[0])}
+    conftests = {conftest_of(folder) for folder in TESTS}
+    files = {one: one.partition("::")[0] for one in found.keys() - conftests}
+    return {one: found[one] for one, path in files.items() if is_file(path)}
 
 
 @functools.cache
 def all_hops() -> dict[str, dict[str, int]]:
     """Map each test file to the files that it reaches, with their distances in hops."""
     result = {}
-    for test in {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} - SEE_ALL:
+    of_folders = [(ROOT / folder).glob("test_*.py") for folder in TESTS]
+    tests = {path.relative_to(ROOT).as_posix() for paths in of_folders for path in paths}
+    for test in tests - SEE_ALL:
         found, waiting = {}, [(0, test)]
         while waiting:
             far, file = heapq.heappop(waiting)
@@ -142,13 +153,8 @@ def all_hops() -> dict[str, dict[str, int]]:
 
 @functools.cache
 def cost(test: str) -> int:
-    """Guess the cost of a test file, without a unit. tests/conftest.py names the longest ones."""
-    longest = re.search(
-        r'^LONGEST = """(.*?)"""', (ROOT / CONFTEST).read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    names = longest[1].split() if longest else []
-    name = pathlib.Path(test).stem.removeprefix("test_")
-    return (len(names) - names.index(name)) << 30 if name in names else (ROOT / test).stat().st_size
+    """Guess the cost of a test file, without a unit."""
+    return (ROOT / test).stat().st_size
 
 
 def reaching_tests(file: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Work of a GPU, operator by operator: the kind, kernel launches, bytes, multiply-adds.
 
-`Tally.add` takes each call that a dispatch mode sees; tests/fake_gpu has such a mode. Nothing needs a number:
-shapes, dtypes and strides say it all.
+`Tally.add` takes each call that a dispatch mode sees; gpu_emulation/fake_gpu has such a mode. Nothing needs a
+number: shapes, dtypes and strides say it all.
 
 Launches are those of torch 2.13 on CUDA: one for most operators, and those that MULTIPLE has for the others.
 Bytes are the least that a launch must move: each tensor that it reads, once, and each that it writes, once.

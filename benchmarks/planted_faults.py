@@ -35,7 +35,7 @@ from .import_graph import ROOT, reaching_tests
 
 FAULTS = pathlib.Path(__file__).with_suffix(".txt")
 ADOPT_ORPHANS = 36  # prctl's PR_SET_CHILD_SUBREAPER
-RED = re.compile(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", re.MULTILINE)
+RED = re.compile(r"^(?:FAILED|ERROR) ((?:tests|gpu_emulation)/.*?)(?: - .*)?$", re.MULTILINE)
 WRONG_USE, NO_TESTS = 4, 5  # pytest's exit codes
 
 

@@ -49,7 +49,7 @@ step() {
 
 # What the card will run is executed on the CPU first. A kernel that fails below, and not here, fails on the card.
 card="$(python -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')"
-step ptx 300 python -m tests.ptx --quick --arch "$card"
+step ptx 300 python -m gpu_emulation.ptx --quick --arch "$card"
 # built here, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import self_test; status = self_test.status("cuda"); print(status); raise SystemExit(not status.passed)'
 deadline=$((SECONDS + 600))

@@ -4,6 +4,8 @@ twice its own; `--budgets write` writes tests/budgets.txt anew.
 Seconds of CPU, because wall time depends on what else runs. A machine may be slower than the one that the
 table is of: its factor is the median, over the files that take longest, of what they took here against the
 table. So one file that got slower moves nothing but itself, and neither do files that are skipped here.
+
+Tests marked rare and those of the emulated GPU are not counted: which of them run depends on the commit.
 """
 
 import os
@@ -13,7 +15,6 @@ import statistics
 import pytest
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
-TIERS = {"not slow": 0, "slow": 1}  # --markexpr: column of the table
 LEAST = 5.0  # seconds: a smaller budget is noise, or a file whose tests were skipped
 LONG = 3.0  # seconds of files that tell how fast the machine is
 
@@ -36,21 +37,23 @@ def cpu_seconds():
 
 
 def read_table():
-    """File -> its seconds in each of the two tiers."""
+    """File -> its seconds."""
     rows = [line.split() for line in TABLE.read_text().splitlines() if not line.startswith("#")]
-    return {name: [float(fast), float(slow)] for name, fast, slow in rows}
+    return {name: float(seconds) for name, seconds in rows}
 
 
-def write_table(taken, tier):
-    """Put the seconds that files took in one tier into the table."""
-    table = read_table()
-    for name, seconds in taken.items():
-        table.setdefault(name, [0.0, 0.0])[tier] = round(seconds, 1)
+def write_table(taken):
+    """Put the seconds that files took into the table."""
+    table = read_table() | {name: round(seconds, 1) for name, seconds in taken.items()}
     head = [line for line in TABLE.read_text().splitlines() if line.startswith("#")]
-    rows = [
-        f"{name:34} {fast:6.1f} {slow:6.1f}" for name, (fast, slow) in sorted(table.items()) if fast + slow
-    ]
+    rows = [f"{name:34} {seconds:6.1f}" for name, seconds in sorted(table.items()) if seconds]
     TABLE.write_text("\n".join([*head, *rows]) + "\n")
+
+
+def counted_file(item):
+    """The file of a test whose seconds count, else ""."""
+    left_out = item.path.parent.name == "gpu_emulation" or item.get_closest_marker("rare")
+    return "" if left_out else item.path.stem
 
 
 def judged(taken, budgets):
@@ -72,7 +75,8 @@ class Budgets:
 
     def note(self, name):
         now = cpu_seconds()
-        self.taken[name] = self.taken.get(name, 0.0) + now - self.before
+        if name:
+            self.taken[name] = self.taken.get(name, 0.0) + now - self.before
         self.before = now
 
     @pytest.hookimpl(wrapper=True)
@@ -80,8 +84,8 @@ class Budgets:
         if self.before is None:
             self.before = cpu_seconds()
         result = yield
-        if nextitem is None or nextitem.path != item.path:
-            self.note(item.path.stem)
+        if nextitem is None or counted_file(nextitem) != counted_file(item):
+            self.note(counted_file(item))
         return result
 
     @pytest.hookimpl(optionalhook=True)
@@ -94,11 +98,9 @@ class Budgets:
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["cpu_seconds"] = self.taken
         elif self.what == "write":
-            write_table(self.taken, TIERS[self.config.option.markexpr])
+            write_table(self.taken)
         elif self.what == "check" and not self.config.option.collectonly:
-            self.budgets = {
-                name: row[TIERS[self.config.option.markexpr]] for name, row in read_table().items()
-            }
+            self.budgets = read_table()
             self.factor, self.over = judged(self.taken, self.budgets)
             if self.over and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -16,13 +16,9 @@ import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
-from rwkv_miss.progress import Progress
 from src.config import Config
 from src.model import RWKV
 from src.model.rwkv import VERSIONS
-from src.ops.toolchain import BuildError, find_nvcc
-
-from .budgets import TIERS, Budgets, read_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -31,71 +27,6 @@ torch.set_num_threads(1)
 # whoever starts the tests in the background has Ctrl-C ignored, and what tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--data",
-        type=pathlib.Path,
-        default=ROOT.parent / "shared" / "data",
-        help="the folder of the golden files (default: ../shared/data)",
-    )
-    parser.addoption(
-        "--budgets", choices=["check", "write"], help="CPU seconds of files: see tests/budgets.py"
-    )
-
-
-def pytest_configure(config):
-    if config.getoption("budgets"):
-        if config.option.markexpr not in TIERS:
-            raise pytest.UsageError(f"--budgets are of one tier: give -m {' or -m '.join(map(repr, TIERS))}")
-        config.pluginmanager.register(Budgets(config))
-
-
-def pytest_report_header(config):
-    data = config.getoption("data")
-    files = (
-        f"golden files: {data}"
-        if data.is_dir()
-        else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
-    )
-    try:
-        compiler = f"nvcc: {find_nvcc().path}"
-    except BuildError as error:
-        compiler = f"NVCC ABSENT ({error}): the CUDA kernels are not executed"
-    return [files, compiler, HOW_LONG.get(config.option.markexpr, "")]
-
-
-# by --markexpr, as CI printed it there; a slower CPU takes longer
-HOW_LONG = {
-    "not slow": "the fast tier takes 8 minutes on two idle cores of a Xeon (family 6, model 207)",
-    "slow": "the second tier takes 10 minutes on two idle cores of a Xeon (family 6, model 207)",
-    "": "both tiers take 18 minutes on two idle cores of a Xeon (family 6, model 207)",
-}
-
-
-def pytest_collection_modifyitems(items):
-    """Put the files that take longest first, so that no worker waits for another one's at the end."""
-    seconds = {name: sum(row) for name, row in read_table().items()}
-    items.sort(key=lambda item: -seconds.get(item.path.stem, 0.0))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config):
-    """Workers collect for 22 s without a word."""
-    config.collecting = Progress("collecting the tests").start()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_node_collection_finished(node):
-    node.config.collecting.close()
-
-
-def pytest_terminal_summary(terminalreporter):
-    """The tables that tests recorded: what a worker prints is not shown."""
-    for report in terminalreporter.getreports("passed"):
-        for table in (value for name, value in report.user_properties if name == "table"):
-            terminalreporter.write_line(f"\n{report.nodeid}\n{table}")
 
 
 @pytest.fixture
@@ -111,38 +42,8 @@ def in_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def data_dir(request):
-    """The folder of the golden files, or a loud skip."""
-    data = request.config.getoption("data").absolute()
-    if not data.is_dir():
-        pytest.skip(f"GOLDEN FILES ABSENT: no folder {data}")
-    return data
-
-
-@pytest.fixture(scope="session")
-def nvcc():
-    """Skip loudly where no nvcc compiles the CUDA kernels."""
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(f"NVCC ABSENT: the CUDA kernels are not executed; {error}")
-
-
-@pytest.fixture
-def gpu(nvcc):
-    """A card of sm_80 in the place of the CPU: its kernels are executed as PTX (tests/ptx)."""
-    from .ptx.runs import device_of  # it imports this file
-
-    device = device_of("80")
-    device.clear()
-    with device.in_place_of_cuda():
-        yield device
-    device.check()
-
-
 def slow(*values):
-    """Return a case of a parametrized test that the second tier has."""
+    """Return a case of a parametrized test, marked slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 

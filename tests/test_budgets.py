@@ -1,9 +1,14 @@
-"""Budgets of the test files: a file that takes twice its own is named, a slower machine is not."""
+"""Budgets of the test files: a file that takes twice its own is named, a slower machine is not. Slices of the
+tests marked rare: ten that have each of them once.
+"""
 
 import subprocess
 import sys
+import types
 
 import pytest
+
+import conftest
 
 from .budgets import cpu_seconds, judged, read_table
 from .conftest import ROOT
@@ -31,6 +36,36 @@ def test_seconds_of_processes_count_while_they_run_and_when_they_are_over():
     assert before + 0.4 < running <= cpu_seconds() + 0.05
 
 
+class Item(types.SimpleNamespace):
+    """A collected test: marks, and values of parameters."""
+
+    def get_closest_marker(self, name):
+        return name if name in self.marks else None
+
+    def add_marker(self, name):
+        self.marks.add(name)
+
+
+def test_ten_slices_have_every_rare_test_once():
+    items = [Item(name=n, marks={"rare"} if n % 3 else set()) for n in range(35)]
+    left_out = [conftest.outside_of_slice(items, number) for number in range(10)]
+    ran = [item.name for others in left_out for item in items if item not in others and item.name % 3]
+    assert sorted(ran) == [n for n in range(35) if n % 3]
+    assert {len(others) for others in left_out} == {20, 21} and all(one.marks for one in left_out[0])
+
+
+def test_of_a_product_every_value_stays():
+    def case(test, *marks, **params):
+        callspec = types.SimpleNamespace(params=params)
+        return Item(marks=set(marks), path="file", originalname=test, callspec=callspec)
+
+    items = [case("one", "product", version=v, dtype=d) for v in (6, 7) for d in ("bf16", "fp16", "fp32")]
+    items += [case("two", "product", version=6, dtype="bf16"), case("three", version=6, dtype="bf16")]
+    items.append(case("three", version=6, dtype="bf16"))
+    conftest.mark_repeated_values(items)
+    assert ["rare" in item.marks for item in items] == [False] * 4 + [True] * 2 + [False] * 3
+
+
 def test_every_row_is_a_file():
     assert set(read_table()) <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
 
@@ -38,7 +73,7 @@ def test_every_row_is_a_file():
 CONFTEST = """
 import tests.budgets as budgets
 
-budgets.read_table = lambda: {"test_known": [1.0, 0.0], "test_long": [0.2, 0.0]}
+budgets.read_table = lambda: {"test_known": 1.0, "test_long": 0.2}
 budgets.LEAST, budgets.LONG = 0.2, 1.0
 
 def pytest_configure(config):
@@ -61,7 +96,7 @@ def test_a_file_over_its_budget_makes_the_tests_red(tmp_path):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_known.py").write_text(BUSY.format(1.0))
     command = [sys.executable, "-m", "pytest", *"-q -n1 -p no:cacheprovider --rootdir .".split()]
-    command += ["-m", "not slow", "test_known.py", "test_long.py"]
+    command += ["test_known.py", "test_long.py"]
     for seconds, words in ((0.1, "the dearest"), (2.0, "OVER ITS BUDGET: test_long took")):
         (tmp_path / "test_long.py").write_text(BUSY.format(seconds))
         environment = {"PYTHONPATH": str(ROOT), "PATH": ""}

@@ -137,6 +137,7 @@ def config_of(path, **changes):
     return config
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("name", READ)
 def test_a_folder_of_peft_is_read_merged_and_written_again(name, version, tmp_path):
@@ -278,6 +279,7 @@ def saved(version, method, options, seed=1, **more):
 HAS = {"miss", "bat", "lora", "lora_fa", "dora", "pissa", "vera"}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("method,options", CASES)
 @pytest.mark.parametrize("to", ["peft", "lora"])
 def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options, to, tmp_path):

@@ -66,7 +66,7 @@ TOOLS = {
     "aider",
 }
 
-ROOMS = "benchmarks|cuda|demo|docs|rwkv_miss|scripts|src|tests"
+ROOMS = "benchmarks|cuda|demo|docs|gpu_emulation|rwkv_miss|scripts|src|tests"
 FILE = re.compile(rf"(?:{ROOMS}|\.ci|\.github)/[\w./*-]*")
 MODULE = re.compile(rf"(?:{ROOMS})(?:\.\w+)+")
 
@@ -109,7 +109,7 @@ def test_every_commit_that_is_cited_is_in_the_history(history):
 BLOCKS = [
     (page, found[2], found[3]) for page, text in pages().items() for found in tables.BLOCK.finditer(text)
 ]
-# a model of a table of memory takes seconds: one of one table is counted in the fast tier, two of each in all
+# a model of a table of memory takes seconds: scripts/test.sh counts one of one table, --all two of each
 CASES = [
     pytest.param(*block, model, id=f"{block[1]} of {model}", marks=[pytest.mark.slow] * is_slow)
     for block in BLOCKS
@@ -122,7 +122,7 @@ def test_tables_that_commands_print():
     commands = {command for _, command, _ in BLOCKS}
     memory = {f"scripts.memory_table{flag}" for flag in ("", " --cpu", " --moments", " --scaling")}
     methods = {"scripts.methods_table", "scripts.methods_table --options"}
-    assert commands == {"scripts.flags", "tests.fake_gpu --launches", *memory, *methods}
+    assert commands == {"scripts.flags", "gpu_emulation.fake_gpu --launches", *memory, *methods}
     marks = sum(text.count("<!-- begin: ") + text.count("<!-- end: ") for text in pages().values())
     assert marks == 2 * len(BLOCKS), "a table without its end"
 

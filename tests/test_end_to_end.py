@@ -1,5 +1,5 @@
 """The product's way over the World vocabulary in bf16, from data file to chat, with the commands a user types
-(forked: test_readme.py starts each program). The second tier has its shape, 12 layers of width 768.
+(forked: test_readme.py starts each program). The slow test has its shape, 12 layers of width 768.
 """
 
 import json

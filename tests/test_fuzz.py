@@ -10,7 +10,7 @@ from benchmarks import fuzz
 from src.data.formats import read_records
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_damaged_files_end_in_rows_or_a_message(tmp_path):
     ends = fuzz.fuzz(str(tmp_path), 1, range(10_000))
     assert ends.total() == 10_000 and {end for _, end in ends} == {"rows", "some rows", "message"}

@@ -8,7 +8,7 @@ from benchmarks import fuzz_files
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rare
 
 # readers that build a model, or more than one, for each input get fewer
 INPUTS = dict.fromkeys(["base", "base of a merge", "MiSS", "PiSSA", "MoS", "VeRA", "unmerge", "diff"], 40)

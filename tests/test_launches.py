@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import ops
 from src.config import Config
+from src.ops.build import CUDA
 from src.planning.launches import slow_line, wkv_launches
 from src.planning.plan import Device
 
@@ -67,3 +68,16 @@ def test_a_run_without_native_kernels_says_what_it_costs():
     assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(planned(chunked, arch))
     assert slow_line(planned(config, arch, kernel="cuda")) == ""
     assert slow_line(planned(Config(accelerator="cpu"), arch)) == ""
+
+
+def test_every_function_that_launches_sets_its_device():
+    """A process may hold several GPUs, and an autograd thread has a current device of its own."""
+    functions = [
+        found.groups()
+        for path in sorted(CUDA.glob("*.cu"))
+        for found in re.finditer(r'extern "C" int (\w+)\(([^)]*)\) \{\n((?:.*\n){2})', path.read_text())
+    ]
+    assert {"wkv6_forward", "wkv7_chunked_backward", "dequantise_nf4"} <= {name for name, _, _ in functions}
+    for name, arguments, start in functions:
+        assert " ".join(arguments.split()).endswith("int dtype, int device, void* stream"), name
+        assert start == "    OnDevice on(device);\n    if (on.error) return on.error;\n", name

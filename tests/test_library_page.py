@@ -13,7 +13,7 @@ from .conftest import ROOT
 
 NEEDED = ("transformers", "trl", "accelerate", "bitsandbytes")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.rare,
     pytest.mark.skipif(
         not all(map(importlib.util.find_spec, NEEDED)),
         reason=f"{' or '.join(NEEDED)} of the test extra is absent",

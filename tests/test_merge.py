@@ -138,6 +138,7 @@ def late(items):
 # the arithmetic
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "version, method, rank, layout",

@@ -206,7 +206,7 @@ def text_folder(data_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
     main(
         f"""

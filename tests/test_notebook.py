@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 BASE = ROOT / "demo" / "rwkv7-reverse.pth"
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_notebook_trains_on_rows_and_answers_a_new_question(tmp_path, monkeypatch):
     """Its own cells clone, install, check, train, merge and chat; only the addresses are others."""
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:

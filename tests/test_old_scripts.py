@@ -24,7 +24,7 @@ from src.training.outputs import write_new_model
 from . import program
 from .conftest import make_arch, random_tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rare
 
 SIZES = {"n_layer": "2", "n_embd": "64"}
 ADAM = "--beta1 0.9 --beta2 0.99 --adam_eps 1e-8"

@@ -22,7 +22,7 @@ from rwkv_miss.functional import shard_sum
 
 from .conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rare
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -21,7 +21,7 @@ from src.model import RWKV
 from src.planning.base_model import build_model
 from src.training.short_runs import held_out_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rare
 
 TINY = dataclasses.replace(loss_curves.TINY, tasks=("letters",))
 

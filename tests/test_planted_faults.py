@@ -3,6 +3,7 @@
 import ast
 import concurrent.futures
 import multiprocessing
+import pathlib
 import subprocess
 
 import pytest
@@ -30,12 +31,12 @@ def test_the_list_has_sixty_faults_of_all_kinds():
     ("file", "nearest", "others"),
     [
         ("src/serving/fields.py", "test_serving_protocol", {"test_serve_program"}),  # python -m demo.serve
-        ("cuda/wkv6.cu", "test_ptx_checks", {"test_ptx_wkv", "test_ptx_elementwise"}),  # by *.cu
+        ("cuda/wkv6.cu", "test_launches", {"test_ptx_wkv", "test_ptx_elementwise"}),  # by *.cu
         ("src/evaluation/reward_worker.py", "test_reward_functions", {"test_grpo_run"}),  # a worker's file
     ],
 )
 def test_the_nearest_tests_come_first(file, nearest, others):
-    found = [test.removeprefix("tests/").removesuffix(".py") for test in reaching_tests(file)]
+    found = [pathlib.Path(test).stem for test in reaching_tests(file)]
     assert found[0] == nearest and others <= set(found)
     assert "test_formatting" not in found
     assert neighbours("tests/test_end_to_end.py")["rwkv_miss/__main__.py"] == 1  # python -m rwkv_miss

@@ -131,7 +131,7 @@ def test_the_dense_weight_is_code_times_scale_rounded_once(kind, shape):
 
 @pytest.mark.parametrize("kind", CODES)
 def test_the_cpus_kernels_give_what_plain_torch_does(kind):
-    """With one thread and with several. The GPU's: tests/ptx/cases.py."""
+    """With one thread and with several. The GPU's: gpu_emulation/ptx/cases.py."""
     for shape in [*SHAPES, (700, 769), (3, 1024)]:
         quantised = quantise(weights(shape), kind)
         for dtype in native.ACTIVATION_DTYPES["cpu"]:

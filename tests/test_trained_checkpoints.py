@@ -23,7 +23,7 @@ def nats_per_character(model, pieces):
     return float(loss) / sum(map(len, pieces))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_miss_teaches_an_english_rwkv6_shakespeare(data_dir, tmp_path):
     base, merged = data_dir / "real/rwkv6-3m-utf16.pth", tmp_path / "merged.pth"
     text = (data_dir / "tinyshakespeare.txt").read_text()

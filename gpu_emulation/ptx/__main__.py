@@ -1,4 +1,4 @@
-"""python -m tests.ptx: run the rows of cases.py, or measure what the checks see and what accesses cost."""
+"""python -m gpu_emulation.ptx: run rows of cases.py, or measure what the checks see and accesses cost."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ import torch
 
 from src.ops.toolchain import BuildError
 
-from .cases import GROUPS, NEED_TENSOR_CORES, run_group
+from .cases import GROUPS, NEED_TENSOR_CORES, run_cases
 from .device import Device
 from .library import kernels, readable
 from .mutants import print_mutants
@@ -16,7 +16,8 @@ from .traffic import print_traffic
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.ptx", description="Execute the CUDA kernels as PTX, on a CPU, under checks."
+        prog="python -m gpu_emulation.ptx",
+        description="Execute the CUDA kernels as PTX, on a CPU, under checks.",
     )
     parser.add_argument("--arch", nargs="+", default=["80"], help="architectures, such as 75 80 90 120")
     parser.add_argument("--quick", action="store_true", help="only the rows that the tests always run")
@@ -41,7 +42,8 @@ def main() -> None:
             continue
         for group in arguments.groups:
             if int(architecture) >= 80 or group not in NEED_TENSOR_CORES:
-                problems += run_group(device, group, arguments.quick or None, arguments.only, print)
+                rows = [case for case in GROUPS[group]() if case.quick or not arguments.quick]
+                problems += run_cases(device, [case for case in rows if arguments.only in case.name], print)
         counts = kernels(device.library)
         ran = {name: of for name, of in counts.items() if of[0]}
         executed, instructions = (sum(of[i] for of in ran.values()) for i in (2, 1))

@@ -1,4 +1,4 @@
-"""The loss for GPUs (cuda/loss.cu), executed as PTX (tests/ptx), against the plain softmax in float64."""
+"""The loss for GPUs (cuda/loss.cu), executed as PTX (ptx/), against the plain softmax in float64."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from benchmarks import gpu_numerics
 from src.model import loss as losses
 from src.model.loss import head_loss, in_place_of, launch, loss_sum, softmax_loss_
 from src.ops import native
+from tests.loss_cases import GRADIENT_ERRORS, random_logits
 
-from .loss_cases import GRADIENT_ERRORS, random_logits
 from .ptx.runs import check_run, runs
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("loss"))
-def test_rows(nvcc, architecture, group, quick):
-    check_run(architecture, group, quick)
+def test_rows(nvcc, architecture, group, quick, drawn_rows):
+    check_run(architecture, group, quick, drawn_rows)
 
 
 def executed(gpu, logits, targets, weights=None, dtype=torch.float32, l2wrap=losses.L2WRAP):

@@ -5,15 +5,15 @@ have tensors on cuda:0 and cuda:1. So the Python code of a GPU runs: what is on 
 would there.
 
 With numbers (numbers.cpp, on_cuda.py) a tensor has its values in the CPU's memory, and every operator runs
-the CPU's kernel. tests/test_cuda_runs.py compares what train.py makes there with what it makes on the CPU.
+the CPU's kernel. ../test_cuda_runs.py compares what train.py makes there with what it makes on the CPU.
 
 Without (device.py) they are FakeTensors, of any size: launches, waits for the device, copies, dtypes and
 memory are counted.
 
-    python -m tests.fake_gpu            run all cases (cases.py) and print what they differ in from table.json
-    python -m tests.fake_gpu --cases "step miss v?"     only these
-    python -m tests.fake_gpu --write    ... and write the table anew
+    python -m gpu_emulation.fake_gpu            run all cases (cases.py), print what differs from table.json
+    python -m gpu_emulation.fake_gpu --cases "step miss v?"     only these
+    python -m gpu_emulation.fake_gpu --write    ... and write the table anew
 
-tests/test_fake_gpu.py runs the same in a process of its own, so that no other test meets the stub.
+../test_fake_gpu.py runs the same in a process of its own, so that no other test meets the stub.
 What it cannot show: docs/kernels.md.
 """

@@ -1,6 +1,6 @@
 """Runs of the project on the device with numbers, each in a process forked from one that has the stub.
 
-`Gpu` starts that process and asks it; tests/test_cuda_runs.py has the runs.
+`Gpu` starts that process and asks it; gpu_emulation/test_cuda_runs.py has the runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Gpu:
     def __init__(self, log: pathlib.Path):
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_gpu.serve"],
+            [sys.executable, "-m", "gpu_emulation.fake_gpu.serve"],
             cwd=pathlib.Path(__file__).parent.parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

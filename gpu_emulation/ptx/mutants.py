@@ -22,7 +22,7 @@ def launched_by(case: Case, device: Device) -> list[str]:
     """Run a row, which has to be right; returns the names of its kernels."""
     before = kernels(device.library)
     _, wrong = errors(case, device)
-    assert not wrong, f"{case.kernel} {case.title} is wrong as it is: {wrong}"
+    assert not wrong, f"{case.name} is wrong as it is: {wrong}"
     return sorted(name for name, counts in kernels(device.library).items() if counts[0] > before[name][0])
 
 
@@ -51,6 +51,6 @@ def print_mutants(device: Device) -> None:
                 else:
                     alive.append(f"{readable(kernel)}, {where}: {text}")
         so_far = ", ".join(f"{found[kind]} of {count} {kind}" for kind, count in total.items())
-        print(f"{case.kernel} {case.title}: found so far {so_far}", flush=True)
+        print(f"{case.name}: found so far {so_far}", flush=True)
     for line in alive:
         print(f"      not found: {line}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gpu_emulation.ptx.library import load, readable
 from src.inference.adapters import BASE, Applied
 from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
@@ -22,7 +23,6 @@ from src.inference.load import load_with
 from src.inference.sampling import GREEDY, Sampling
 from src.ops import native
 from tests import program
-from tests.ptx.library import load, readable
 from tests.recorded_graph import Graph
 
 from .device import answer

@@ -1,5 +1,5 @@
 // Kernels that are wrong on purpose, one or more for each check of the interpreter, and one that is right.
-// tests/test_ptx_checks.py expects the finding of each from the table at the end.
+// gpu_emulation/test_ptx_checks.py expects the finding of each from the table at the end.
 #include <cuda_runtime.h>
 
 #include <cstdint>

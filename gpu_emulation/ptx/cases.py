@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,10 @@ class Case(NamedTuple):
     quick: bool  # also in the tests that always run
     rows: int = 0  # not 0: only the last of so many rows of a batch runs
     options: dict[str, int] = EXACT
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.title}"
 
 
 def titled(*words, **keywords) -> str:
@@ -401,24 +405,17 @@ GROUPS: dict[str, Callable[[], Any]] = {
 NEED_TENSOR_CORES = ("wkv6_chunked", "wkv7_chunked", "model")  # sm_80 and later
 
 
-def run_group(
-    device: Device, group: str, quick: bool | None = None, only: str = "", say: Callable = str
-) -> list[str]:
-    """Run the quick rows of a group, the others, or (None) all; returns all that is wrong with them.
-
-    `say` gets a line for each row.
-    """
+def run_cases(device: Device, cases: Iterable[Case], say: Callable[[str], object] = str) -> list[str]:
+    """Run rows; returns all that is wrong with them. `say` gets a line for each row."""
     problems = []
-    for case in GROUPS[group]():
-        if quick not in (None, case.quick) or only not in f"{case.kernel} {case.title}":
-            continue
+    for case in cases:
         found, wrong = errors(case, device)
         worst = max(found, key=lambda name: found[name][0] / (found[name][1] or 1), default="")
         error = f"{found[worst][0]:.1e} of {found[worst][1]:.0e}  {worst}" if worst else ""
         say(f"sm_{device.architecture:<4} {case.kernel:20} {case.title:52} {error}")
         for line in wrong:
             say(f"      {line}")
-        problems += [f"{case.kernel} {case.title}: {line}" for line in wrong]
+        problems += [f"{case.name}: {line}" for line in wrong]
     return problems
 
 

@@ -1,4 +1,4 @@
-"""python -m tests.fake_gpu: run all cases and compare them with table.json, or write it anew."""
+"""python -m gpu_emulation.fake_gpu: run all cases and compare them with table.json, or write it anew."""
 
 import argparse
 import pathlib
@@ -13,7 +13,8 @@ UNAVAILABLE = 77
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.fake_gpu", description="Run the GPU's paths on a device that computes nothing."
+        prog="python -m gpu_emulation.fake_gpu",
+        description="Run the GPU's paths on a device that computes nothing.",
     )
     parser.add_argument(
         "--cases",

@@ -12,7 +12,16 @@ def read(path: pathlib.Path) -> dict:
 
 
 def write(table: dict, path: pathlib.Path) -> None:
-    path.write_text("\n".join(_lines(table)) + "\n")
+    """Write a line for each part of a record."""
+    records = []
+    for case, record in sorted(table["cases"].items()):
+        parts = [
+            f"  {json.dumps(part)}: {json.dumps(record[part], sort_keys=True)}" for part in sorted(record)
+        ]
+        records.append(f"{json.dumps(case)}: {{\n" + ",\n".join(parts) + "}")
+    path.write_text(
+        f'{{"torch": {json.dumps(table["torch"])}, "cases": {{\n' + ",\n".join(records) + "\n}}\n"
+    )
 
 
 def differences(case: str, record: dict, table: dict) -> list[str]:

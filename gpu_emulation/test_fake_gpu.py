@@ -1,7 +1,7 @@
-"""The paths of a GPU on a device that computes nothing (tests/fake_gpu), in a process of their own.
+"""The paths of a GPU on a device that computes nothing (fake_gpu/), in a process of their own.
 
-`python -m tests.fake_gpu --write` writes tests/fake_gpu/table.json anew: look at each difference, and commit
-it with its cause.
+`python -m gpu_emulation.fake_gpu --write` writes fake_gpu/table.json anew: look at each difference, and
+commit it with its cause.
 """
 
 import json
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rwkv_miss import METHODS
+from tests.conftest import ROOT, slow
 
-from .conftest import ROOT, slow
 from .fake_gpu import cases
 from .fake_gpu.__main__ import UNAVAILABLE
 from .fake_gpu.table import TABLE, differences, read
@@ -24,7 +24,7 @@ LAUNCHES = {"layer miss v6": 110, "layer miss v7": 100}
 TENSORS = {"layer miss v6": 140, "layer miss v7": 140}  # (B, T, C), read or written by elementwise launches
 
 
-# one of each kind; the second tier has the others
+# one of each kind; the others are slow
 FAST = """
     step adalora v7, step bat v6, step dora v7, step miss v6, step miss v7, step none v7, step state v7,
     step with weights miss v7, layer miss v6, layer miss v7, memory miss none grad_cp 0 chunk_ctx 0 v7,
@@ -50,7 +50,7 @@ def found(request, tmp_path_factory):
     asked = {item.callspec.params["case"] for item in items if hasattr(item, "callspec")}
     cases_asked = [f"--cases={case}" for case in asked]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fake_gpu", "--json", str(path), *cases_asked],
+        [sys.executable, "-m", "gpu_emulation.fake_gpu", "--json", str(path), *cases_asked],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def test_as_the_table_has_it(case, found):
     changes = differences(case, record, table)
     assert not changes, (
         "\n".join(changes)
-        + "\nWhere that is on purpose: python -m tests.fake_gpu --write, and commit the table"
+        + "\nWhere that is on purpose: python -m gpu_emulation.fake_gpu --write, and commit the table"
     )
 
 

@@ -1,6 +1,6 @@
-"""train.py on "cuda" makes the CPU's steps: a stub of a card whose tensors have numbers (tests/fake_gpu).
+"""train.py on "cuda" makes the CPU's steps: a stub of a card whose tensors have numbers (fake_gpu/).
 
-Its operators are torch's for a CPU. Our kernels are the PTX of cuda/*.cu, executed by tests/ptx, behind
+Its operators are torch's for a CPU. Our kernels are the PTX of cuda/*.cu, executed by ptx/, behind
 their own Python.
 """
 
@@ -12,15 +12,15 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import read_checkpoint
+from tests import program
+from tests.conftest import make_arch, random_tensors, slow
+from tests.program import flags_of, same_adapters, same_lines, succeed, write_data
+from tests.test_grpo_run import REWARDS, measured
+from tests.test_live_adapters import train
 
-from . import program
-from .conftest import make_arch, random_tensors, slow
 from .fake_gpu import stub
 from .fake_gpu.on_cuda import write_answers
 from .fake_gpu.serve import Gpu
-from .program import flags_of, same_adapters, same_lines, succeed, write_data
-from .test_grpo_run import REWARDS, measured
-from .test_live_adapters import train
 
 GRPO = """
     --data_file {files}/questions.jsonl --eval_file {files}/held-questions.jsonl --eval_docs 3

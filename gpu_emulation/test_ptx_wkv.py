@@ -1,4 +1,4 @@
-"""The WKV kernels for GPUs, executed as PTX (tests/ptx), against float64."""
+"""The WKV kernels for GPUs, executed as PTX (ptx/), against float64."""
 
 import ctypes
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from src.ops import kernel_errors, native, self_test
+from tests.test_wkv import NAMES, both, documents, golden_cases, make, results
 
 from .ptx.runs import check_run, runs
-from .test_wkv import NAMES, both, documents, golden_cases, make, results
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"))
-def test_rows(nvcc, architecture, group, quick):
-    check_run(architecture, group, quick)
+def test_rows(nvcc, architecture, group, quick, drawn_rows):
+    check_run(architecture, group, quick, drawn_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

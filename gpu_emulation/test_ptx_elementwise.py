@@ -1,4 +1,4 @@
-"""The other kernels for GPUs, executed as PTX (tests/ptx), against float64: elementwise functions, quantised
+"""The other kernels for GPUs, executed as PTX (ptx/), against float64: elementwise functions, quantised
 weights, a whole model.
 """
 
@@ -12,15 +12,15 @@ from benchmarks import gpu_numerics
 from rwkv_miss.functional import shard_sum
 from src.ops import elementwise
 from src.ops.kernel_errors import worst
+from tests.conftest import close
+from tests.elementwise_cases import DTYPES, EPS, FUNCTIONS, SIZES, results
 
-from .conftest import close
-from .elementwise_cases import DTYPES, EPS, FUNCTIONS, SIZES, results
 from .ptx.runs import check_run, runs
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("elementwise", "quantised", "model"))
-def test_rows(nvcc, architecture, group, quick):
-    check_run(architecture, group, quick)
+def test_rows(nvcc, architecture, group, quick, drawn_rows):
+    check_run(architecture, group, quick, drawn_rows)
 
 
 def test_what_a_card_is_checked_with(gpu):

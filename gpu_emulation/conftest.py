@@ -1,0 +1,109 @@
+"""Which cases run: all of a part whose gate is open, a tenth where it holds (gates.py)."""
+
+import random
+
+import pytest
+
+from src.ops.toolchain import BuildError, find_nvcc
+
+from . import gates
+from .gates import GATES, Draw
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--draw",
+        # a worker of xdist gets the number of the process that started it
+        default=str(random.SystemRandom().randrange(1 << 32)),
+        metavar="NUMBER",
+        help="the tenth of the emulated GPU's cases that runs where a gate holds; all: every case",
+    )
+
+
+def pytest_configure(config):
+    chosen = config.getoption("draw")
+    if chosen != "all" and not chosen.isdigit():
+        raise pytest.UsageError(f"--draw {chosen}: expected a whole number, or all")
+    # gate -> its record, where a tenth is enough
+    config.gates_that_hold = {} if chosen == "all" else gates.unchanged()
+
+
+def pytest_report_header(config):
+    lines = []
+    for name in GATES:
+        kept = config.gates_that_hold.get(name)
+        why = (
+            "as asked" if config.getoption("draw") == "all" else "what it depends on is not as in record.json"
+        )
+        lines.append(
+            f"emulated GPU, {name}: unchanged since {kept['commit']}, where {kept['cases']} cases passed in"
+            f" {kept['seconds']} s; a tenth runs: --draw {config.getoption('draw')}"
+            if kept
+            else f"emulated GPU, {name}: all cases run, {why}"
+        )
+    return lines
+
+
+def gate_of(path):
+    """The gate of a test file; None for the tests of the gates themselves."""
+    return next((name for name, gate in GATES.items() if path in gates.files_of(gate.tests)), None)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Leave out what was not drawn. A test of rows stays: it draws among its rows."""
+    of_file = {path: gate_of(path) for path in {item.path for item in items}}
+    left_out = []
+    for name in config.gates_that_hold:
+        cases = {item: case_of(item) for item in items if of_file[item.path] == name}
+        chosen = draw_of(config)([case for case in cases.values() if case]) if any(cases.values()) else ()
+        left_out += [item for item, case in cases.items() if case and case not in chosen]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
+def case_of(item) -> str:
+    """The case of a test: what it is parametrized with, so that several tests share it. "" for rows."""
+    if "drawn_rows" in item.fixturenames:
+        return ""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("case", item.nodeid)
+
+
+def draw_of(config):
+    return Draw(int(config.getoption("draw")))
+
+
+@pytest.fixture
+def drawn_rows(request):
+    """drawn_rows(names of rows) -> those that run."""
+    name = gate_of(request.path)
+
+    def drawn(rows):
+        chosen = draw_of(request.config)(rows) if name in request.config.gates_that_hold else set(rows)
+        request.node.user_properties.append(("rows", len(chosen)))
+        return chosen
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    """Skip loudly where no nvcc compiles the CUDA kernels."""
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(f"NVCC ABSENT: the CUDA kernels are not executed; {error}")
+
+
+@pytest.fixture
+def gpu(nvcc):
+    """A card of sm_80 in the place of the CPU: its kernels are executed as PTX (ptx/)."""
+    from .ptx.runs import device_of
+
+    device = device_of("80")
+    device.clear()
+    with device.in_place_of_cuda():
+        yield device
+    device.check()

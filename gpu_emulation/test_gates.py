@@ -1,0 +1,114 @@
+"""A gate opens where what its part depends on has changed, and only there; where it holds a tenth runs."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.import_graph import neighbours
+
+from . import gates
+from .gates import GATES, ROOT, Draw, files_of, hash_of
+
+# imported, but no kernel and no step on a GPU depends on what they do
+NOT_GATED = {
+    "demo/chat.py",
+    "rwkv_miss/__init__.py",
+    "rwkv_miss/files/checkpoint.py",
+    "rwkv_miss/progress.py",
+    "src/config/__init__.py",
+    "src/data/tokenizer.py",
+    "src/model/__init__.py",
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of all files that a gate names."""
+    folder = tmp_path_factory.mktemp("gates")
+    for path in {path for gate in GATES.values() for path in files_of(gate.tests + gate.files)}:
+        place = folder / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file, opened",
+    [
+        ("cuda/wkv7_chunked.cu", {"ptx", "fake_gpu"}),
+        ("src/ops/elementwise_ops.py", {"ptx", "fake_gpu"}),
+        ("gpu_emulation/ptx/parse.cpp", {"ptx", "fake_gpu"}),
+        ("tests/test_wkv.py", {"ptx"}),
+        ("src/training/trainer.py", {"fake_gpu"}),
+        ("rwkv_miss/methods/lora.py", {"fake_gpu"}),
+        ("gpu_emulation/fake_gpu/table.json", {"fake_gpu"}),
+        ("src/planning/a_new_file.py", {"fake_gpu"}),
+        ("cuda/wkv7_cpu.cpp", set()),
+        ("src/serving/app.py", set()),
+    ],
+)
+def test_a_change_opens_its_gates(copy, file, opened):
+    before = {name: hash_of(gate, copy) for name, gate in GATES.items()}
+    path = copy / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_bytes() if path.exists() else None
+    path.write_bytes((old or b"") + b"\n")
+    try:
+        assert {name for name, gate in GATES.items() if hash_of(gate, copy) != before[name]} == opened
+    finally:
+        path.unlink() if old is None else path.write_bytes(old)
+    assert before == {name: hash_of(gate, copy) for name, gate in GATES.items()}
+
+
+def test_another_version_of_torch_opens_both(monkeypatch):
+    before = {name: hash_of(gate) for name, gate in GATES.items()}
+    monkeypatch.setattr(gates.importlib.metadata, "version", lambda package: "99.0")
+    assert all(hash_of(gate) != before[name] for name, gate in GATES.items())
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_has_what_its_files_import(name):
+    """The part's own files. What these import in turn is the gate's choice (gates.py)."""
+    gate = GATES[name]
+    of_part, gated = (
+        {path.relative_to(ROOT).as_posix() for path in files_of(patterns)}
+        for patterns in ((*gate.tests, f"gpu_emulation/{name}/*.py"), gate.tests + gate.files)
+    )
+    reached = {one: hops for file in of_part for one, hops in neighbours(file).items()}
+    imported = {one for one, hops in reached.items() if hops == 1 and one.endswith(".py")}
+    assert len(of_part) > 5
+    assert imported - gated <= NOT_GATED
+
+
+def test_a_tenth_is_drawn_rounded_up_and_another_one_each_time():
+    cases = [f"case {n}" for n in range(41)]
+    drawn = [Draw(seed)(cases) for seed in range(200)]
+    assert {len(one) for one in drawn} == {5} and set.union(*drawn) == set(cases)
+    assert drawn[7] == Draw(7)(cases[::-1]) and len({frozenset(one) for one in drawn}) > 190
+    assert Draw(1)(["only"]) == {"only"}
+
+
+PLUGIN = """
+import gpu_emulation.gates as gates
+kept = {{"commit": "0000000", "cases": 1, "seconds": 1}}
+gates.unchanged = lambda: {{name: kept for name in {held!r}}}
+"""
+
+
+@pytest.mark.parametrize("held, share", [(["fake_gpu"], 0.25), ([], 1.0)])
+def test_pytest_runs_a_tenth_where_a_gate_holds(tmp_path, held, share):
+    """Also in the workers of xdist, which draw by the number of the process that started them."""
+    (tmp_path / "held_gates.py").write_text(PLUGIN.format(held=held))
+    command = [sys.executable, "-m", "pytest", "-p", "held_gates", "--collect-only", "-q", "--draw", "5"]
+    done = subprocess.run(
+        [*command, "gpu_emulation/test_fake_gpu.py", "gpu_emulation/test_cuda_runs.py"],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = [line for line in done.stdout.splitlines() if "::" in line]
+    assert 0.05 < len(shown) / 190 <= share or not held, len(shown)
