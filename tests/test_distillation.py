@@ -168,7 +168,7 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
 
 
 def test_a_search_for_the_rate_judges_by_the_cross_entropy():
-    """With values of the teacher in the batches, as where nothing is held out."""
+    """With values of the teacher in the batches, as where nothing is held out, and without."""
     documents, model = documents_with_values([6, 4, 9, 12, 3], 67, 3), make_model(7, torch.float32)
     taught = Config(
         loss="distill", distill_mix=1.0, distill_temperature=1.5, micro_bsz=5, accumulate_grad_batches=1,
@@ -178,7 +178,9 @@ def test_a_search_for_the_rate_judges_by_the_cross_entropy():
     for config, data in ((taught, documents), (alone, Documents(documents.items))):
         with put_back(model):
             first = next(train(model, config, data, 1))
-        found[config.loss] = first, held_out_loss(model, objective_of(config), data)
+        found[config.loss] = [first]
+        for judged in (data, Documents(documents.items)):
+            found[config.loss].append(held_out_loss(model, objective_of(config), judged))
     assert found["distill"] == pytest.approx(found["sft"], rel=1e-6)
 
 
@@ -316,6 +318,15 @@ def test_with_a_mix_of_0_a_run_is_the_supervised_one_in_every_bit(files, tmp_pat
     found = lines(tmp_path / "distill")
     assert [line["loss"] for line in found] == pytest.approx(program.losses(tmp_path / "sft"), rel=1e-6)
     assert all(line["kl"] > 0 for line in found)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_search_for_the_rate_and_documents_held_out(files, tmp_path):
+    flags = f"--eval_file {files}/held-rows.jsonl --eval_samples 0 --epoch_steps 100 --micro_bsz 1".split()
+    start(files, tmp_path, "--lr_init", "auto", *flags)
+    found = json.loads((tmp_path / "learning_rate.json").read_text())
+    assert found["loss_of"] == "held-out" and len(lines(tmp_path)) == 100
+    assert min(trial["loss"] for trial in found["trials"]) < found["before"]
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ class Distilled(Supervised):
         return sums[0], torch.cat([sums[1:].detach(), weight]).double()
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        return metrics[0]
+        # a batch without a teacher has no metrics, and its loss is the cross entropy
+        return metrics[0] if len(metrics) else loss.detach()
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
