@@ -490,6 +490,16 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, recwarn, save, fun
         assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_tensors_in_a_protocol_that_torch_does_not_read_are_told_so(tmp_path, zipped):
+    form = {"pickle_protocol": 4, "_use_new_zipfile_serialization": zipped}
+    torch.save({"emb.weight": torch.ones(3)}, tmp_path / "x.pth", **form)
+    with pytest.raises(UserError, match="protocol 4, which torch reads only .*, without pickle_protocol"):
+        read_checkpoint(tmp_path / "x.pth")
+    with pytest.raises(pickle.UnpicklingError):  # where torch reads it, this may, too
+        torch.load(tmp_path / "x.pth", weights_only=True)
+
+
 def test_what_was_asked_for_is_named(tmp_path):
     torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"argparse\.Namespace"):

@@ -330,6 +330,9 @@ def test_wrong_tensors_are_named(tmp_path):
     assert "blocks.1.ln1.weight" in message(
         {**tensors, "blocks.1.ln1.weight": torch.full((48,), float("nan"))}
     )
+    codes = tensors["blocks.1.att.key.weight"].mul(100).to(torch.int8)  # without their scale
+    text = message({**tensors, "blocks.1.att.key.weight": codes})
+    assert "blocks.1.att.key.weight is torch.int8, expected floating-point numbers" in text
 
 
 def test_parameter_groups_double_the_decay_rate_and_decay_matrices_only():

@@ -193,6 +193,14 @@ def test_what_is_taken_off_is_said_once(forms, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", "module"])
+def test_the_names_under_which_trainers_put_a_model(tmp_path, name):
+    torch.save({name: {"emb.weight": torch.ones(2)}, "epoch": 3}, tmp_path / "m.pth")
+    tensors, _, notes, _ = read_model(tmp_path / "m.pth")
+    assert list(tensors) == ["emb.weight"]
+    assert notes == [f"{tmp_path}/m.pth: the tensors are those under {name!r}; left out: epoch"]
+
+
 def adapter_of(path, out, parts=""):
     model = RWKV.load(path, torch.float32)
     inject(model, method="miss", rank=8, train_parts=parts)

@@ -24,6 +24,7 @@ from .hub_names import hint
 LARGEST_INDEX = 1 << 22
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 READ_AT_ONCE = 1 << 18  # bytes
+NEWEST_PROTOCOL = 3  # of a pickle that torch.load(weights_only=True) reads
 # names that a pickle of plain tensors uses; some others that torch allows allocate whatever the file says
 PLAIN = re.compile(
     r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage"
@@ -139,6 +140,12 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
     tuples, tuple_is_last = set(), False  # places in the pickle's memo
     numbers = 0  # codes of numbers just before, up to as many as a tuple's code takes
     for code, argument, _ in pickletools.genops(stream):
+        if code.name == "PROTO" and argument > NEWEST_PROTOCOL:
+            raise UserError(
+                f"{path} is refused: its pickle asks for protocol {argument}, which torch reads only in a way"
+                " that could run code from the file; save it with torch.save(tensors, path), without"
+                " pickle_protocol"
+            )
         if (
             code.name in ("STACK_GLOBAL", "INST", "OBJ")
             or code.name == "GLOBAL"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError, listed, printable
 from .hf_names import OFFICIAL
 
-CONTAINERS = ("state_dict", "model", "module")  # keys under which trainers put the tensors
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
 PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
 PART = "rwkv."  # before the names of a language model inside a larger one
 PLAIN = re.compile(r"(emb|head)\.weight|ln_out\.(weight|bias)|blocks\.\d+\..+")

@@ -29,13 +29,17 @@ def placed(
     Raises UserError for a tensor of a linear without a place, and for one that is stored in other parts than
     experts.
     """
-    for m in members:
+    found = [_placed(base, stored, m) for m in members]
+    for m in found:
         _refuse_tied(base, stored, m)
-    return [_placed(base, stored, m) for m in members]
+    return found
 
 
 def _refuse_tied(base: str | os.PathLike[str], stored: Mapping[str, Tensor], m: Member) -> None:
-    """Raise UserError for an adapted embedding whose weight is the head's as well."""
+    """Raise UserError for an adapted embedding of tokens whose weight is the head's as well.
+
+    An embedding of tokens has a row for each token of the vocabulary; one of positions has not.
+    """
     config = read_config(os.fspath(base))
     text = config.get("text_config")
     parts = [part for part in (config, text) if isinstance(part, dict)]
@@ -43,11 +47,14 @@ def _refuse_tied(base: str | os.PathLike[str], stored: Mapping[str, Tensor], m: 
     # transformers leaves the field out where it is true
     tied = any(said) if said else not any(name.endswith("head.weight") for name in stored)
     has_head = re.search(WITH_HEAD, str(config.get("architectures")))
-    if name := tied and has_head and next((name for name, view in m.views if view.lookup), ""):
+    vocabulary = [part["vocab_size"] for part in parts if "vocab_size" in part]
+    lookups = {name: len(stored[view.key]) for name, view in m.views if view.lookup}
+    of_tokens = [name for name, rows in lookups.items() if not vocabulary or rows in vocabulary]
+    if tied and has_head and of_tokens:
         raise UserError(
-            f"{m.path} changes the embedding {name} alone, and {base} has one weight for it and the head"
-            " (tie_word_embeddings), which a merge would change as well; untie them, or run the model with"
-            " peft"
+            f"{m.path} changes the embedding {of_tokens[0]} alone, and {base} has one weight for it and the"
+            " head (tie_word_embeddings), which a merge would change as well; untie them, or run the model"
+            " with peft"
         )
 
 

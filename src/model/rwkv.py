@@ -193,7 +193,7 @@ class RWKV(nn.Module):
         return self.base_identity and self.base_identity.fingerprint
 
     def check(self, tensors: dict[str, Tensor], path) -> None:
-        """Raise UserError unless these are exactly the model's tensors, with their shapes.
+        """Raise UserError unless these are exactly the model's tensors: floating point, with their shapes.
 
         Vectors may be squeezed, (C) for (1, 1, C), as some converters write them.
         """
@@ -207,6 +207,11 @@ class RWKV(nn.Module):
                 )
         for name, shape in expected.items():
             got = tensors[name].shape
+            if not tensors[name].is_floating_point():
+                raise UserError(
+                    f"{path}: {name} is {tensors[name].dtype}, expected floating-point numbers; the codes of"
+                    " a quantised model are no weights: give the model from before, with --quant int8 or nf4"
+                )
             if [n for n in got if n != 1] != [n for n in shape if n != 1]:
                 raise UserError(
                     f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}"
