@@ -458,7 +458,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[_name_in_file(layer, name, key)] = tensor
             own.add(id(tensor))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-    # a file has the initial states of all layers or none, also if some of them are not trained
+    # a file has the initial states of all layers or none, as released ones, also if some are not trained
     if any(name.endswith(".time_state") for name in trained):
         trained |= {name: model.get_parameter(name) for name in state_names(model)}
     return {**tensors, **trained}

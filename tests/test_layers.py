@@ -60,6 +60,11 @@ def test_the_file_of_some_layers_loads_and_merges_to_the_same_logits(tmp_path, m
 
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
     assert rwkv_miss.read_metadata(tmp_path / "a.pth")["layers"] == [2]
+    tensors = rwkv_miss.read_checkpoint(tmp_path / "a.pth")
+    states = [f"blocks.{i}.att.time_state" for i in range(3) if method == "state" or "state" in parts]
+    assert tensors.keys() >= {*states} and not any(tensors[name].any() for name in states[:2])
+    others = tensors.keys() - {*states[:2]}
+    assert {name.split(".")[1] for name in others if name.startswith("blocks.")} == {"2"}
     again = base_model()
     rwkv_miss.load_adapter(again, tmp_path / "a.pth")
     assert trained(again) == trained(model) and adapter_tensors(again).keys() == adapter_tensors(model).keys()
