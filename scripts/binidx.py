@@ -27,6 +27,7 @@ with importing():
     from src.data.fetch import fetch_data
     from src.data.formats import Reading, Report, read_source, sources
     from src.data.formats.binidx import BinidxWriter
+    from src.data.formats.layouts import text
     from src.data.templates import add_template_flags, choose_template
     from src.data.tokenizer import load_tokenizer
 
@@ -74,9 +75,9 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
             for where, row in rows(args.data, Reading.of(args), tokenizer.eod):
                 try:
                     [(ids, _)] = encoder.encode(without_weights(row))
+                    writer.add(ids)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
-                writer.add(ids)
                 count, tokens = count + 1, tokens + len(ids)
             writer.close()
         except BaseException:
@@ -119,9 +120,13 @@ class JsonlWriter:
         self.file = open(path + ".tmp", "w", encoding="utf-8")
 
     def add(self, ids) -> None:
-        """Add a document without its end."""
-        text = self.tokenizer.decode(ids[: len(ids) - len(self.tokenizer.eod)].tolist())
-        self.file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        """Add a document without its end. Raises UserError for one that no JSONL reader of ours takes."""
+        decoded = self.tokenizer.decode(ids[: len(ids) - len(self.tokenizer.eod)].tolist())
+        try:
+            row = {"text": text(decoded, "as text")}
+        except UserError as error:
+            raise UserError(f"{error}; give train.py the tokens, which it reads as they are") from None
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         with self.file:

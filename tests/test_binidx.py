@@ -174,6 +174,17 @@ def test_a_bad_row_leaves_nothing_behind(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_tokens_that_make_a_row_which_would_be_bad_are_not_written(tmp_path, capsys):
+    """World's token 1 is NUL."""
+    write_binidx("p", [[66, 67, 0], [66, 1, 67, 0]], [0, 1, 2])
+    with pytest.raises(SystemExit):
+        main(["out.jsonl", "p.bin", "--to_jsonl"])
+    assert "p.bin, document 2: as text: NUL is no text (character 2); give" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"p.bin", "p.idx"}
+    main(["again", "p.bin"])
+    assert ids([row for _, row in read_records("again.bin", eod=(0,))]) == [[66, 67], [66, 1, 67]]
+
+
 def test_tokens_beyond_uint16_and_columns_by_name(tmp_path):
     """A tokenizer.json of 70,000 words, of which the last is in the data."""
     words = tokenizers.Tokenizer(
