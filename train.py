@@ -10,12 +10,11 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import one_line_errors
     from src import config, run
-    from src.distributed.processes import watch_launcher
+    from src.distributed.processes import watching_launcher
 
 
 def main() -> None:
-    with one_line_errors(), naming_missing_packages():
-        watch_launcher()
+    with one_line_errors(), naming_missing_packages(), watching_launcher():
         run.main(config.parse(sys.argv[1:]))
 
 

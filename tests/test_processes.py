@@ -361,6 +361,33 @@ def processes_of(proj_dir):
     return found
 
 
+# a second process that takes long to end after its run, and a first one that ends as soon as that is over
+SECOND = """
+import atexit, sys, time
+import train
+
+atexit.register(lambda: (time.sleep(1.5), print("ended by itself", file=sys.stderr)))
+train.config.parse = lambda argv: None
+train.run.main = lambda typed: (print("the run is over", flush=True), ENDING)
+train.main()
+"""
+FIRST = """
+import os, subprocess, sys
+
+env = {**os.environ, "LOCAL_RANK": "1"}
+second = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, env=env)
+assert second.stdout.readline() == b"the run is over\\n"
+"""
+
+
+# of a run that is complete, and of one that is stopped
+@pytest.mark.parametrize("ending", ["None", slow("sys.exit(130)")])
+def test_the_end_of_a_run_is_no_crash_for_a_process_that_ends_later(ending):
+    words = [sys.executable, "-c", FIRST, SECOND.replace("ENDING", ending)]
+    done = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "ended by itself\n")
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     """The folder of a run, of which nothing is left when a test fails."""

@@ -8,7 +8,7 @@ import socket
 import struct
 import sys
 import threading
-import time
+from collections.abc import Iterator
 
 from rwkv_miss.errors import UserError
 
@@ -54,28 +54,37 @@ def _address_of(interface: str, probe: socket.socket) -> str:
         return ""
 
 
-def watch_launcher() -> None:
-    """End this process when the one that started it is gone.
+@contextlib.contextmanager
+def watching_launcher() -> Iterator[None]:
+    """End this process when the one that started it is gone, until the block is over or fails.
 
     Otherwise it would wait for ranks that never come, and keep its memory. This is for children of torchrun,
-    deepspeed and Lightning. A process that was started from a shell may outlive the shell.
+    deepspeed and Lightning. A process that was started from a shell may outlive the shell. After a run the
+    first process may end before its children: that is no crash.
     """
     launch = launched()
     by_lightning = launch is None and whole_number("LOCAL_RANK") > 0
     by_launcher = launch is not None and launch.by in ("torchrun", "deepspeed")
     if sys.platform == "win32" or not (by_lightning or by_launcher):
+        yield
         return
-    parent = os.getppid()
+    parent, over = os.getppid(), threading.Event()
     # Lightning starts its children in its own process group. A parent in another group has adopted an orphan.
     if by_lightning and os.getpgid(parent) != os.getpgrp():
         _end_as_orphan()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        _end_as_orphan()
+        while not over.wait(0.5):
+            if os.getppid() != parent:
+                _end_as_orphan()
 
     threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
+    try:
+        yield
+        over.set()
+    except SystemExit:  # of a run that is stopped
+        over.set()
+        raise
 
 
 def _end_as_orphan() -> None:

@@ -3,7 +3,7 @@
 Each holds a connection to rank 0, which breaks when its process ends. A launcher looks after its own machine
 only. gloo reports a lost peer when the next collective begins, NCCL perhaps after half an hour. Before the
 process group exists nothing reports it: a rank that fails while it reads its data would leave the others
-waiting. Lightning's processes on one machine need none of this: see processes.watch_launcher().
+waiting. Lightning's processes on one machine need none of this: see processes.watching_launcher().
 """
 
 from __future__ import annotations
