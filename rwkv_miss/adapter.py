@@ -355,7 +355,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         if self.training and torch.is_grad_enabled():
             raise UserError(
                 "the adapter is merged into the model, so no gradient would reach it; call"
-                " rwkv_miss.unmerge(model) before training, or torch.no_grad() around an answer"
+                " rwkv_miss.unmerge(model) before training, or model.eval() before an answer"
             )
         return self.plain_forward(x)
 

@@ -174,7 +174,10 @@ def test_what_a_merge_in_memory_cannot_do_is_said(tmp_path):
     for action, words in (
         (rwkv_miss.merge, r"merged already; call unmerge\(model\) or unload\(model\)"),
         (lambda model: rwkv_miss.load_adapter(model, "a.pth"), r"merged into the model; call rwkv_miss.unm"),
-        (lambda model: model(x), r"no gradient would reach it; call rwkv_miss.unmerge\(model\) before"),
+        (
+            lambda model: model(x),
+            r"no gradient would reach it; call rwkv_miss.unmerge\(model\) before training, or model.eval\(\)",
+        ),
         (lambda model: rwkv_miss.disabled(model).__enter__(), r"merged into the model; call rwkv_miss.unm"),
         (lambda model: rwkv_miss.inject(model, targets=["0"]), r"already carries an adapter; merge it first"),
     ):
