@@ -1,8 +1,11 @@
 """Constraints of the engine: a random model writes what it is told to, and nothing else."""
 
 import json
+import random
 import re
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +130,110 @@ def test_a_stop_is_found_inside_a_token(tmp_path):
     ended(dots, tokenizer.encode("so"))
     allowed = {tokenizer.decode([token]) for token in dots.mask().nonzero()[0] if token}
     assert allowed == {*"abcdefghijklmnopqrstuvwxyz.\n", "\n\nUser"}
+
+
+class Plain:
+    """The same masks and ends as a GrammarConstraint's, from sets of texts: slow, and easy to read."""
+
+    def __init__(self, compiler, form, stops):
+        self.pieces, self.ids = compiler.vocabulary.pieces, compiler.vocabulary.ids
+        self.matcher, self.size = form.matcher.deep_copy(), compiler.size
+        self.stops, self.begun = [stop.encode() for stop in stops], set()
+        self.inside, self.ended, self.held = True, False, 0
+
+    def begins(self):
+        complete = self.inside and self.matcher.is_accepting()
+        return self.begun | {b""} if complete else self.begun
+
+    def mask(self):
+        self.allowed = np.zeros(self.size, bool)
+        if self.inside:
+            bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+            self.allowed = np.unpackbits(bits, count=self.size, bitorder="little").astype(bool)
+        mask = self.allowed.copy()
+        for begin in self.begins():
+            for rest in (stop.removeprefix(begin) for stop in self.stops if stop.startswith(begin)):
+                ends = (self.ids.get(rest[: size + 1]) for size in range(len(rest)))
+                mask[[token for token in ends if token is not None]] = True
+        return mask
+
+    def accept(self, token):
+        fits, text = self.inside and self.allowed[token], self.pieces[token]
+        single = [self.ids.get(text[i : i + 1]) for i in range(len(text))]
+        split = None not in single and any(stop[:1] in text[1:] for stop in self.stops)
+        pieces = single if split else [token]
+        for place, piece in enumerate(pieces):
+            begun = {begin + self.pieces[piece] for begin in self.begins()}
+            self.inside = fits and self.matcher.consume_token(piece)
+            rest = b"".join(self.pieces[one] for one in pieces[place + 1 :])
+            if done := [text for text in begun if text.startswith(tuple(self.stops))]:
+                self.ended, self.held = True, characters(max(done, key=len) + rest)
+                return
+            self.begun = {text for text in begun if any(stop.startswith(text) for stop in self.stops)}
+        self.held = max(map(characters, self.begun), default=0)
+        if self.inside and self.matcher.is_stopped():
+            self.ended, self.held = True, 0
+
+
+def characters(text):
+    return len(text.decode(errors="ignore"))
+
+
+@pytest.mark.parametrize("singles", [True, False], ids=["tokens of single bytes", "none of some bytes"])
+def test_masks_and_ends_are_those_of_the_plain_computation(tmp_path, singles):
+    rng = random.Random(singles)
+
+    def text(most):
+        return "".join(rng.choice("aab\n\u273f") for _ in range(rng.randrange(1, most)))
+
+    bytes_ = [bytes([byte]) for byte in range(1, 256) if singles or byte not in b"b\n"]
+    longer = {text(6).encode() for _ in range(60)} | {b"\xbfa", b"\x9c\xbf", b"b", b"\n"}
+    vocabulary = [*bytes_, *sorted(longer - set(bytes_))]
+    path = write_vocabulary(tmp_path / "vocabulary.txt", vocabulary)
+    compiler = GrammarCompiler(load_tokenizer(str(path), len(vocabulary) + 1))
+    regexes = "a*", "(?s:.*)", "(a|ba|\u273f)*", "[ab]{3,9}"
+    forms = [compiler.compile(f"start: /{regex}/") for regex in regexes]
+    forms.append(schema(compiler, {"type": "string"}))
+    ends = steps = 0
+    for _ in range(100):
+        form, stops = rng.choice(forms), [text(8) for _ in range(rng.randrange(6))]
+        ours, plain = form.start(stops), Plain(compiler, form, stops)
+        for _ in range(20):
+            want = plain.mask()
+            assert ours.mask().tolist() == want.tolist()
+            allowed = want.nonzero()[0].tolist()
+            likely = [token for token in allowed if token and vocabulary[token - 1][0] in b'ab\n"\xe2']
+            token = rng.choice(likely or allowed)
+            if not token:
+                break
+            ours.accept(token)
+            plain.accept(token)
+            steps += 1
+            assert (ours.ended, ours.held) == (plain.ended, plain.held)
+            if ours.ended:
+                ends += 1
+                break
+    assert ends > 20 and steps > 300
+
+
+def test_the_work_of_a_token_does_not_grow_with_the_stops_that_may_have_begun(compiler):
+    """16 stops of 500 letters may begin at each of these letters: issue 59, one request stopped everybody."""
+    stops = ["a" * 499 + letter for letter in "bcdefghijklmnopq"]
+    begun, began = compiler.compile("start: /a*/").start(stops), time.process_time()
+    assert ended(begun, b"a" * 450) == (False, 450)
+    assert time.process_time() - began < 3  # 0.2 s; it was more than 100 s
+
+
+def test_a_form_that_takes_too_long_ends_its_request_and_no_other(compiler, monkeypatch):
+    other = Request([2], 20, WARM, seed=3)
+    want, form = said(alone(other)), compiler.compile(WORDS)
+    monkeypatch.setattr(constraint, "DEADLINE", 0.0)
+    engine = engine_of(rows=4)
+    slow, goes_on = engine.submit(Request([1], 20, form=form, n=2)), engine.submit(other)
+    finished(engine)
+    assert [answer.finish for answer in slow] == ["error"] * 2 and said(goes_on) == want
+    for word in ("the form of this request took", "expected at most 0 s", "simpler form"):
+        assert all(word in str(answer.error) for answer in slow)
 
 
 def test_a_tokenizer_json_has_forms_too(tmp_path):

@@ -8,6 +8,7 @@ end but need not, the end of document and the stops are allowed beside what cont
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import sys
@@ -21,12 +22,15 @@ from rwkv_miss.errors import UserError
 
 from ..common.formatting import short
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from .stop_texts import StopTexts, Vocabulary
 
 # within these limits the worst schemas take 0.3 s and 9 MB: 700 properties with enums, 1,000 numbers
 LONGEST = 1 << 16  # bytes of a grammar
 SYMBOLS = 10_000
 LEXER_STATES = 5000
 SEARCH = 0.5  # seconds to find the wrong part of a schema
+# seconds of the processor that all answers of one form may take together: 500,000 tokens of a usual schema
+DEADLINE = 60.0
 
 
 class Constraint(Protocol):
@@ -71,8 +75,9 @@ class GrammarCompiler:
         (end,) = tokenizer.eod
         source = _Table(tokenizer) if isinstance(tokenizer, ByteTokenizer) else _json_source(tokenizer)
         self.tokens = llguidance.LLTokenizer(source, n_vocab=self.size, eos_token=end)
-        self.pieces = {token: self.tokens.decode_bytes([token]) for token in tokenizer.ids if token != end}
-        self.ids = {piece: token for token, piece in self.pieces.items()}
+        self.vocabulary = Vocabulary(
+            {token: self.tokens.decode_bytes([token]) for token in tokenizer.ids if token != end}
+        )
         # masks are made while the model computes
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "masks")
 
@@ -141,77 +146,96 @@ def _objects(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]
 
 
 class GrammarForm:
-    """Form by a compiled grammar."""
+    """Form by a compiled grammar, of the answers to one client's request.
+
+    Its answers share `spent`, the seconds of the processor so far, and have an error after DEADLINE of them.
+    """
 
     def __init__(self, compiler: GrammarCompiler, matcher: Any):
         self.compiler, self.matcher = compiler, matcher
+        self.stop_texts: dict[tuple[str, ...], StopTexts] = {}
+        self.spent = 0.0
 
     def start(self, stops: Sequence[str]) -> GrammarConstraint:
-        return GrammarConstraint(self.compiler, self.matcher.deep_copy(), stops)
+        if (key := tuple(stops)) not in self.stop_texts:
+            self.stop_texts[key] = StopTexts(self.compiler.vocabulary, stops)
+        return GrammarConstraint(self, self.stop_texts[key])
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time of this block to `spent`. Raises UserError at its beginning if that is too much."""
+        if self.spent > DEADLINE:
+            raise UserError(
+                f"the form of this request took {self.spent:.0f} s of the processor so far, expected at most"
+                f" {DEADLINE:g} s; ask for a simpler form, for fewer answers or for fewer tokens"
+            )
+        began = time.thread_time()
+        yield
+        self.spent += time.thread_time() - began
 
 
 class GrammarConstraint:
     """Constraint by a grammar.
 
-    `begun` are the beginnings of stops that the text ends with, each from a place where the form was
-    complete. A stop inside the form, such as in a JSON string, is text.
+    `begun` are the stops that the text has begun, each from a place where the form was complete, as a set of
+    StopTexts. A stop inside the form, such as in a JSON string, is text.
     """
 
-    def __init__(self, compiler: GrammarCompiler, matcher: Any, stops: Sequence[str]):
-        self.compiler, self.matcher = compiler, matcher
-        self.stops = [stop.encode() for stop in stops]
-        self.begun: set[bytes] = set()
+    def __init__(self, form: GrammarForm, stops: StopTexts):
+        self.form, self.stops = form, stops
+        self.compiler, self.matcher = form.compiler, form.matcher.deep_copy()
+        self.begun = 0
         self.inside = True  # whether the text so far may still be the form's own
         self.ended = self.exhausted = False
         self.held = 0
-        self.coming = compiler.thread.submit(self._mask)
+        self.coming = self.compiler.thread.submit(self._mask)
 
     def mask(self) -> np.ndarray:
         return self.coming.result()
 
     def accept(self, token: int) -> None:
+        with self.form.timed():
+            self._take(token)
+        if not self.ended:
+            self.coming = self.compiler.thread.submit(self._mask)
+
+    def _take(self, token: int) -> None:
         fits = self.inside and bool(self.allowed[token])
-        pieces = list(self._pieces(token))
+        pieces, texts = list(self._pieces(token)), self.compiler.vocabulary.pieces
         for place, piece in enumerate(pieces):
-            begun = {begin + self.compiler.pieces[piece] for begin in self._begins()}
+            self.begun, end = self.stops.after(self.begun, texts[piece], self._is_complete())
             self.inside = fits and self.matcher.consume_token(piece)
-            rest = b"".join(map(self.compiler.pieces.__getitem__, pieces[place + 1 :]))
-            if done := [text for text in begun if text.startswith(tuple(self.stops))]:
-                self.ended, self.held = True, _characters(max(done, key=len) + rest)
+            if end:
+                rest = b"".join(map(texts.__getitem__, pieces[place + 1 :]))
+                self.ended, self.held = True, _characters(end + rest)
                 return
-            self.begun = {text for text in begun if any(stop.startswith(text) for stop in self.stops)}
-        self.held = max(map(_characters, self.begun), default=0)
+        self.held = _characters(self.stops.longest(self.begun))
         if self.matcher.is_error():
             self.exhausted = not self.begun
         elif self.inside and self.matcher.is_stopped():
             self.ended, self.held = True, 0
-            return
-        self.coming = self.compiler.thread.submit(self._mask)
 
     def _pieces(self, token: int) -> Iterator[int]:
         """Yield the token, or its bytes one by one if a stop may begin inside it."""
-        ids, text = self.compiler.ids, self.compiler.pieces[token]
+        ids, text = self.compiler.vocabulary.ids, self.compiler.vocabulary.pieces[token]
         single = [ids.get(text[i : i + 1]) for i in range(len(text))]
-        inside = any(stop[:1] in text[1:] for stop in self.stops)
+        inside = not self.stops.first_bytes.isdisjoint(text[1:])
         yield from single if inside and None not in single else [token]
 
-    def _begins(self) -> set[bytes]:
-        """Return the beginnings of stops that the text ends with, with the empty one if the form may end."""
-        complete = self.inside and self.matcher.is_accepting()
-        return self.begun | {b""} if complete else self.begun
+    def _is_complete(self) -> bool:
+        """Tell whether the form may end here."""
+        return self.inside and self.matcher.is_accepting()
 
     def _mask(self) -> np.ndarray:
-        if self.inside:
-            bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-            self.allowed = np.unpackbits(bits, count=self.compiler.size, bitorder="little").view(bool)
-            self.exhausted = self.matcher.is_error()
-        else:
-            self.allowed = np.zeros(self.compiler.size, bool)
-        allowed = self.allowed | self.exhausted
-        for begin in self._begins():
-            for rest in (stop.removeprefix(begin) for stop in self.stops if stop.startswith(begin)):
-                ends = (self.compiler.ids.get(rest[: size + 1]) for size in range(len(rest)))
-                allowed[[token for token in ends if token is not None]] = True
+        with self.form.timed():
+            if self.inside:
+                bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+                self.allowed = np.unpackbits(bits, count=self.compiler.size, bitorder="little").view(bool)
+                self.exhausted = self.matcher.is_error()
+            else:
+                self.allowed = np.zeros(self.compiler.size, bool)
+            allowed = self.allowed | self.exhausted
+            allowed[self.stops.next_tokens(self.begun, self._is_complete())] = True
         return allowed
 
 

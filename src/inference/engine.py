@@ -6,7 +6,8 @@ beside the first. An answer does not depend on the other rows: a prompt is read 
 multiples of `chunk`, a row's logits are its own, and its random numbers come from its own seed. (Many short
 prompts may be read faster as one batch: see `together`.)
 
-Nothing here reads a clock. So processes that call step() alike stay together, as ZeRO-3 needs it.
+Nothing here reads a clock. So processes that call step() alike stay together, as ZeRO-3 needs it. Only
+forms have a deadline (constraint.py): they are for the server, which is one process.
 """
 
 from __future__ import annotations

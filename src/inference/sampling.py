@@ -185,6 +185,8 @@ def _choose_changed(choose_rows: Callable, logits: Tensor, row: RowInputs, unifo
     if row.constraint:
         try:
             allowed = np.flatnonzero(row.constraint.mask())
+        except UserError as error:
+            return Drawn(None, error=error)
         except Exception as error:  # whatever the thread that makes masks ended with
             what = f"{type(error).__name__}: {error}"
             return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
