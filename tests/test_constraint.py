@@ -325,6 +325,8 @@ def test_wrong_and_large_forms_are_refused(compiler, monkeypatch):
     ):
         with pytest.raises(UserError, match=word):
             schema(compiler, value)
+    with pytest.raises(UserError, match="grammar has 70,000 bytes, expected at most 65,536"):
+        compiler.grammar("(" * 70_000)
     with pytest.raises(UserError, match="start: /"):
         compiler.compile("start: /[a-z/")
     monkeypatch.setattr(constraint, "LEXER_STATES", 20)

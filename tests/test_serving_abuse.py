@@ -208,6 +208,24 @@ def test_a_body_that_is_too_large_is_not_kept():
         assert httpx.post(url, content=json.dumps({"prompt": "Q"})).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages", "messages/count_tokens"])
+def test_a_tool_whose_schema_is_nested_deeply_is_refused_in_words(path):
+    schema = {"type": "string"}
+    for _ in range(600):
+        schema = {"items": schema}
+    schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"name": "buy", "parameters": schema, "type": "function"}
+    if path.startswith("chat"):
+        tool = {"type": "function", "function": {"name": "buy", "parameters": schema}}
+    elif path.startswith("messages"):
+        tool = {"name": "buy", "input_schema": schema}
+    body = {"input" if path == "responses" else "messages": HI, "tools": [tool]}
+    body |= {} if path == "responses" else {"max_tokens": 9}
+    with scripted() as server:
+        reply = httpx.post(f"{server.url}/v1/{path}", json=body)
+        assert reply.status_code == 400 and "nested too deeply" in reply.json()["error"]["message"]
+
+
 def test_300_damaged_requests_leave_nothing_behind(caplog, capfd):
     """More of them: python -m benchmarks.serve_fuzz."""
     rng = random.Random(0)
@@ -249,6 +267,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_answered(capf
             last = json.loads(streamed.text.split("data: ")[-2])["error"]
             assert last == whole.json()["error"] == waited.json()["error"]
             assert whole.status_code == waited.status_code == 500
+            assert whole.headers["connection"] == waited.headers["connection"] == "close"
             assert type(failure).__name__ in last["message"] and last["type"] == "server_error"
             assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
             reply = httpx.post(url, json={"messages": HI, "max_tokens": 4})

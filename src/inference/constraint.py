@@ -130,6 +130,8 @@ class GrammarCompiler:
         """Make a part for compile() from a grammar in Lark or GBNF. Raises UserError."""
         from llguidance.gbnf_to_lark import any_to_lark
 
+        if (size := len(text.encode(errors="replace"))) > LONGEST:  # the conversion takes many seconds
+            raise UserError(f"the grammar has {size:,} bytes, expected at most {LONGEST:,}")
         try:
             return {"lark_grammar": any_to_lark(text)}
         except Exception as error:  # its own class, and Python's for grammars that are cut off

@@ -40,6 +40,8 @@ def read_tools(fields: Fields) -> Tools:
             read_parameters(function)
         except UserError as error:
             raise wrong(f"tools[{i}]", str(error)) from None
+        except RecursionError:
+            raise wrong(f"tools[{i}]", "its schema is nested too deeply; nest it less") from None
         if any(map(str.isspace, function["name"])):
             raise wrong(f"tools[{i}]", f"the name {shown(function['name'])} has a blank; write _ for it")
         functions.append(function)
