@@ -226,6 +226,28 @@ def test_a_tool_whose_schema_is_nested_deeply_is_refused_in_words(path):
         assert reply.status_code == 400 and "nested too deeply" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("asked", [32_000, -1])
+def test_a_limit_above_the_servers_is_cut_to_it_and_the_answer_says_so(asked):
+    with scripted(ENDLESS, limits=Limits(answer_tokens=8, finishing=5)) as server:
+        body = {"messages": HI, "max_tokens": asked, "stop": [f"no{i}" for i in range(20)]}
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert reply.status_code == 200 and reply.headers["x-max-tokens"] == "8"
+        assert reply.json()["choices"][0]["finish_reason"] == "length"
+        assert reply.json()["usage"]["completion_tokens"] == 8
+
+
+def test_a_tool_of_another_type_is_refused_by_its_name():
+    with scripted() as server:
+        for path, tool in (
+            ("chat/completions", {"type": "custom", "custom": {"name": "apply_patch"}}),
+            ("responses", {"type": "custom", "name": "apply_patch"}),
+        ):
+            body = {"input" if path == "responses" else "messages": HI, "tools": [tool]}
+            reply = httpx.post(f"{server.url}/v1/{path}", json=body)
+            said = reply.json()["error"]["message"]
+            assert reply.status_code == 400 and "custom" in said and "apply_patch" in said
+
+
 def test_300_damaged_requests_leave_nothing_behind(caplog, capfd):
     """More of them: python -m benchmarks.serve_fuzz."""
     rng = random.Random(0)

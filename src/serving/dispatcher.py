@@ -153,6 +153,7 @@ async def answer(
     """Answer a request: with a stream, which takes a Reply, or with the whole answer. Raises Refused."""
     run = await dispatcher.begin(asked)
     headers = {"X-System-Fingerprint": asked.chosen.fingerprint, **ignored_header(asked.ignored)}
+    headers["X-Max-Tokens"] = str(asked.requests[0].max_tokens)  # a larger limit was cut to the server's
     if asked.stream:
         return EventStream(_events(run, reply), headers, reply.end, run.close, dispatcher.metrics.left)
     gone = asyncio.create_task(until_gone(request))

@@ -31,7 +31,7 @@ from .tools import Tools, read_tools
 
 MOST_LOGPROBS = 20
 MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON within a second, while the others wait
-MOST_STOPS, LONGEST_STOP = 16, 500
+MOST_STOPS, LONGEST_STOP = 20, 500
 # A text with more characters for each token that a prompt may have is mostly too long. Its tokens are counted
 # in its beginning first; the last LONGEST of these may differ from the whole text's.
 CHARACTERS, LONGEST = 8, 128
@@ -290,7 +290,7 @@ def _request(
     if n * prompts > limits.answers:
         raise wrong("n", f"{n} answers of {prompts} prompts; this server gives {limits.answers} to a request")
     short_name, long_name = (
-        fields.integer(name, 0, limits.answer_tokens) for name in ("max_tokens", "max_completion_tokens")
+        fields.integer(name, -1, LARGEST_SEED) for name in ("max_tokens", "max_completion_tokens")
     )
     if None not in (short_name, long_name) and short_name != long_name:
         raise wrong(
@@ -298,7 +298,9 @@ def _request(
         )
     most = short_name if long_name is None else long_name
     if most is None:
-        most = min(reader.defaults.max_tokens, limits.answer_tokens)
+        most = reader.defaults.max_tokens
+    # clients for agents send 32,000 whatever the model, and some -1 for no limit of their own
+    most = limits.answer_tokens if most == -1 else min(most, limits.answer_tokens)
     if changes.min_tokens > most:
         raise wrong("min_tokens", f"got {changes.min_tokens}, expected at most the limit of tokens, {most}")
     seed = fields.integer("seed", -LARGEST_SEED, LARGEST_SEED - 1, reader.defaults.seed)

@@ -34,7 +34,10 @@ def read_tools(fields: Fields) -> Tools:
     functions = []
     for i, tool in enumerate(described):
         if (kind := tool.get("type", "function")) != "function":
-            raise wrong(f"tools[{i}].type", f"got {shown(kind)}, expected function")
+            inner = tool.get(kind) if isinstance(kind, str) else None  # a chat has the name of a tool there
+            name = inner.get("name") if isinstance(inner, dict) else tool.get("name")
+            called = "" if name is None else f" for the tool {shown(name)}"
+            raise wrong(f"tools[{i}].type", f"got {shown(kind)}{called}, expected function; leave it out")
         try:
             function = read_function(tool)
             read_parameters(function)
