@@ -206,6 +206,9 @@ def test_yaml_mistakes(tmp_path):
         ("proj_dir: [a, b]\n", "expected a text"),
         ("ctx_len: 1.5\n", "--ctx_len 1.5: expected a whole number"),
         ("grad_cp: 3\n", "expected 0, 1 or 2"),
+        ("peft_config: {a: &a 1, b: *a}\n", "an alias (*name) is not read in settings; write its value"),
+        ("[" * 100_000, "or more than 32 inside each other"),
+        ("#" * 200_000, "has more than the 131,072 bytes"),
     ]:
         path.write_text(text)
         assert words in mistake("--config", str(path)), text

@@ -1,5 +1,7 @@
 """The training page's server, without a browser: paths, uploads, settings, runs, jobs, the chat of a run."""
 
+import contextlib
+import faulthandler
 import fcntl
 import importlib.util
 import json
@@ -21,11 +23,12 @@ from starlette.testclient import TestClient
 from demo import serve
 from rwkv_miss import UserError
 from rwkv_miss.progress import Progress
-from src.config.parse import parse
+from src.config.parse import parse, recorded_settings
 from src.config.schema import FIELDS
 from src.data.tokenizer import load_tokenizer
 from src.inference.engine import Engine
 from src.serving.app import assemble, make_app
+from src.serving.errors import Refused
 from src.serving.limits import Limits
 from src.serving.program import guard_of
 from src.serving.request_parsing import Defaults
@@ -420,6 +423,72 @@ def test_one_bad_folder_does_not_hide_the_other_runs(served):
     (made_run(served.folder / "started") / "studio.json").write_text('{"settings": [], "started": "x"}')
     (made_run(served.folder / "line") / "validation.jsonl").write_text('{"step": 1}\n')
     assert {"good", "list"} <= {run["name"] for run in served.get("/studio/runs")}
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "validation.jsonl", "run.json", "running.json", "studio.json", "train.log"]
+)
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(served, name):
+    run = made_run(served.folder / "a")
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with ended_after(20):
+        assert len(served.get("/studio/runs")) == 1
+        assert served.get("/studio/runs/a")["name"] == "a"
+        if name == "train.log":
+            with pytest.raises(Refused, match="train.log can't be written: .*; remove it"):
+                runs.lock_log(str(run))
+
+
+@contextlib.contextmanager
+def ended_after(seconds):
+    """End this process if the block takes longer: a thread that opens a pipe can't be ended alone."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+TOO_LONG = "9" * 400
+STRANGE_FILES = [
+    ("config.yaml", "[" * 100_000),
+    ("config.yaml", "".join(f"k{i}: 1\n" for i in range(6000))),
+    ("config.yaml", "wandb: " + "x" * (1 << 17)),
+    ("config.yaml", "peft_config: {a: &a [1, 1], b: [*a, *a]}"),
+    ("config.yaml", "peft_config: {r: !!binary aGk=}"),
+    ("config.yaml", "peft_config: {when: 2020-01-01, r: .nan}"),
+    ("config.yaml", "chosen: [1]"),
+    ("config.yaml", "chosen: {lr_init: 2020-01-01, peft: [.nan]}"),
+    ("config.yaml", f"micro_bsz: {'9' * 5000}"),
+    ("metrics.jsonl", f'{{"step": {TOO_LONG}, "loss": 1}}\n{{"step": 1, "loss": {TOO_LONG}}}\n'),
+    ("metrics.jsonl", '{"step": 1, "loss": %s}\n' % ("[" * 100_000)),
+    ("validation.jsonl", '{"step": "x", "loss": 1}\n'),
+    ("validation.jsonl", '{"step": 1}\n'),
+    ("validation.jsonl", '{"step": 1, "loss": 1, "samples": %s}\n' % ("[" * 400 + "]" * 400)),
+    ("run.json", '{"steps": "x", "plan": 1}'),
+    ("run.json", '{"steps": 3, "best_step": 1, "best": 7}'),
+    ("run.json", '{"steps": 1e999}'),
+    ("run.json", '{"verdict": %s}' % ("[" * 900 + "]" * 900)),
+    ("running.json", f'{{"pid": {TOO_LONG}, "steps": {TOO_LONG}}}'),
+    ("studio.json", '{"settings": "abc", "started": "x", "words": "abc"}'),
+    ("studio.json", '{"settings": {"load_model": 5}, "words": [1], "stopped": {}}'),
+    ("studio.json", '{"started": NaN, "pid": %s}' % ("9" * 19)),
+    ("studio.json", "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize("name, text", STRANGE_FILES, ids=range(len(STRANGE_FILES)))
+def test_a_runs_file_with_anything_in_it_is_read_once_and_stops_no_list(served, monkeypatch, name, text):
+    read = []
+    monkeypatch.setattr(runs, "recorded_settings", lambda path: read.append(path) or recorded_settings(path))
+    run = made_run(served.folder / "a")
+    (run / name).write_text(text)
+    for _ in range(2):
+        assert [run["name"] for run in served.get("/studio/runs")] == ["a"]
+        json.dumps(served.get("/studio/runs/a"), allow_nan=False)
+    assert len(read) == 1
+    served.refused("/studio/runs/a/stop", 409)
+    served.refused("/studio/runs/a/resume", 400)
+    served.refused("/studio/jobs", 409, kind="merge", run="a")
 
 
 def test_running_json_is_there_while_the_lock_is_held(tmp_path, monkeypatch):

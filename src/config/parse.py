@@ -22,6 +22,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import Parser, UserError, did_you_mean, similar_path
 from rwkv_miss.files.hub_names import recorded
 
+from ..common.bounded_files import read_settings
 from ..common.files import write_text
 from .adapter_options import METHOD_ALIASES, TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
@@ -124,7 +125,9 @@ class Recorded:
 def recorded_settings(path: str) -> Recorded:
     """Read a run's config.yaml. What was chosen is no longer AUTO, also where it is 0."""
     config = _merged({"config": path})
-    chosen = {name: why for name, why in (_load_yaml(path).get(CHOSEN) or {}).items() if name in FIELDS}
+    reasons = _load_yaml(path).get(CHOSEN)
+    reasons = reasons if isinstance(reasons, dict) else {}
+    chosen = {name: why for name, why in reasons.items() if name in FIELDS and isinstance(why, str)}
     return Recorded(dataclasses.replace(config, **{name: config.written(name) for name in chosen}), chosen)
 
 
@@ -180,11 +183,12 @@ def _load_yaml(path: str) -> dict[str, Any]:
         raise UserError(
             f"config file {path} is a folder; give {inside if os.path.isfile(inside) else 'a file'}"
         )
-    with open(path, "rb") as file:
-        try:
-            values = yaml.safe_load(file) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from None
+    try:
+        values = read_settings(path) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as settings: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
     return values

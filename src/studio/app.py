@@ -187,7 +187,7 @@ class Studio:
         model = recorded(run.config.load_model) or run.typed().get("load_model")
         if not model:
             raise Refused(409, f"{run.name} trains a new model, which has no base", code="no_base")
-        return self.folders.named("load_model", model)
+        return self.folders.named("load_model", str(model))
 
     def _job(self, request: Request):
         return self.jobs.find(request.path_params["id"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+import time
 from array import array
 
 import numpy as np
 
+from ..common.bounded_files import open_regular, parse_json
+
 PART = 1 << 24  # bytes that are read at once
-MOST_NAMES = 40
+LONGEST_LINE = 1 << 16  # bytes; train.py's have a thousand
+MOST_NAMES, LONGEST_NAME = 40, 80
+MOST_LINES = 1 << 22
+SECONDS = 5  # of one update; the next one goes on
 
 
 class Metrics:
@@ -25,34 +30,36 @@ class Metrics:
         self.columns: dict[str, array] = {"step": array("d")}
 
     def update(self) -> None:
-        """Read the lines that were added."""
+        """Read the lines that were added, as far as the time reaches."""
+        end = time.monotonic() + SECONDS
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != self.identity or stat.st_size < self.offset:
                     self.forget(stat.st_ino)
-                while self.offset < stat.st_size:
+                while self.offset < stat.st_size and self.count < MOST_LINES and time.monotonic() < end:
                     file.seek(self.offset)
                     part = file.read(PART)
                     whole = part.rfind(b"\n") + 1  # the last line may be half written
-                    if not whole:
+                    if not whole and len(part) < PART:
                         return
+                    whole = whole or PART  # of a line without end
                     self._add(part[:whole].splitlines())
                     self.offset += whole
         except OSError:
             self.forget(None)
 
     def _add(self, lines: list[bytes]) -> None:
-        for line in lines:
+        for line in lines[: MOST_LINES - self.count]:
             try:
-                values = json.loads(line)
+                values = parse_json(line) if len(line) <= LONGEST_LINE else None
             except ValueError:
                 continue
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):
                 continue
             for name, value in values.items():
                 if name not in self.columns and isinstance(value, (int, float)):
-                    if len(self.columns) < MOST_NAMES:
+                    if len(self.columns) < MOST_NAMES and len(name) <= LONGEST_NAME:
                         self.columns[name] = array("d", [np.nan]) * self.count
             for name, column in self.columns.items():
                 value = values.get(name)

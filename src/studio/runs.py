@@ -12,15 +12,14 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rwkv_miss.files.hub_names import recorded
-from rwkv_miss.files.untrusted import read_json
 
-from ..common.files import read_lines, write_text
+from ..common.bounded_files import NUMBER, open_regular, read_object, read_objects
+from ..common.files import write_text
 from ..config.parse import command as full_command
 from ..config.parse import parse, recorded_settings
 from ..config.schema import FIELDS, Config
@@ -32,6 +31,7 @@ from ..training.run_folder import (
     METRICS,
     MODEL,
     RUNNING,
+    RUNNING_KINDS,
     SUMMARY,
     list_checkpoints,
     running,
@@ -44,6 +44,10 @@ from .folders import ROOT, STARTED, Folders
 LOG = "train.log"
 AT_ONCE = 4  # runs that the page has started and that have not ended
 LOG_LINES = 60
+# what the page takes from a run's files
+STARTED_KINDS = {"started": NUMBER, "stopped": NUMBER, "pid": int, "settings": dict, "words": list}
+SUMMARY_KINDS = dict.fromkeys(("steps", "planned_steps", "best_step"), int) | {"best": str, "plan": list}
+EVALUATION_KINDS = {"step": int, "loss": (*NUMBER, type(None))}
 SHOWN = (".pth", ".gguf", ".safetensors", ".md", ".json", ".jsonl", ".yaml", ".png", ".log")
 
 
@@ -56,9 +60,14 @@ def read_config(path: str) -> tuple[Config, Mapping[str, str]]:
 def lock_log(folder: str):
     """Open a run's log for its process, and lock it until that process and its children have ended.
 
-    Returns None if one of them is running. The lock belongs to the open file, which they inherit.
+    Returns None if one of them is running. The lock belongs to the open file, which they inherit. Raises
+    Refused if something else is in its place.
     """
-    log = open(os.path.join(folder, LOG), "ab")
+    try:
+        log = open_regular(os.path.join(folder, LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        reason = f"{folder}/{LOG} can't be written: {error.strerror}; remove it"
+        raise Refused(409, reason, "name", "folder_in_use") from None
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -70,7 +79,7 @@ def lock_log(folder: str):
 def is_started(folder: str) -> bool:
     """Tell whether a process that the page has started has not ended yet."""
     try:
-        with open(os.path.join(folder, LOG), "rb") as log:
+        with open_regular(os.path.join(folder, LOG)) as log:
             fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -85,7 +94,7 @@ class Run:
     def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
         self.metrics = Metrics(os.path.join(folder, METRICS))
-        self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read)
+        self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read, or None)
         self.update()
 
     def path(self, name: str) -> str:
@@ -95,22 +104,28 @@ class Run:
         """Read a file if it has changed; `otherwise` if it can't be read."""
         try:
             stat = os.stat(self.path(name))
-            state = stat.st_ino, stat.st_size, stat.st_mtime_ns
-            if name not in self.files_read or self.files_read[name][0] != state:
-                self.files_read[name] = state, read(self.path(name))
-            return self.files_read[name][1]
-        except (OSError, ValueError):
+        except OSError:
             return otherwise
+        state = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        if name not in self.files_read or self.files_read[name][0] != state:
+            self.files_read[name] = state, None  # it is not read again either if it can't be read
+            with contextlib.suppress(OSError, ValueError):
+                self.files_read[name] = state, read(self.path(name))
+        found = self.files_read[name][1]
+        return otherwise if found is None else found
 
     def update(self) -> None:
         """Read what is new in the folder."""
         self.metrics.update()
-        self.holder, self.started = running(self.folder), self.read(STARTED, read_json, {})
-        self.running_json = self.holder or self.read(RUNNING, read_json, {})
-        self.summary = self.read(SUMMARY, read_json, {})
+        self.holder, self.started = running(self.folder), self._object(STARTED, STARTED_KINDS)
+        self.running_json = self.holder or self._object(RUNNING, RUNNING_KINDS)
+        self.summary = self._object(SUMMARY, SUMMARY_KINDS)
         self.is_alive = self.holder is not None or is_started(self.folder)
-        self.history = self.read(VALIDATION, lambda path: read_lines(path, sys.maxsize), [])
+        self.history = self.read(VALIDATION, lambda path: read_objects(path, EVALUATION_KINDS), [])
         self.config, self.chosen = self.read(CONFIG, read_config, (Config(), {}))
+
+    def _object(self, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+        return self.read(name, lambda path: read_object(path, kinds), {})
 
     def typed(self) -> dict[str, Any]:
         """Return the settings that somebody has typed, as texts."""
@@ -175,7 +190,7 @@ class Run:
         config, kept = self.config, None if self.is_alive else self.best_step
         last = [line for line in self.history if line["step"] == kept] or self.history[-1:]
         ends = {id(line) for line in (*self.history[:1], *last)}
-        words = self.started.get("words")
+        words = [word for word in self.started.get("words", []) if isinstance(word, str)]
         return {
             **self.overview(),
             "plan": self.running_json.get("plan") or self.summary.get("plan") or [],
@@ -198,7 +213,7 @@ class Run:
         }
 
     def log(self) -> list[str]:
-        with contextlib.suppress(OSError), open(self.path(LOG), "rb") as file:
+        with contextlib.suppress(OSError), open_regular(self.path(LOG)) as file:
             return jobs.shown_lines(jobs.tail(file), LOG_LINES)
         return []
 
@@ -218,7 +233,7 @@ class Run:
 
     def trained(self) -> str:
         """Return the trained file that is worth using. Raises Refused without one."""
-        best = [] if self.best_step is None else [os.path.basename(self.summary["best"])]
+        best = [] if self.best_step is None else [os.path.basename(self.summary.get("best", ""))]
         for name in (*best, ADAPTER, MODEL):
             if os.path.isfile(self.path(name)):
                 return self.path(name)
@@ -299,7 +314,7 @@ class Runs:
         if not run.is_alive:
             raise Refused(409, f"no process of the run {name} is going", code="not_running")
         process = (run.holder or run.started).get("pid")
-        if not isinstance(process, int) or process < 2:
+        if not isinstance(process, int) or not 2 <= process < 1 << 31:
             raise Refused(409, f"no file of {name} says which process it is", code="not_running")
         # not SIGINT, which is ignored in children of a server that was started in the background
         try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 
+from ..common.bounded_files import NUMBER, read_object
 from ..common.files import write_text
 from ..config.launcher import is_first_process
 from ..distributed.watchdog import Watchdog
@@ -31,6 +32,7 @@ ROWS = "rows.jsonl"  # that were given to prepare()
 RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
 RUNNING = "running.json"  # there while a run writes into the folder, and after one that was killed
+RUNNING_KINDS = {"pid": int, "started": NUMBER, "steps": int, "plan": list}
 MERGED = "merged.pth"  # the file that the suggested merge writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
@@ -134,8 +136,7 @@ def running(folder: str) -> dict | None:
     if fcntl is None:
         return None
     try:
-        with open(os.path.join(folder, RUNNING), encoding="utf-8") as file:
-            said = json.load(file)
+        said = read_object(os.path.join(folder, RUNNING), RUNNING_KINDS)
         with contextlib.suppress(PermissionError):  # a process of another user
             os.kill(said["pid"], 0)  # of a dead run the lock is not tried: a new one may be about to take it
         place = os.open(folder, os.O_RDONLY)
