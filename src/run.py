@@ -22,13 +22,14 @@ from rwkv_miss.progress import Progress, print_notes
 
 from . import ops
 from .common.device import PRECISIONS
-from .common.files import read_lines
+from .common.files import read_lines, write_text
 from .common.freed_memory import freed_memory_kept
 from .common.startup import Start
 from .config import Config, save
 from .config.launcher import is_first_process, starts_others
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
+from .config.schema import SCRIPT_NOTES
 from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
@@ -347,6 +348,8 @@ def prepare_folder(plan: Plan) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
+    if config.script_notes:
+        write_text(os.path.join(folder, SCRIPT_NOTES), "".join(f"{note}\n" for note in config.script_notes))
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], objective: Objective) -> list:

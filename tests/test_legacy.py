@@ -11,7 +11,17 @@ from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import AUTO, parse
 from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
-from src.config.legacy import DROPPED, NAMES, OPTIMIZERS, QUANTS, REFUSED, STRATEGIES, newest_model, translate
+from src.config.legacy import (
+    DROPPED,
+    NAMES,
+    OPTIMIZERS,
+    OTHER_RESULT,
+    QUANTS,
+    REFUSED,
+    STRATEGIES,
+    newest_model,
+    translate,
+)
 from src.config.legacy.data_flags import LOSS_MASKS
 from src.config.parse import flag_parser, read_flags
 
@@ -47,9 +57,11 @@ def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
 def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     flags = [word for name in DROPPED for word in (f"--{name}", "17")]
     del flags[1]  # a flag without its value is no reason to swallow the next one
-    assert parse([*flags, "--kernel=17", *REQUIRED, *SAID]) == parse([*REQUIRED, *SAID])
+    assert parse([*flags, "--kernel=17", "--verbose=1", *REQUIRED, *SAID]) == read(*SAID, "--verbose=1")
     said = capsys.readouterr().out
-    assert re.findall(r"^note: --(\w+) is ignored: .", said, re.MULTILINE) == list(DROPPED)
+    named = re.findall(r"^note: --(\w+) is ignored: .", said, re.MULTILINE)
+    # those whose effect is missing come first
+    assert set(named[: len(OTHER_RESULT)]) == OTHER_RESULT and sorted(named) == sorted(DROPPED)
     assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
 
 
@@ -72,7 +84,7 @@ def test_the_ranks_of_three_generations(flags):
 
 
 def test_options_of_another_method_are_named(capsys):
-    values = read(f"{BONE} --lora_config " + '{"lora_r":4} --lora_r 2')
+    values = read(f"{BONE} --verbose --lora_config " + '{"lora_r":4} --lora_r 2')
     assert values.adapter == AdapterOptions("miss", {"r": 8}, None)
     notes = capsys.readouterr().out
     assert "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
@@ -179,7 +191,7 @@ def test_quantised_bases(capsys):
 def test_masks_train_what_they_train_there(mask, today, words, capsys):
     assert read(f"--loss_mask={mask}").loss_mask == today
     assert f"note: --loss_mask {mask or repr('')} {words}" in capsys.readouterr().out
-    assert read("--loss_mask", mask, "--data_type", "sft").loss_mask == "assistant"
+    assert read("--loss_mask", mask, "--data_type", "sft", "--verbose").loss_mask == "assistant"
     assert (
         f"note: --loss_mask {mask or repr('')} is ignored with --data_type sft, there as well"
         in capsys.readouterr().out
@@ -189,7 +201,8 @@ def test_masks_train_what_they_train_there(mask, today, words, capsys):
 def test_todays_flags_stay_as_they_are():
     """--warmup_steps -1 is an automatic choice, which other projects do not have."""
     flags = ["--peft", "miss", "--warmup_steps", "-1", "--epoch_count", "0"]
-    assert translate(flags) == (flags, [])
+    words, notes = translate(flags)
+    assert words == flags and not notes.all
 
 
 NOTES = """
@@ -212,7 +225,28 @@ NOTES = """
 @pytest.mark.parametrize("flags, note", cases(NOTES))
 def test_a_translated_flag_leaves_a_note(flags, note, capsys):
     _, notes = translate(flags.split())
-    assert any(said.startswith(note) for said in notes)
+    assert any(said.startswith(note) for said in notes.translations)
+
+
+def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_folder(tmp_path, capsys):
+    flags = (
+        "--epoch_begin 0 --magic_prime 3 --num_workers 1 --data_type jsonl --warmup_steps 0 --dataload pad"
+    )
+    config = read(*flags.split(), "--proj_dir", str(tmp_path))
+    said = capsys.readouterr().out.splitlines()
+    changes = ['note: "there" is', "note: a row was one document there;", "note: of 100 documents or more"]
+    assert all(line.startswith(begin) for line, begin in zip(said, changes, strict=False))
+    assert said[3:] == [
+        f"note: 5 more notes change nothing in the result; the run writes them to {tmp_path}/script_notes.txt"
+    ]
+    assert len(config.script_notes) == 8 and config.script_notes[3].startswith("--epoch_begin is ignored")
+    assert [f"note: {note}" for note in config.script_notes[:3]] == said[:3]
+    # few are printed, and all of them with --verbose or where a refusal may need them
+    assert not read("--magic_prime", "3", *METHOD).script_notes
+    assert not read(*flags.split(), "--verbose", "1").script_notes
+    capsys.readouterr()
+    mistake(*flags.split(), "--beta1", "2")
+    assert "--magic_prime is ignored" in capsys.readouterr().out
 
 
 def test_masks():
@@ -259,7 +293,8 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
 
 def test_todays_command_line_passes_unchanged():
     words = "--load_model a --data_file=b --peft_config=r=8,targets=key+value --grad_cp 1 stray".split()
-    assert translate(words) == (words, [])
+    kept, notes = translate(words)
+    assert kept == words and not notes.all
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
     assert set(METHOD_ALIASES.values()) == {"miss"}
 
@@ -401,7 +436,7 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
     config, today = read(*flags.replace("LORA", LORA).replace("DECAY", DECAY).split()), yaml.safe_load(today)
     meant = {name: AUTO if value == "AUTO" else value for name, value in today.items()}
     assert {name: getattr(config, name) for name in today} == meant
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out + "\n".join(config.script_notes)
     assert note in said and all(len(line) < 200 for line in said.splitlines())
 
 
@@ -441,9 +476,9 @@ def test_columns_of_data_sets():
     ],
 )
 def test_notes_name_the_trainer_that_they_call_there(flags, trainer):
-    notes = translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()])[1]
+    notes = translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()])[1].all
     assert notes[0] == f'"there" is {trainer}, for which this command was written'
-    assert not any(note.startswith('"there"') for note in translate(["--load_model", "base.pth"])[1])
+    assert not any(note.startswith('"there"') for note in translate(["--load_model", "base.pth"])[1].all)
 
 
 @pytest.mark.parametrize("parts", ["ln,time", "emb"])

@@ -161,6 +161,9 @@ def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, 
     rank = {"miss": 64, "bat": 32}[method]  # Bat's divides the widths
     assert (metadata["method"], metadata["options"]["rank"], metadata["step"]) == (method, rank, 2)
     assert "35 documents" in output and "--train_parts time,ln does" in output
+    # what changes nothing is in the run's folder
+    assert "--data_type is ignored" not in output
+    assert "\n--data_type is ignored" in (tmp_path / "run/script_notes.txt").read_text()
     assert f" over the data, or {passes} with --packing 0" in output, "a row was a document there"
     merge(files, 6, checkpoint, tmp_path / "run/adapter.pth", tmp_path / "merged.pth")
 

@@ -28,7 +28,19 @@ from .adapter_options import METHOD_ALIASES, TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .loss_rules import check_by_hand
 from .option import AUTO
-from .schema import CHOSEN, FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, read, type_of, uncommon_bounds
+from .schema import (
+    CHOSEN,
+    FIELDS,
+    NAMES,
+    PAPER,
+    PRESETS,
+    PUBLISHED,
+    SCRIPT_NOTES,
+    Config,
+    read,
+    type_of,
+    uncommon_bounds,
+)
 from .validate import validate
 
 # values of other projects' scripts for flags that are here too; legacy/ knows what they mean
@@ -43,19 +55,33 @@ FOREIGN = {
     "strategy": "single[-_]device",
     "train_parts": r"none|\[.*",
 }
+MOST_NOTES = 3  # that are printed although they change nothing in the result
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
 
 def parse(argv: list[str]) -> Config:
-    """Parse the command line."""
-    config = settle(
-        read_flags(
-            flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
-        )
+    """Parse the command line of train.py.
+
+    Notes about a script of another trainer are printed if they change the result, or are few. Else the run
+    writes them into its folder.
+    """
+    parser = flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints.")
+    words, differences, translations = _of_today(parser, drop_local_rank(argv))
+    _print_notes(differences)
+    try:
+        config = follow_launcher(settle(vars(parser.parse_args(words))))
+        validate(config)
+    except UserError:
+        _print_notes(translations)  # the error may be about a flag that only the translation gave
+        raise
+    if len(translations) <= MOST_NOTES or config.init_only or config.verbose:
+        _print_notes(translations)
+        return config
+    path = os.path.join(config.proj_dir, SCRIPT_NOTES)
+    _print_notes(
+        [f"{len(translations)} more notes change nothing in the result; the run writes them to {path}"]
     )
-    config = follow_launcher(config)
-    validate(config)
-    return config
+    return dataclasses.replace(config, script_notes=(*differences, *translations))
 
 
 def flag_parser(prog: str, description: str) -> Parser:
@@ -81,13 +107,24 @@ def flag_parser(prog: str, description: str) -> Parser:
 
 def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
     """Parse a command line to values by name; older spellings are translated, and the user is told."""
-    if not _is_of_today(parser, argv):
-        from .legacy import translate  # six files that other starts need not read
+    words, differences, translations = _of_today(parser, argv)
+    _print_notes([*differences, *translations])
+    return vars(parser.parse_args(words))
 
-        argv, notes = translate(argv)
-        for note in notes if is_first_process() else ():
-            print("note:", note)
-    return vars(parser.parse_args(argv))
+
+def _of_today(parser: Parser, argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Translate older spellings into (words, notes about another result, other notes)."""
+    if _is_of_today(parser, argv):
+        return argv, [], []
+    from .legacy import translate  # seven files that other starts need not read
+
+    words, notes = translate(argv)
+    return words, notes.differences, notes.translations
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes if is_first_process() else ():
+        print("note:", note)
 
 
 def _is_of_today(parser: Parser, argv: list[str]) -> bool:
@@ -151,7 +188,7 @@ def checked(config: Config) -> Config:
         # a text may be more than one: a name of the hub has the local file
         if not isinstance(value, str) or value != typed:
             values[name] = typed
-    config = _config_of(values, config.origins)
+    config = dataclasses.replace(_config_of(values, config.origins), script_notes=config.script_notes)
     validate(config)
     return config
 

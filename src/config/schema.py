@@ -22,6 +22,7 @@ from .option import AUTO, opt
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 PUBLISHED = "the published rate of --peft"  # beginning of such a rate's reason
+SCRIPT_NOTES = "script_notes.txt"  # in the run's folder: what the flags of another trainer's script mean
 CHOSEN = "chosen"  # begins the origin of a setting that the program has chosen
 PAPER = "paper"  # --lr_init paper, until the method is known
 
@@ -338,6 +339,8 @@ class Config(LossSettings):
 
     # of settings that are not the default: where they are from, or "chosen: " and why
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    # about a script of another trainer, for the file SCRIPT_NOTES
+    script_notes: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def adapter(self) -> AdapterOptions | None:
@@ -410,7 +413,7 @@ class Config(LossSettings):
         return self.origins.get(name, "default" if is_default else "given")
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "origins"}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in ("origins", "script_notes")}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
 # of the settings: heading, subject, and the first setting; the others follow in the order of the dataclass
 GROUPS = (

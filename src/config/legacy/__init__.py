@@ -15,6 +15,7 @@ from rwkv_miss.errors import UserError
 
 from . import data_flags, method_flags, preference_flags, rate_flags
 from .flag_values import integer, integer_of, is_on, product, stage, value
+from .notes import Notes
 
 # ignored, whatever the value is; with the reason
 DROPPED = {
@@ -51,6 +52,9 @@ DROPPED = {
     "sft_jsonmode_tokenizermode": "--tokenizer chooses another one than World",
     "state_output_mode": "the state is in the adapter's file",
 }
+
+# those of DROPPED whose effect there is missing here
+OTHER_RESULT = {"layer_profile", "lr_advanced", "limited_lora"}
 
 # values that change nothing, and why any other one stops the run
 REFUSED = {
@@ -120,7 +124,7 @@ SHARED = {
 OF_RLHF = {"layer_profile", "quant_mode", *preference_flags.SWITCHES, *preference_flags.NUMBERS}
 
 
-def translate(argv: list[str]) -> tuple[list[str], list[str]]:
+def translate(argv: list[str]) -> tuple[list[str], Notes]:
     """Translate into (the command line in today's flags, notes for the user).
 
     Raises UserError where a flag cannot be honoured.
@@ -129,18 +133,17 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     for name, (harmless, reason) in REFUSED.items():
         if name in old and old[name] not in harmless:
             raise UserError(f"{f'--{name} {old[name]}'.strip()}: {reason}")
-    notes = [
-        f"--{name} is ignored: {DROPPED.get(name, 'it is off')}"
-        for name in old
-        if name in DROPPED or name in REFUSED
-    ]
+    notes = Notes()
+    for name in old:
+        if name in DROPPED or name in REFUSED:
+            part = notes.differences if name in OTHER_RESULT else notes.translations
+            part.append(f"--{name} is ignored: {DROPPED.get(name, 'it is off')}")
     # a YAML file or a preset may give what the command line leaves out
     is_script = bool(old.keys() - SHARED) and not (value(kept, "config") or value(kept, "preset"))
     implied = IMPLIED if is_script and stage(old) != "1" else ()
     for translated in (*implied, *TRANSLATIONS, *([_full_training] if is_script else [])):
         kept = kept + translated(old, kept, notes)
-    if any(re.search(r"\bthere\b(?! (is|are)\b)", note) for note in notes):
-        notes.insert(0, f'"there" is {trainer_of(old)}, for which this command was written')
+    notes.explain_there(trainer_of(old))
     return kept, notes
 
 
@@ -177,16 +180,16 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return old, kept
 
 
-def _full_training(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _full_training(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate a missing method: full training, except in RWKV-LM-RLHF, whose layer profile has it."""
     if any(value(kept, name) is not None for name in ("peft", "peft_config")) or old.keys() & OF_RLHF:
         return []
     model = "" if value(kept, "load_model") else ", of a new model without --load_model"
-    notes.append(f"no --peft is full training there{model}: --peft none")
+    notes.translations.append(f"no --peft is full training there{model}: --peft none")
     return ["--peft", "none"]
 
 
-def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _train_type(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate RWKV-PEFT's `--train_type infctx` to --chunk_ctx; other types there read no chunk_ctx.
 
     RWKV-LM-RLHF has --infctx 1 and 0.
@@ -201,31 +204,33 @@ def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
         size = chunk or USUAL_CHUNK_CTX
-        notes.append(f"{said} is --chunk_ctx {size}: rows run in chunks of {size} tokens")
+        notes.translations.append(f"{said} is --chunk_ctx {size}: rows run in chunks of {size} tokens")
         return ["--chunk_ctx", str(USUAL_CHUNK_CTX)] if chunk is None else []
     if chunk is None:
         return []
-    notes.append(f"--chunk_ctx {chunk} is ignored: {said} trains whole rows; infctx has them run in chunks")
+    notes.translations.append(
+        f"--chunk_ctx {chunk} is ignored: {said} trains whole rows; infctx has them run in chunks"
+    )
     return ["--chunk_ctx", "0"]
 
 
-def _stage(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _stage(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate RWKV-LM's stages: 1 makes a model, the others go on with the newest one."""
     new: list[str] = []
     name = "train_stage" if "train_stage" in old else "my_pile_stage"
     if stage(old) != "0":
         new += ["--peft", "none", *(["--init_only", "1"] if stage(old) == "1" else ["--resume", "auto"])]
-        notes.append(f"--{name} {stage(old)} is {' '.join(new)}")
+        notes.translations.append(f"--{name} {stage(old)} is {' '.join(new)}")
     if value(kept, "load_model") == "0":
         new += ["--load_model", newest_model(value(kept, "proj_dir") or "out")]
-        notes.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
+        notes.translations.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
     if integer(old, "my_exit_tokens", 0):
-        notes.append("--my_exit_tokens is the data once: --epoch_count 1")
+        notes.differences.append("--my_exit_tokens is the data once: --epoch_count 1")
         new += ["--epoch_count", "1"]
     return new
 
 
-def _epoch_save(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _epoch_save(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Turn the epochs between two checkpoints, which both projects count, into --save_steps."""
     epochs = integer(old, "epoch_save", 0)
     if not epochs or value(kept, "save_steps"):
@@ -234,27 +239,31 @@ def _epoch_save(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
     if stage(old) != "0":
         steps = MINI_EPOCH // product(kept, "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
     if not steps:
-        notes.append(f"--epoch_save {epochs} is --save_steps -{epochs}: after every pass, or every few")
+        notes.translations.append(
+            f"--epoch_save {epochs} is --save_steps -{epochs}: after every pass, or every few"
+        )
         return [f"--save_steps=-{epochs}"]
     total = epochs * steps
-    notes.append(f"--epoch_save {epochs} is --save_steps {total}: {epochs} x {steps} steps of an epoch")
+    notes.translations.append(
+        f"--epoch_save {epochs} is --save_steps {total}: {epochs} x {steps} steps of an epoch"
+    )
     return ["--save_steps", str(total)]
 
 
-def _quant(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _quant(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     quant = value(kept, "quant")
     if quant == "1":  # RWKV-LM-RLHF, whose mode is in a flag of its own
         quant = old.get("quant_mode", "nf4")
-        notes.append(f"--quant 1 is --quant {quant}")
+        notes.translations.append(f"--quant 1 is --quant {quant}")
     elif quant not in QUANTS:
         return []
     today, why = QUANTS.get(quant, (quant, ""))
     if why:
-        notes.append(f"--quant {quant}: {why}")
+        notes.differences.append(f"--quant {quant}: {why}")
     return ["--quant", today]
 
 
-def _optimizer(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _optimizer(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate --optim, as --optimizer was called until 2025, and other names of AdamW."""
     given = value(kept, "optimizer")
     if given is None:
@@ -262,19 +271,19 @@ def _optimizer(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
     today = OPTIMIZERS.get(given, given)
     if today is None or today == value(kept, "optimizer"):
         return []
-    notes.append(f"the optimizer {given or 'without a name'} is --optimizer {today}")
+    notes.translations.append(f"the optimizer {given or 'without a name'} is --optimizer {today}")
     return ["--optimizer", today]
 
 
-def _kernel(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _kernel(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     kernel = value(kept, "op")
     if kernel not in ("fla", "triton"):
         return []
-    notes.append(f"--op {kernel}: there are own kernels instead; auto chooses")
+    notes.translations.append(f"--op {kernel}: there are own kernels instead; auto chooses")
     return ["--op", "auto"]
 
 
-def _renamed(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _renamed(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate flags and values that have another name today or a meaning of this project only."""
     new = []
     if "rwkv_version" in old:
@@ -282,9 +291,11 @@ def _renamed(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
     if strategy := STRATEGIES.get(value(kept, "strategy")):
         new += ["--strategy", strategy]
     if new:
-        notes.append(f"the names today are {' '.join(new)}")
+        notes.translations.append(f"the names today are {' '.join(new)}")
     if value(kept, "random_seed") == "-1":
-        notes.append("--random_seed -1 is a seed by chance there; here 42, so that the run can be repeated")
+        notes.translations.append(
+            "--random_seed -1 is a seed by chance there; here 42, so that the run can be repeated"
+        )
         new += ["--random_seed", "42"]
     return new
 

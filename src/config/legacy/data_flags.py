@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rwkv_miss.errors import UserError
 
 from .flag_values import integer_of, is_on, of_2026, product, stage, value
+from .notes import Notes
 from .preference_flags import SWITCHES
 
 # RWKV-PEFT's masks, and what each of them trains. With --data_type sft it reads none, and trains the answers.
@@ -17,7 +18,7 @@ LOSS_MASKS = {
 }
 
 
-def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def loss_mask(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate --loss_mask."""
     mask = value(kept, "loss_mask")
     if mask == "se":
@@ -28,26 +29,29 @@ def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list
         return []
     given = f"--loss_mask {mask or repr('')}"
     if old.get("data_type") == "sft":
-        notes.append(f"{given} is ignored with --data_type sft, there as well: the answers are trained")
+        notes.translations.append(
+            f"{given} is ignored with --data_type sft, there as well: the answers are trained"
+        )
         return ["--loss_mask", "assistant"]
     today, meaning = LOSS_MASKS[mask]
     other = "; assistant trains the answers alone" if today == "all" else ""
-    notes.append(f"{given} {meaning}: --loss_mask {today}{other}")
+    list_of = notes.translations if mask == "pad" else notes.differences
+    list_of.append(f"{given} {meaning}: --loss_mask {today}{other}")
     return ["--loss_mask", today]
 
 
-def epoch_steps(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def epoch_steps(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Give --epoch_steps in optimizer steps. RWKV-PEFT counted forward passes, and from 2026 on documents."""
     given = integer_of(kept, "epoch_steps", 0)
     accumulate = product(kept, "accumulate_grad_batches")
     if given and of_2026(old, kept):
-        notes.append(
+        notes.differences.append(
             f"--epoch_steps {given} counts optimizer steps; there it kept the first {given} documents and"
             " dropped the rest. Without it an epoch is all data once"
         )
     elif given and accumulate > 1 and stage(old) == "0":
         steps = max(1, given // accumulate)
-        notes.append(
+        notes.translations.append(
             f"--epoch_steps {given} counted forward passes there, of which a step has {accumulate}:"
             f" --epoch_steps {steps}"
         )
@@ -55,39 +59,41 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
     return []
 
 
-def rows(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def rows(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Note that a row holds other text than there."""
     if any(is_on(old, loss) for loss in SWITCHES):  # of pairs or drawn answers
         return []
     if stage(old) != "0":
-        notes.append(
+        notes.differences.append(
             "a row went on over the ends of documents there; here documents that share a row do not see each"
             " other"
         )
     elif old.get("dataload") in ("get", "only"):
-        notes.append(
+        notes.differences.append(
             f"--dataload {old['dataload']} is ignored: a row began anywhere in the text there, and begins"
             " with a document here"
         )
     elif value(kept, "packing") is None:
-        notes.append(
+        notes.differences.append(
             "a row was one document there; here documents share rows, so that as many steps are more passes:"
             " the plan has both numbers, and --packing 0 does as there"
         )
     return []
 
 
-def held_out(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def held_out(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Note that documents are held out."""
     if value(kept, "eval_split") is None and value(kept, "eval_file") is None:
-        notes.append("of 100 documents or more some are held out here; --eval_split 0 trains all, as there")
+        notes.differences.append(
+            "of 100 documents or more some are held out here; --eval_split 0 trains all, as there"
+        )
     return []
 
 
-def alpaca(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def alpaca(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Note that the rows of --data_type sft have another form."""
     if old.get("data_type") == "sft" and value(kept, "template") is None:
-        notes.append(
+        notes.differences.append(
             "--data_type sft wrote rows in Alpaca's form (### Instruction:) there; here they are User: and"
             " Assistant:, and --template alpaca does as there"
         )

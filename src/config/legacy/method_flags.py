@@ -16,6 +16,7 @@ from rwkv_miss.errors import UserError
 
 from ..adapter_options import METHOD_ALIASES
 from .flag_values import decimal, integer, is_on, value, version
+from .notes import Notes
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
 CONFIGS = {
@@ -40,7 +41,7 @@ RANK_FLAGS = ("rank", "r")
 NAMES = {*CONFIGS, *LORA_FLAGS, *RANK_FLAGS, "emb", "state_tune", "state"}
 
 
-def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def method(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Give --peft, --peft_config and --train_parts for every older spelling."""
     named = value(kept, "peft")
     chosen = METHOD_ALIASES.get(named, named)
@@ -52,39 +53,39 @@ def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[st
         new += ["--peft", chosen]
         options, beside = _lora_flags(chosen, old, kept, notes)
     else:
-        notes += [
+        notes.translations += [
             f"--{name} is ignored: it belongs to another method than the run's"
             for name in LORA_FLAGS
             if name in old
         ]
     options |= _method_configs(chosen, old, kept, notes)
     if named in METHOD_ALIASES and options.get("mode") != "bat":
-        notes.append(f"--peft {named} is --peft {METHOD_ALIASES[named]}, its name today")
+        notes.translations.append(f"--peft {named} is --peft {METHOD_ALIASES[named]}, its name today")
     for name in RANK_FLAGS:
         if name in old:
             options["r"] = integer(old, name, 0)
-            notes.append(f"--{name} {old[name]} is --peft_config r={old[name]}")
+            notes.translations.append(f"--{name} {old[name]} is --peft_config r={old[name]}")
     if "emb" in old:
         beside.append("emb")
-        notes.append("--emb is --train_parts emb")
+        notes.translations.append("--emb is --train_parts emb")
     tunes_state = "state_tune" in old or old.get("train_type") in ("state", "states")
     of_rlhf = is_on(old, "state")  # RWKV-LM-RLHF, whose layer profile has an adapter beside it
     # beside a method it is a part, alone it is the method
     if tunes_state and not of_rlhf and chosen in (None, "none", "state"):
         new += ["--peft", "state"]
-        notes.append("the state alone is trained: --peft state")
+        notes.translations.append("the state alone is trained: --peft state")
     elif tunes_state or of_rlhf:
         beside.append("state")
-        notes.append("the state is trained beside the adapter: --train_parts state")
+        notes.translations.append("the state is trained beside the adapter: --train_parts state")
     return [*new, *_train_parts(beside, kept), *_peft_config(options, kept, notes)]
 
 
 def _lora_flags(
-    method: str, old: Mapping[str, str], kept: list[str], notes: list[str]
+    method: str, old: Mapping[str, str], kept: list[str], notes: Notes
 ) -> tuple[dict[str, Any], list[str]]:
     """Return (options, parts beside the adapter) from the flags --lora_*, one for each option."""
     flag = "PISSA" if method == "pissa" else "lora"
-    notes.append(f"--{flag} and its flags are --peft {method} with --peft_config")
+    notes.translations.append(f"--{flag} and its flags are --peft {method} with --peft_config")
     options: dict[str, Any] = {
         "r": integer(old, "lora_r", 8),
         "load": old.get("lora_load"),
@@ -93,7 +94,7 @@ def _lora_flags(
     if method == "pissa":
         options["niter"] = integer(old, "svd_niter", 4)
         if "lora_alpha" in old:
-            notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
+            notes.translations.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
     else:
         options["alpha"] = integer(old, "lora_alpha", 32)
     parts = old.get("lora_parts", "att,ln,time").split(",")
@@ -101,7 +102,9 @@ def _lora_flags(
     options |= _targets(parts, model)
     if model == "x070" and "time" in parts:
         parts.remove("time")
-        notes.append("time of --lora_parts is ignored: no tensor of RWKV-7 has it in its name, there as well")
+        notes.translations.append(
+            "time of --lora_parts is ignored: no tensor of RWKV-7 has it in its name, there as well"
+        )
     return options, [part for part in parts if part not in LORA_PARTS]
 
 
@@ -123,13 +126,13 @@ def _targets(parts: Sequence[str], model: str) -> dict[str, Any]:
 
 
 def _method_configs(
-    method: str | None, old: Mapping[str, str], kept: list[str], notes: list[str]
+    method: str | None, old: Mapping[str, str], kept: list[str], notes: Notes
 ) -> dict[str, Any]:
     """Read the options in --lora_config and its like, without the method's name before each."""
     options: dict[str, Any] = {}
     for name, of in CONFIGS.items():
         if name in old and of != method:
-            notes.append(
+            notes.translations.append(
                 f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}"
             )
         elif name in old:
@@ -139,15 +142,15 @@ def _method_configs(
                 raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
             if name == "bone_config" and "bone_mode" not in old[name]:
                 options["mode"] = "bat"
-                notes.append(
+                notes.translations.append(
                     "without a bone_mode, which it has since November 2024, Bone was what is --peft bat"
                     " --peft_config order=row today; bone_mode bone is --peft miss"
                 )
             options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in given}
-            notes.append(f"--{name} is --peft_config")
+            notes.translations.append(f"--{name} is --peft_config")
             if value(kept, "train_parts") is None:
                 named, parts = ("time or ln", "time,ln") if version(old, kept) != "x070" else ("ln", "ln")
-                notes.append(
+                notes.differences.append(
                     f"the tensors whose names contain {named} stay frozen, where RWKV-PEFT trained them as"
                     f" well; --train_parts {parts} does"
                 )
@@ -165,7 +168,7 @@ def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
     return ["--train_parts", ",".join([*parts, *beside])]
 
 
-def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
+def _peft_config(options: dict[str, Any], kept: list[str], notes: Notes) -> list[str]:
     """Give --peft_config with a method's options in today's names."""
     if not options:
         return []
@@ -182,8 +185,8 @@ def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> 
         path = os.path.join(value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
             begins = ["--init_adapter", path]
-            notes.append(f"the run begins with the adapter in {path}: --init_adapter")
+            notes.differences.append(f"the run begins with the adapter in {path}: --init_adapter")
         else:
-            notes.append(f"{path} is not there: a new adapter is trained")
+            notes.differences.append(f"{path} is not there: a new adapter is trained")
     method = ["--peft", "bat"] if mode == "bat" else []
     return [*method, *begins, "--peft_config", json.dumps(options)]

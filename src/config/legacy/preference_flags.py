@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from rwkv_miss.errors import UserError
 
 from .flag_values import is_on, value
+from .notes import Notes
 
 # RWKV-LM-RLHF: the flag that turns a loss on, and its numbers with the defaults there and today's names
 SWITCHES = {
@@ -34,6 +35,8 @@ IGNORED = {
     "grpo_gen_temperature": "answers are always drawn at temperature 1",
     "grpo_gen_topp": "answers are always drawn from the whole distribution",
 }
+# those of IGNORED whose effect there is missing here
+OTHER_RESULT = {"dpo_general_corpus_ratio"}
 # files of tokens, and their sources
 TOKENISED = {
     **dict.fromkeys(
@@ -62,11 +65,13 @@ DRAWING = {"temperature": ("1", "1.0"), "top_p": ("1", "1.0"), "top_k": ("0", "-
 NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING, "wpo", "scale_rewards"}
 
 
-def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def preference(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate the preference flags in `old`, with a note for each."""
     if is_on(old, "wpo"):
         raise UserError("--wpo weighs pairs in a way that is not here; use --loss dpo or simpo")
-    notes += [f"--{name} is ignored: {reason}" for name, reason in IGNORED.items() if name in old]
+    for name in [name for name in IGNORED if name in old]:
+        part = notes.differences if name in OTHER_RESULT else notes.translations
+        part.append(f"--{name} is ignored: {IGNORED[name]}")
     on = [name for name in SWITCHES if is_on(old, name)]
     if len(on) > 1:
         raise UserError(f"--{on[0]} and --{on[1]} were given; choose one --loss")
@@ -76,13 +81,13 @@ def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
     _check_file(old, kept, new, notes)
     for name, today in NUMBERS.items():
         if name in old and not (on and name in SWITCHES[on[0]]):
-            notes.append(f"--{name} is --{today}")
+            notes.translations.append(f"--{name} is --{today}")
             new += [f"--{today}", old[name]]
     _check_drawing(old, notes)
     return new + _scale_rewards(old, notes)
 
 
-def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate `--dpo 1` and its numbers; numbers that are not given have their defaults there."""
     new = ["--loss", loss]
     if BESIDE.get(loss) and value(kept, BESIDE[loss][0].removeprefix("--")) is None:
@@ -90,17 +95,19 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list
     for name, (today, default) in SWITCHES[loss].items():
         if today:
             new += [f"--{today}", old.get(name) or default]
-    notes.append(f"--{loss} is {' '.join(new)}, as in RWKV-LM-RLHF")
+    notes.translations.append(f"--{loss} is {' '.join(new)}, as in RWKV-LM-RLHF")
     if loss == "grpo" and value(kept, "rewards") is None:
-        notes.append("the rewards there are for the tags <think> and <answer>; here --rewards, else exact")
+        notes.differences.append(
+            "the rewards there are for the tags <think> and <answer>; here --rewards, else exact"
+        )
     return new
 
 
-def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: list[str]) -> None:
+def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: Notes) -> None:
     """Refuse a file of tokens, unless --data_file replaces it."""
     for name, made_of in TOKENISED.items():
         if name in old and value(kept, "data_file"):
-            notes.append(f"--{name} is ignored: --data_file is given")
+            notes.translations.append(f"--{name} is ignored: --data_file is given")
         elif name in old:
             same = f"; the rest of the command is {' '.join(new)} here" if new else ""
             raise UserError(
@@ -109,7 +116,7 @@ def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: 
             )
 
 
-def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
+def _check_drawing(old: Mapping[str, str], notes: Notes) -> None:
     """Raise UserError for another distribution than the model's own."""
     for name, whole in DRAWING.items():
         if name in old and old[name] not in whole:
@@ -118,10 +125,10 @@ def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
                 " whose ln p the training knows; drop the flag"
             )
         if name in old:
-            notes.append(f"--{name} {old[name]} is ignored: answers are always drawn so")
+            notes.translations.append(f"--{name} {old[name]} is ignored: answers are always drawn so")
 
 
-def _scale_rewards(old: Mapping[str, str], notes: list[str]) -> list[str]:
+def _scale_rewards(old: Mapping[str, str], notes: Notes) -> list[str]:
     """Translate TRL's word for the divisor of the advantages."""
     given = old.get("scale_rewards")
     if given is None:
@@ -132,11 +139,11 @@ def _scale_rewards(old: Mapping[str, str], notes: list[str]) -> list[str]:
             " all; give --advantage_scale group or none"
         )
     new = ["--advantage_scale", SCALES[given.lower()]]
-    notes.append(f"--scale_rewards {given} is {' '.join(new)}")
+    notes.translations.append(f"--scale_rewards {given} is {' '.join(new)}")
     return new
 
 
-def _loss_type(old: Mapping[str, str], notes: list[str]) -> list[str]:
+def _loss_type(old: Mapping[str, str], notes: Notes) -> list[str]:
     for name in OF_TRL:
         if name not in old:
             continue
@@ -145,6 +152,6 @@ def _loss_type(old: Mapping[str, str], notes: list[str]) -> list[str]:
                 f"--{name} {old[name]}: of these losses {', '.join(LOSS_TYPES)} are here; sigmoid with"
                 " --label_smoothing is the conservative DPO"
             )
-        notes.append(f"--{name} {old[name]} is {' '.join(LOSS_TYPES[old[name]])}")
+        notes.translations.append(f"--{name} {old[name]} is {' '.join(LOSS_TYPES[old[name]])}")
         return list(LOSS_TYPES[old[name]])
     return []

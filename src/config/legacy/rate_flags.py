@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 from .flag_values import integer, number, of_2026, product, stage, value
+from .notes import Notes
 
 LR_FINAL = 1e-5  # in all of them
 WSD_WARM_UP = 100
@@ -20,13 +21,13 @@ EARLY_2025 = ("disha_config", "rwkv_version")
 COSINES = (None, "cos", "cos_decay")
 
 
-def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def schedule(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Give --lr_schedule and --lr_final, if the rate changes at all."""
     first, last = number(kept, "lr_init"), number(kept, "lr_final")
     new: list[str] = []
     if math.isnan(last) and not math.isnan(first):
         last, new = LR_FINAL, ["--lr_final", str(LR_FINAL)]
-        notes.append(f"no --lr_final is --lr_final {LR_FINAL:g}, as there")
+        notes.translations.append(f"no --lr_final is --lr_final {LR_FINAL:g}, as there")
     named = value(kept, "lr_schedule")
     if math.isnan(first) or last < 0 or first == last or named not in (*COSINES, "wsd"):
         return new
@@ -34,33 +35,35 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
         return new
     cosine, exponential = (first + last) / 2, math.sqrt(first * last)  # halfway
     if named == "wsd":
-        notes.append(
+        notes.translations.append(
             "--lr_schedule wsd is a warm-up and a cosine to 0 there: --lr_schedule cos --lr_final 0, which is"
             f" {first / 2:g} halfway"
         )
         return ["--lr_schedule", "cos", "--lr_final", "0"]
     newest, epochs = of_2026(old, kept), product(kept, "epoch_count")
     if newest and epochs > 1:
-        notes.append(
+        notes.differences.append(
             f"the cosine ends with the first of {epochs} epochs there, so that the rate is {last:g} halfway;"
             f" here it takes the whole run, {cosine:g} halfway"
         )
     elif not newest and old.keys() & set(EARLY_2025):
-        notes.append(
+        notes.differences.append(
             f"the rate is a cosine, {cosine:g} halfway, as since the middle of 2025 there; before, it was"
             f" --lr_schedule exp, {exponential:g} halfway"
         )
     elif not newest and not any(value(kept, name) or name in old for name in WITH_COSINES):
         shape, halfway = ("linear", cosine) if 0 in (first, last) else ("exp", exponential)
-        notes.append(f"the rate decays so there: --lr_schedule {shape}, which is {halfway:g} halfway")
+        notes.translations.append(
+            f"the rate decays so there: --lr_schedule {shape}, which is {halfway:g} halfway"
+        )
         return [*new, "--lr_schedule", shape]
     return [*new, "--lr_schedule", "cos"]
 
 
-def warm_up(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def warm_up(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Give --warmup_steps if none are given, because otherwise a run here chooses their number."""
     if value(kept, "warmup_steps") not in (None, "-1"):
         return []
     steps = WSD_WARM_UP if value(kept, "lr_schedule") == "wsd" else 0
-    notes.append(f"--warmup_steps {steps}, as there where no number is given")
+    notes.translations.append(f"--warmup_steps {steps}, as there where no number is given")
     return ["--warmup_steps", str(steps)]
