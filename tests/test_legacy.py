@@ -54,6 +54,19 @@ def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
         assert read(*SAID, f"--{name}={value}") == read(*SAID)
 
 
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--head_size_divisor 4", "8 is fixed here"),
+        ("--smoothing 0.1", "the cross entropy is not smoothed here"),
+        ("--grpo_gen_topp 0.7", "answers are drawn at temperature 1 from the whole distribution"),
+        ("--grpo_gen_temperature 0.9", "answers are drawn at temperature 1 from the whole distribution"),
+    ],
+)
+def test_what_docs_interop_promises_to_stop_the_run(flag, words):
+    assert mistake(*flag.split()).startswith(f"{flag}: {words}")
+
+
 def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     flags = [word for name in DROPPED for word in (f"--{name}", "17")]
     del flags[1]  # a flag without its value is no reason to swallow the next one
@@ -425,7 +438,7 @@ SCRIPTS = """
         {quant: nf4, chunk_ctx: 64, peft: miss, train_parts: auto}  --quant 1 is --quant nf4
     --layer_profile a.csv --state 1  {peft: miss, train_parts: state}  the state is
     --layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0  {chunk_ctx: 0}  --infctx 0
-    --layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 0.7 --rlhf_train_file b\
+    --layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 1 --rlhf_train_file b\
         {loss: grpo, group_size: 6, max_tokens: 1024, beta: 0.1, grpo_type: grpo}\
         --rlhf_train_file is ignored: --data_file is given
 """

@@ -25,7 +25,6 @@ DROPPED = {
     "ds_bucket_mb": "the bucket sizes suit adapters as they are",
     "num_workers": "rows are tokenised once and kept in memory",
     "enable_progress_bar": "the bar shows itself on a terminal",
-    "head_size_divisor": "the released value, 8, is fixed",
     "persistent_workers": "there are no loader processes",
     "prefetch_factor": "there are no loader processes",
     "load_partial": "every tensor of a checkpoint must be there",
@@ -46,7 +45,6 @@ DROPPED = {
     "gpu_arch": "torch knows the GPU",
     "random_mode": "every pass over the data is a new permutation",
     "infctx_dataset_multiplier": "--epoch_steps tells the length of an epoch",
-    "smoothing": "the cross entropy is not smoothed",
     "sft": "it is the usual loss",
     "sft_jsonmode": "the format is read from the file",
     "sft_jsonmode_tokenizermode": "--tokenizer chooses another one than World",
@@ -75,6 +73,16 @@ REFUSED = {
     "moe": (("0",), "there are no experts here; drop the flag"),
     "distillation": (("0",), "--loss distill --reference FILE learns from another model; drop the flag"),
     "zerocot": (("0",), "it is not here; --loss grpo learns from rewards"),
+    "head_size_divisor": (("8",), "8 is fixed here, as in all released models; drop the flag"),
+    "smoothing": (("0", "0.0"), "the cross entropy is not smoothed here; drop the flag"),
+    **dict.fromkeys(
+        ("grpo_gen_temperature", "grpo_gen_topp"),
+        (
+            ("1", "1.0"),
+            "answers are drawn at temperature 1 from the whole distribution, the only one whose ln p the"
+            " training knows; drop the flag",
+        ),
+    ),
 }
 
 # RWKV-PEFT's 4bit is bitsandbytes' default, fp4
@@ -137,7 +145,7 @@ def translate(argv: list[str]) -> tuple[list[str], Notes]:
     for name in old:
         if name in DROPPED or name in REFUSED:
             part = notes.differences if name in OTHER_RESULT else notes.translations
-            part.append(f"--{name} is ignored: {DROPPED.get(name, 'it is off')}")
+            part.append(f"--{name} is ignored: {DROPPED.get(name, 'this value changes nothing')}")
     # a YAML file or a preset may give what the command line leaves out
     is_script = bool(old.keys() - SHARED) and not (value(kept, "config") or value(kept, "preset"))
     implied = IMPLIED if is_script and stage(old) != "1" else ()

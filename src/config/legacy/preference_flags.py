@@ -32,8 +32,6 @@ IGNORED = {
     "orpo_mode": "there is one way to compute it",
     "rlhf_max_corpus_len": "--ctx_len bounds a row, which holds both answers of a pair",
     "dpo_general_corpus_ratio": "--sft_weight keeps the right answers likely; for other texts, train twice",
-    "grpo_gen_temperature": "answers are always drawn at temperature 1",
-    "grpo_gen_topp": "answers are always drawn from the whole distribution",
 }
 # those of IGNORED whose effect there is missing here
 OTHER_RESULT = {"dpo_general_corpus_ratio"}
