@@ -161,6 +161,7 @@ SENSELESS = """
     --lora --lora_r x --lora_parts att,ffn            --lora_r x: expected a whole number
     --lora --lora_dropout x --lora_parts att,ffn      --lora_dropout x: expected a number
     --epoch_save often                                --epoch_save often: expected a whole number
+    --merge 2                                         --merge 2: expected 0 or 1
 """
 
 
@@ -426,6 +427,11 @@ SCRIPTS = """
     --peft pissa --pissa_config {"pissa_r":8,"pissa_parts":"ffn"} --my_testing x070\
         {peft_config: {r: 8, targets: [ffn.key, ffn.value]}}
     --peft lora --train_parts=["time","ln"]  {train_parts: "time,ln"}
+    # what 2026 leaves in the folder
+    --merge 1 --peft_config r=8  {peft: miss}  a merged rwkv-N.pth there; here the run leaves an adapter
+    --epoch_begin 0 --peft_config r=8  {peft: miss}  --merge 1, the default of 2026, leaves a merged
+    --merge 1 --peft none  {peft: none}  --merge 1 is ignored: the run leaves the whole model
+    --merge 0 --peft_config r=8  {peft: miss}  --merge 0 is ignored: the run leaves the adapter
     # names
     --my_pile_stage 3 --load_model a.pth  {resume: auto}  --my_pile_stage 3 is --peft none
     --rwkv_version x070  {version: x070}  the names today are --my_testing x070

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from rwkv_miss.errors import UserError
 
 from . import data_flags, method_flags, preference_flags, rate_flags
-from .flag_values import integer, integer_of, is_on, product, stage, value
+from .flag_values import integer, integer_of, is_on, of_2026, product, stage, value
 from .notes import Notes
 
 # ignored, whatever the value is; with the reason
@@ -56,7 +56,6 @@ OTHER_RESULT = {"layer_profile", "lr_advanced", "limited_lora"}
 
 # values that change nothing, and why any other one stops the run
 REFUSED = {
-    "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
     "head_qk": (("0",), "RWKV-6 and RWKV-7 have no such head; drop the flag"),
     "dropout": (("0",), "there is no dropout in the model; that of LoRA is in --peft_config"),
@@ -109,6 +108,7 @@ NAMES = {
     "dataload",
     "optim",
     "rwkv_version",
+    "merge",
     *DROPPED,
     *REFUSED,
     *method_flags.NAMES,
@@ -148,9 +148,11 @@ def translate(argv: list[str]) -> tuple[list[str], Notes]:
             part.append(f"--{name} is ignored: {DROPPED.get(name, 'this value changes nothing')}")
     # a YAML file or a preset may give what the command line leaves out
     is_script = bool(old.keys() - SHARED) and not (value(kept, "config") or value(kept, "preset"))
+    merges = old.get("merge", "1" if is_script and of_2026(old, kept) else None)
     implied = IMPLIED if is_script and stage(old) != "1" else ()
     for translated in (*implied, *TRANSLATIONS, *([_full_training] if is_script else [])):
         kept = kept + translated(old, kept, notes)
+    _note_merge(merges, value(kept, "peft") == "none", notes)
     notes.explain_there(trainer_of(old))
     return kept, notes
 
@@ -186,6 +188,20 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             kept.append(f"--{name}={(',' if name == 'sft_field' else ' ').join(words)}")
     return old, kept
+
+
+def _note_merge(given: str | None, trains_all: bool, notes: Notes) -> None:
+    """Note what --merge, which is 1 in RWKV-PEFT of 2026, leaves here."""
+    if given not in ("0", "1", "", None):
+        raise UserError(f"--merge {given}: expected 0 or 1; the run leaves an adapter with both")
+    if given == "1" and not trains_all:
+        notes.differences.append(
+            "--merge 1, the default of 2026, leaves a merged rwkv-N.pth there; here the run leaves an"
+            " adapter, and python -m rwkv_miss merge makes the model"
+        )
+    elif given is not None:
+        left = "whole model" if trains_all else "adapter"
+        notes.translations.append(f"--merge {given} is ignored: the run leaves the {left}, as there")
 
 
 def _full_training(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
