@@ -199,7 +199,12 @@ def test_quantised_bases(capsys):
             "all",
             "trains every token but the padding: --loss_mask all; assistant trains the answers alone",
         ),
-        ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
+        (
+            "qa",
+            "Assistant:",
+            "trains what follows Assistant: until the next turn; a document without this word is trained"
+            " whole there, and only its end here: --loss_mask Assistant:",
+        ),
     ],
 )
 def test_masks_train_what_they_train_there(mask, today, words, capsys):

@@ -14,7 +14,11 @@ from .preference_flags import SWITCHES
 LOSS_MASKS = {
     **dict.fromkeys(("none", ""), ("all", "trains every token; padding, which is trained there, is not")),
     "pad": ("all", "trains every token but the padding"),
-    "qa": ("Assistant:", "trains what follows Assistant: until the next turn"),
+    "qa": (
+        "Assistant:",
+        "trains what follows Assistant: until the next turn; a document without this word is trained whole"
+        " there, and only its end here",
+    ),
 }
 
 
