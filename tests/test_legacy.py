@@ -398,12 +398,12 @@ SCRIPTS = """
     DECAY --peft disha --disha_config {"mode":"bone","r":8}  {lr_schedule: cos}\
         the rate is a cosine, 0.505 halfway, as since the middle of 2025 there; before, it was\
  --lr_schedule exp, 0.1 halfway
-    DECAY --my_exit_tokens 99  {lr_schedule: auto, epoch_count: 1}
+    DECAY --my_exit_tokens 99  {lr_schedule: auto, epoch_count: 1}\
+        --my_exit_tokens 99 ends the run there after that many tokens, and the cosine with it; here both
     DECAY --lr_schedule cos_decay  {lr_schedule: cos, lr_final: 0.01}
     DECAY --lr_schedule wsd  {lr_schedule: cos, lr_final: 0, warmup_steps: 100}\
         --lr_schedule cos --lr_final 0, which is 0.5 halfway
-    DECAY --peft_config r=8 --epoch_count 4  {lr_schedule: cos}\
-        of 4 epochs there, so that the rate is 0.01 halfway; here it takes the whole run, 0.505
+    DECAY --peft_config r=8 --epoch_count 4  {lr_schedule: cos}
     --lr_init 1 --epoch_begin 0  {lr_final: 1.0e-5}  no --lr_final is --lr_final 1e-05
     DECAY --warmup_steps 7  {warmup_steps: 7}
     # steps and rows
@@ -411,12 +411,14 @@ SCRIPTS = """
         {epoch_steps: 25, save_steps: 50}\
         --epoch_steps 100 counted forward passes there, of which a step has 4: --epoch_steps 25
     --data_type jsonl --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there it kept the first 9 documents
+    --data_type sft --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there --data_type sft did not read it
     --data_type jsonl  {packing: true}  a row was one document there
     --dataload pad  {packing: true}  --packing 0 does as there
     --dataload get  {packing: true}  --dataload get is ignored: a row began anywhere
     --dataload pad --packing 0  {packing: false}
     --epoch_begin 0  {eval_split: AUTO}  --eval_split 0 trains all, as there
-    --data_type sft  {template: auto}  --template alpaca does as there
+    --data_type sft  {template: auto}\
+        a line break and \\x17 after an answer; here it is User: and Assistant:. --template alpaca has
     # parts
     LORA --lora_parts=att --my_testing x060\
         {peft_config: {r: 8, alpha: 32, targets: [att.receptance, att.key, att.value, att.output,\
@@ -462,6 +464,20 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
     assert {name: getattr(config, name) for name in today} == meant
     said = capsys.readouterr().out + "\n".join(config.script_notes)
     assert note in said and all(len(line) < 200 for line in said.splitlines())
+
+
+@pytest.mark.parametrize(
+    "flags, claim",
+    [
+        ("--lr_init 1 --lr_final 0.01 --peft_config r=8 --epoch_begin 0 --epoch_count 4", "halfway"),
+        ("--data_type sft --peft_config r=8 --epoch_steps 20", "kept the first"),
+        ("--data_type sft --peft_config r=8", "alpaca does as there"),
+        ("--train_stage 3 --my_exit_tokens 99", "is the data once"),
+    ],
+)
+def test_notes_claim_nothing_that_is_false_of_the_trainer(flags, claim):
+    """Since 000d9be the cosine of 2026 takes the whole run; --data_type sft takes every row."""
+    assert not any(claim in note for note in translate([*REQUIRED, *flags.split()])[1].all)
 
 
 @pytest.mark.parametrize(

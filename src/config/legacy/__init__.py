@@ -249,7 +249,10 @@ def _stage(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
         new += ["--load_model", newest_model(value(kept, "proj_dir") or "out")]
         notes.translations.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
     if integer(old, "my_exit_tokens", 0):
-        notes.differences.append("--my_exit_tokens is the data once: --epoch_count 1")
+        notes.differences.append(
+            f"--my_exit_tokens {old['my_exit_tokens']} ends the run there after that many tokens, and the"
+            " cosine with it; here both end with one pass over the data: --epoch_count 1"
+        )
         new += ["--epoch_count", "1"]
     return new
 

@@ -48,7 +48,12 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[s
     """Give --epoch_steps in optimizer steps. RWKV-PEFT counted forward passes, and from 2026 on documents."""
     given = integer_of(kept, "epoch_steps", 0)
     accumulate = product(kept, "accumulate_grad_batches")
-    if given and of_2026(old, kept):
+    if given and of_2026(old, kept) and old.get("data_type") == "sft":
+        notes.differences.append(
+            f"--epoch_steps {given} counts optimizer steps; there --data_type sft did not read it. Without it"
+            " an epoch is all data once"
+        )
+    elif given and of_2026(old, kept):
         notes.differences.append(
             f"--epoch_steps {given} counts optimizer steps; there it kept the first {given} documents and"
             " dropped the rest. Without it an epoch is all data once"
@@ -98,7 +103,7 @@ def alpaca(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Note that the rows of --data_type sft have another form."""
     if old.get("data_type") == "sft" and value(kept, "template") is None:
         notes.differences.append(
-            "--data_type sft wrote rows in Alpaca's form (### Instruction:) there; here they are User: and"
-            " Assistant:, and --template alpaca does as there"
+            "--data_type sft wrote Alpaca's form (### Instruction:) there, a line break and \\x17 after an"
+            " answer; here it is User: and Assistant:. --template alpaca has that form without this end"
         )
     return []

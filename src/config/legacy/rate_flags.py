@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .flag_values import integer, number, of_2026, product, stage, value
+from .flag_values import integer, number, of_2026, stage, value
 from .notes import Notes
 
 LR_FINAL = 1e-5  # in all of them
@@ -40,13 +40,8 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]
             f" {first / 2:g} halfway"
         )
         return ["--lr_schedule", "cos", "--lr_final", "0"]
-    newest, epochs = of_2026(old, kept), product(kept, "epoch_count")
-    if newest and epochs > 1:
-        notes.differences.append(
-            f"the cosine ends with the first of {epochs} epochs there, so that the rate is {last:g} halfway;"
-            f" here it takes the whole run, {cosine:g} halfway"
-        )
-    elif not newest and old.keys() & set(EARLY_2025):
+    newest = of_2026(old, kept)
+    if not newest and old.keys() & set(EARLY_2025):
         notes.differences.append(
             f"the rate is a cosine, {cosine:g} halfway, as since the middle of 2025 there; before, it was"
             f" --lr_schedule exp, {exponential:g} halfway"
