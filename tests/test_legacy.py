@@ -268,6 +268,17 @@ def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_fo
     assert "--magic_prime is ignored" in capsys.readouterr().out
 
 
+def test_an_epoch_is_split_over_the_devices():
+    flags = "--epoch_begin 0 --devices 4 --epoch_steps 200 --epoch_save 1".split()
+    words, notes = translate(flags)
+    assert words[-2:] != ["--epoch_steps", "200"] and "--epoch_steps 50" in " ".join(words)
+    assert "--save_steps 50" in " ".join(words)
+    said = (
+        "--epoch_steps 200 counted forward passes of 4 devices there, of which a step has 4: --epoch_steps 50"
+    )
+    assert said in notes.translations
+
+
 def test_masks():
     assert read("--loss_mask", "all").loss_mask == "all"
     assert read("--loss_mask", "assistant").loss_mask == "assistant"

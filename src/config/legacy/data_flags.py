@@ -48,6 +48,8 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[s
     """Give --epoch_steps in optimizer steps. RWKV-PEFT counted forward passes, and from 2026 on documents."""
     given = integer_of(kept, "epoch_steps", 0)
     accumulate = product(kept, "accumulate_grad_batches")
+    # Lightning splits an epoch of RWKV-PEFT over the devices
+    shares = 1 if "layer_profile" in old else product(kept, "devices", "num_nodes")
     if given and of_2026(old, kept) and old.get("data_type") == "sft":
         notes.differences.append(
             f"--epoch_steps {given} counts optimizer steps; there --data_type sft did not read it. Without it"
@@ -58,11 +60,12 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[s
             f"--epoch_steps {given} counts optimizer steps; there it kept the first {given} documents and"
             " dropped the rest. Without it an epoch is all data once"
         )
-    elif given and accumulate > 1 and stage(old) == "0":
-        steps = max(1, given // accumulate)
+    elif given and accumulate * shares > 1 and stage(old) == "0":
+        steps = max(1, given // (accumulate * shares))
+        split = f" of {shares} devices" if shares > 1 else ""
         notes.translations.append(
-            f"--epoch_steps {given} counted forward passes there, of which a step has {accumulate}:"
-            f" --epoch_steps {steps}"
+            f"--epoch_steps {given} counted forward passes{split} there, of which a step has"
+            f" {accumulate * shares}: --epoch_steps {steps}"
         )
         return ["--epoch_steps", str(steps)]
     return []
