@@ -249,7 +249,7 @@ def test_a_translated_flag_leaves_a_note(flags, note, capsys):
 
 def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_folder(tmp_path, capsys):
     flags = (
-        "--epoch_begin 0 --magic_prime 3 --num_workers 1 --data_type jsonl --warmup_steps 0 --dataload pad"
+        "--epoch_begin 0 --magic_prime 3 --num_workers 1 --data_type binidx --warmup_steps 0 --dataload pad"
     )
     config = read(*flags.split(), "--proj_dir", str(tmp_path))
     said = capsys.readouterr().out.splitlines()
@@ -424,6 +424,7 @@ SCRIPTS = """
     --data_type jsonl --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there it kept the first 9 documents
     --data_type sft --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there --data_type sft did not read it
     --data_type jsonl  {packing: true}  a row was one document there
+    --data_type jsonl --peft lora  {packing: true}  here a document has an end token, and a long text becomes
     --dataload pad  {packing: true}  --packing 0 does as there
     --dataload get  {packing: true}  --dataload get is ignored: a row began anywhere
     --dataload pad --packing 0  {packing: false}

@@ -346,6 +346,7 @@ IMPLIED = (
     rate_flags.schedule,
     data_flags.epoch_steps,
     data_flags.rows,
+    data_flags.jsonl,
     data_flags.held_out,
     data_flags.alpaca,
 )

@@ -93,6 +93,16 @@ def rows(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     return []
 
 
+def jsonl(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
+    """Note that documents of --data_type jsonl have an end."""
+    if old.get("data_type") == "jsonl" and stage(old) == "0":
+        notes.differences.append(
+            "--data_type jsonl adds no end to a document there, and drops what is beyond --ctx_len; here a"
+            " document has an end token, and a long text becomes several documents"
+        )
+    return []
+
+
 def held_out(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Note that documents are held out."""
     if value(kept, "eval_split") is None and value(kept, "eval_file") is None:
