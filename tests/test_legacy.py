@@ -335,6 +335,7 @@ def test_names_of_the_optimizer(capsys):
     assert "note: the optimizer adamw_8bit is --optimizer adamw8bit\n" in capsys.readouterr().out
     assert read("--optim", "none").optimizer == read("--optimizer=").optimizer == "adamw"
     assert "adamw8bit" in mistake("--optim", "muon")
+    assert translate(["--optim", "muon"])[1].all == ["--optim muon is --optimizer muon"]
 
 
 def test_a_command_line_of_today_reads_no_translator(monkeypatch):

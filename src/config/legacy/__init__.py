@@ -298,6 +298,9 @@ def _optimizer(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[st
     today = OPTIMIZERS.get(given, given)
     if today is None or today == value(kept, "optimizer"):
         return []
+    if today == given:
+        notes.translations.append(f"--optim {given} is --optimizer {given}")
+        return ["--optimizer", today]
     notes.translations.append(f"the optimizer {given or 'without a name'} is --optimizer {today}")
     return ["--optimizer", today]
 
