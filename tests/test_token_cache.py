@@ -167,7 +167,7 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
     with open(path, "a") as file:
         file.write("\n")
     names.append(fingerprint(path, encoder))
-    for package in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2"):
+    for package in ("numpy", "rwkv", "tokenizers", "jinja2"):
         monkeypatch.setattr(
             module.importlib.metadata, "version", lambda name, package=package: str(name == package)
         )

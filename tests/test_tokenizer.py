@@ -3,13 +3,16 @@ said, not lost.
 """
 
 import ast
+import concurrent.futures
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
+import pickle
 import random
 import re
 import unicodedata
 
-import pyrwkv_tokenizer
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -18,6 +21,9 @@ from rwkv_miss.errors import UserError
 from src.data import tokenizer as module
 from src.data.recorded_tokenizer import recorded_tokenizer
 from src.data.tokenizer import load_tokenizer
+from src.ops import native
+from src.ops.longest_match import LARGEST_TABLE, NativeMatch, PlainMatch
+from src.ops.toolchain import FALLBACK, BuildError
 
 FAMILY = "\U0001f468‍\U0001f469‍\U0001f467"  # one visible emoji, three of them joined by ZWJ
 TEXTS = [
@@ -192,7 +198,7 @@ def naive_greedy(table, data):
 
 
 def test_world_is_the_longest_match_over_its_file(world):
-    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    path = pathlib.Path(importlib.util.find_spec("rwkv").origin).with_name("rwkv_vocab_v20230424.txt")
     table = {}
     for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         token = ast.literal_eval(line[line.index(" ") + 1 : line.rindex(" ")])
@@ -243,7 +249,10 @@ def test_a_vocabulary_file_says_what_it_cannot_express(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    "hello|1 'a' 2|1 'a'|-1 'a' 1|1 '' 0|1 5 5|x 'a' 1|1 __import__('os') 1||7 'c' 1|8 'b' 1".split("|"),
+    [
+        *"hello|1 'a' 2|1 'a'|-1 'a' 1|1 '' 0|1 5 5|x 'a' 1|1 __import__('os') 1||7 'c' 1|8 'b' 1".split("|"),
+        f"{1 << 31} 'a' 1",
+    ],
 )
 def test_a_damaged_vocabulary_file_names_its_line(tmp_path, line):
     path = write(tmp_path / "v.txt", f"7 'b' 1\n{line}\n9 'd' 1\n")
@@ -251,10 +260,111 @@ def test_a_damaged_vocabulary_file_names_its_line(tmp_path, line):
         load_tokenizer(path, 100)
 
 
-def test_too_many_tokens_for_a_vocabulary_file(tmp_path):
-    path = vocabulary(tmp_path / "v.txt", {i: i.to_bytes(3, "big") for i in range(1, 65537)})
-    with pytest.raises(UserError, match="65536 tokens"):
+def test_a_vocabulary_file_has_any_number_of_tokens_up_to_a_size(tmp_path, monkeypatch):
+    table = {i: i.to_bytes(3, "big") for i in range(1, 70_001)}
+    path = vocabulary(tmp_path / "v.txt", table)
+    tokenizer = load_tokenizer(path, 100_000)
+    # `encode` takes text, and most of these bytes are none
+    assert tokenizer.find(b"".join(table.values())) == list(table)
+    monkeypatch.setattr(module, "LARGEST_TABLE", 210_000)
+    with pytest.raises(UserError, match="tokens of 210,000 bytes together; .* may have 209,999"):
         load_tokenizer(path, 100_000)
+    for wrong in ({1: bytes(LARGEST_TABLE)}, {1: b"a", 1 << 31: b"b"}, {-1: b"a"}):
+        with pytest.raises(ValueError, match=f"expected fewer than {LARGEST_TABLE} bytes and ids from 0"):
+            NativeMatch(wrong)
+
+
+def any_text(draw, pieces):
+    """Characters of any language, whole tokens, beginnings of tokens, or noise read as UTF-8."""
+    size = draw.choice((1, 2, 5, 17, 60))
+    if draw.random() < 0.4:
+        starts = [0x20, 0xC0, 0x400, 0x5D0, 0x900, 0xE00, 0x3040, 0x4E00, 0xAC00, 0xFFF0, 0x1F300, 0x10FF00]
+        start = draw.choice(starts)
+        return "".join(chr(start + draw.randrange(draw.choice((8, 96)))) for _ in range(size))
+    if draw.random() < 0.3:
+        return draw.randbytes(size).decode(errors="replace")
+    tokens = draw.choices(pieces, k=size)
+    if draw.random() < 0.5:
+        tokens = [piece[: draw.randint(1, len(piece))] for piece in tokens]
+    return b"".join(tokens).decode(errors="replace")
+
+
+def match_all(world, seed, count):
+    """Compare the ids of random texts with those of the plain form, and of pyrwkv where it is installed.
+
+    Returns the number of different texts.
+    """
+    draw, table = random.Random(seed), {token: piece for token, piece in world.table.items() if piece}
+    plain, pieces, texts = PlainMatch(table), list(table.values()), set()
+    pyrwkv = importlib.util.find_spec("pyrwkv_tokenizer") and importlib.import_module("pyrwkv_tokenizer")
+    other = pyrwkv.RWKVTokenizer() if pyrwkv else None
+    for _ in range(count):
+        text = any_text(draw, pieces)
+        texts.add(text)
+        data = text.encode()
+        ids = world.encode(text)
+        assert ids == plain(data), data
+        assert other is None or ids == other.encode(text), data
+    return len(texts)
+
+
+def test_native_and_plain_and_pyrwkv_have_the_same_ids(world):
+    assert isinstance(world.find, NativeMatch)
+    assert match_all(world, seed=0, count=3000) > 2500
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_native_and_plain_end_at_the_same_byte(seed):
+    """Tables of random bytes, in which some bytes have no piece; all of it, or up to where none fits."""
+    draw = random.Random(seed)
+    alphabet = bytes(draw.sample(range(256), draw.randint(1, 5)))
+    words = lambda most: bytes(draw.choices(alphabet, k=draw.randint(1, most)))  # noqa: E731
+    pieces = list({words(draw.choice((2, 4, 40))) for _ in range(draw.randint(1, 60))})
+    table = dict(zip(draw.sample(range(1 << 20), len(pieces)), pieces))
+    native_match, plain = NativeMatch(table), PlainMatch(table)
+    for _ in range(100):
+        data = b"".join(draw.choices([*pieces, words(3)], k=draw.randrange(12)))
+        assert native_match(data) == plain(data)
+    assert native_match(b"") == [] == NativeMatch({})(b"abc") == PlainMatch({})(b"abc")
+    # in memory a NUL follows the bytes
+    assert NativeMatch({1: b"a", 2: b"a\0"})(b"a") == [1] == PlainMatch({1: b"a", 2: b"a\0"})(b"a")
+
+
+def test_without_a_compiler_encoding_is_slow_and_one_line_says_so(monkeypatch, tmp_path, capsys, world):
+    def fails(device):
+        raise BuildError(f"no C++ compiler: install one, {FALLBACK}")
+
+    monkeypatch.setattr(native, "library", fails)
+    module._builds.cache_clear()
+    try:
+        slow, again = (load_tokenizer("world", 65536) for _ in range(2))
+    finally:
+        module._builds.cache_clear()
+    assert isinstance(slow.find, PlainMatch) and isinstance(again.find, PlainMatch)
+    for text in [*TEXTS, *map(random_text, range(50))]:
+        assert slow.encode(text) == world.encode(text)
+    said = capsys.readouterr().err
+    assert said == ("text is encoded in plain Python, 10 times slower: no C++ compiler: install one\n")
+
+
+def test_threads_and_other_processes_share_a_tokenizer(world):
+    texts = list(map(random_text, range(200)))
+    ids = list(map(world.encode, texts))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(world.encode, texts * 5)) == ids * 5
+    copy = pickle.loads(pickle.dumps(world))
+    assert copy is not world and list(map(copy.encode, texts)) == ids
+    del copy  # frees its own trie only
+    assert list(map(world.encode, texts)) == ids
+
+
+def test_a_missing_vocabulary_says_what_to_install(monkeypatch):
+    def fails(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", fails)
+    with pytest.raises(UserError, match="in the package rwkv, .*; pip install rwkv, or give its file"):
+        load_tokenizer("world", 65536)
 
 
 def test_end_of_document_of_each_kind(tmp_path, world):

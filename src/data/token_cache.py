@@ -102,7 +102,7 @@ def fingerprint(source: DataSource, encoder: Encoder, reading: Reading, on_bad_r
     """Return hash everything that decides the tokens."""
     code = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
-    versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
+    versions = [(name, _version(name)) for name in ("numpy", "rwkv", "tokenizers", "jinja2")]
     described = (
         source.format,
         reading,

@@ -14,10 +14,9 @@ import ast
 import bisect
 import codecs
 import functools
+import importlib.metadata
 import itertools
 import json
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -28,6 +27,10 @@ from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
 from ..config.launcher import is_first_process
+from ..ops import native
+from ..ops.build import announce
+from ..ops.longest_match import LARGEST_ID, LARGEST_TABLE, NativeMatch, PlainMatch
+from ..ops.toolchain import FALLBACK, BuildError
 from .thoughts import within
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
@@ -126,14 +129,14 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """Tokenizer by a table id -> bytes. `find(text, its bytes)` returns ids, and ends early if none fits."""
+    """Tokenizer by a table id -> bytes. `find(bytes)` returns ids, and ends early if none fits."""
 
     def __init__(
         self,
         name: str,
         eod: tuple[int, ...],
         table: dict[int, bytes],
-        find: Callable[[str, bytes], list[int]],
+        find: Callable[[bytes], list[int]],
         encoding: str,
     ):
         super().__init__(name, eod, table)
@@ -155,7 +158,7 @@ class ByteTokenizer(Tokenizer):
             while done + size < len(text):
                 part = text[done : done + size + beyond]
                 data, length = part.encode(self.encoding), len(part[:size].encode(self.encoding))
-                found = self.find(part, data)
+                found = self.find(data)
                 ends = [0, *itertools.accumulate(map(self.sizes.__getitem__, found))]
                 if ends[-1] < length:
                     break  # no token fits; the rest says where
@@ -172,7 +175,7 @@ class ByteTokenizer(Tokenizer):
 
     def _rest(self, text: str, data: bytes, start: int = 0) -> list[int]:
         """Encode the text from character `start` on, whose bytes are `data`."""
-        ids = self.find(text[start:], data)
+        ids = self.find(data)
         reached = sum(map(self.sizes.__getitem__, ids))
         if reached < len(data):
             raise self.cannot_encode(text, start + len(data[:reached].decode(self.encoding, "ignore")))
@@ -229,14 +232,20 @@ class ByteDecoder:
 def _raw(name: str) -> ByteTokenizer:
     eod, encoding = RAW[name]
     table = {i: bytes([i]) for i in range(256)}
-    return ByteTokenizer(name, eod, table, lambda text, data: list(data), encoding)
+    return ByteTokenizer(name, eod, table, list, encoding)
 
 
 def _world() -> ByteTokenizer:
-    import pyrwkv_tokenizer
-
-    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name(VOCABULARY)
-    return _from_vocabulary("world", path.read_text(encoding="utf-8"), "")
+    try:
+        # not find_spec(), which takes any folder called rwkv for the package
+        path = importlib.metadata.distribution("rwkv").locate_file(f"rwkv/{VOCABULARY}")
+        content = path.read_text(encoding="utf-8")
+    except (importlib.metadata.PackageNotFoundError, OSError) as error:
+        raise UserError(
+            f"the World vocabulary is in the package rwkv, which cannot be read ({error}); pip install"
+            f" rwkv, or give its file: --tokenizer {VOCABULARY}"
+        ) from None
+    return _from_vocabulary("world", content, "")
 
 
 def _from_file(path: str, eod: str) -> Tokenizer:
@@ -286,32 +295,37 @@ def _parse_line(line: str) -> tuple[int, bytes] | None:
         token, piece = int(number), ast.literal_eval(literal)
         if isinstance(piece, str):
             piece = piece.encode()
-        if token >= 0 and isinstance(piece, bytes) and 0 < len(piece) == int(length):
+        if 0 <= token <= LARGEST_ID and isinstance(piece, bytes) and 0 < len(piece) == int(length):
             return token, piece
     except (ValueError, SyntaxError, TypeError):
         pass
     return None
 
 
-def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
-    """Make a greedy longest match in Rust; it silently ends early where no token fits.
-
-    The package reads only files. It misreads bytes literals that hold a readable character, takes id 0 for no
-    token, and has 16 bits for an id. So it gets a copy of the table in hex with ids from 1.
-    """
-    import pyrwkv_tokenizer
-
-    if len(table) >= 1 << 16:
+def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[bytes], list[int]]:
+    """Make a greedy longest match, in C++ if that can be built."""
+    size = sum(map(len, table.values()))
+    if size >= LARGEST_TABLE:
         raise UserError(
-            f"{name} has {len(table)} tokens; a vocabulary in World format may have {(1 << 16) - 1}"
+            f"{name} has tokens of {size:,} bytes together; a vocabulary in World format may have"
+            f" {LARGEST_TABLE - 1:,}"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder, "vocabulary.txt")
-        lines = [f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1)]
-        copy.write_text("".join(lines))
-        trie = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(copy))
-    ids = [-1, *table]
-    return lambda text, data: list(map(ids.__getitem__, trie.encode(text)))
+    if _builds():
+        return NativeMatch(table)
+    return PlainMatch(table)
+
+
+@functools.cache
+def _builds() -> bool:
+    """Tell whether the native code can be built; if not, one line says that encoding is slow."""
+    try:
+        native.library("cpu")
+    except BuildError as error:
+        if is_first_process():
+            reason = str(error).replace(f", {FALLBACK}", "")
+            announce(f"text is encoded in plain Python, 10 times slower: {reason}")
+        return False
+    return True
 
 
 @functools.cache

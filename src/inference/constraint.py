@@ -258,8 +258,7 @@ class _Table:
         self.find = tokenizer.find
 
     def __call__(self, text: str | bytes) -> list[int]:
-        data = text if isinstance(text, bytes) else text.encode()
-        return self.find(data.decode(), data)
+        return self.find(text if isinstance(text, bytes) else text.encode())
 
 
 def _json_source(tokenizer: JsonTokenizer) -> str:
