@@ -149,11 +149,11 @@ def python() -> Check:
             f"{text}; 3.10 or newer is needed, on Debian and Ubuntu: apt install python3 python3-venv",
             needed=True,
         )
-    if version > (3, 13):
+    if version > (3, 14):
         return Check(
             "warn",
             "Python",
-            f"{text}; tried with 3.10 to 3.13: if a package fails, make .venv with one of those",
+            f"{text}; tried with 3.10 to 3.14: if a package fails, make .venv with one of those",
         )
     return Check("ok", "Python", text)
 

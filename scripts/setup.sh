@@ -8,14 +8,14 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 setup() {
     local extra="${1:-}" python="" candidate wanted
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             python="$candidate"
             break
         fi
     done
     if [ -z "$python" ] && [ ! -x .venv/bin/python ]; then
-        echo "error: no Python 3.10 to 3.13 with venv was found; on Debian and Ubuntu: apt install python3 python3-venv" >&2
+        echo "error: no Python 3.10 to 3.14 with venv was found; on Debian and Ubuntu: apt install python3 python3-venv" >&2
         return 2
     fi
     [ -x .venv/bin/python ] || "$python" -m venv .venv | narrate "making .venv"

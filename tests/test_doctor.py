@@ -150,7 +150,7 @@ def test_packages_that_are_optional_or_too_old(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "version, state", [((3, 9, 1), "missing"), ((3, 10, 0), "ok"), ((3, 13, 2), "ok"), ((3, 14, 0), "warn")]
+    "version, state", [((3, 9, 1), "missing"), ((3, 10, 0), "ok"), ((3, 14, 2), "ok"), ((3, 15, 0), "warn")]
 )
 def test_versions_of_python(monkeypatch, version, state):
     monkeypatch.setattr(doctor.sys, "version_info", version)
