@@ -209,6 +209,9 @@ def test_yaml_mistakes(tmp_path):
         ("peft_config: {a: &a 1, b: *a}\n", "an alias (*name) is not read in settings; write its value"),
         ("[" * 100_000, "or more than 32 inside each other"),
         ("#" * 200_000, "has more than the 131,072 bytes"),
+        ("lr_init: 1\nctx_len: 8\nlr_init: 2\n", "lr_init stands twice, in line 1 and in line 3; keep one"),
+        ("peft_config: {r: 1,\n  r: 2}\n", "r stands twice, in line 1 and in line 2"),
+        ("batch_size: 1\nmicro_bsz: 2\n", "batch_size and micro_bsz are one setting; keep one of them"),
     ]:
         path.write_text(text)
         assert words in mistake("--config", str(path)), text
@@ -225,6 +228,11 @@ def test_yaml_mistakes(tmp_path):
         mistake("--config", str(tmp_path))
         == f"config file {tmp_path} is a folder; give {tmp_path}/config.yaml"
     )
+
+
+def test_of_two_config_files_none_is_dropped():
+    expected = "--config is given twice, a.yaml and b.yaml; put the settings of one into the other"
+    assert mistake("--config", "a.yaml", "--config=b.yaml").startswith(expected)
 
 
 # values

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import sys
 import types
 
@@ -471,6 +472,11 @@ UNREADABLE = {
         )
     ],
     "rows.bin": [(b"123", " can't be read: binidx data are two files, and .idx or both are absent")],
+    "rows.arrow": [
+        (b"\xff\xff\xff\xff\x10", " can't be read as Arrow: "),
+        (b"ARROW1", " can't be read as Arrow: "),
+        (b"", " can't be read as Arrow: "),
+    ],
     "rows.parquet": [(b"PAR1", " can't be read as parquet: "), (b"", " can't be read as parquet: ")],
 }
 
@@ -481,7 +487,7 @@ UNREADABLE = {
     ids=lambda value: str(value)[:40],
 )
 def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message):
-    if name.endswith("parquet"):
+    if name.endswith(("parquet", "arrow")):
         pytest.importorskip("pyarrow", reason=ABSENT)
     begin = "data file " if "can't be read" in message else ""
     said = mistake(read, content, name)
@@ -517,6 +523,20 @@ def test_parquet_of_pyarrow(read):
     assert report.lines() == [
         "format     rows.parquet: parquet, 601 rows, messages (600), text (1); not used: n"
     ]
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_of_pyarrow(read, form):
+    pyarrow = pytest.importorskip("pyarrow", reason=ABSENT)
+    table = pyarrow.Table.from_pylist([{"messages": CHAT, "n": n, "text": None} for n in range(600)])
+    with getattr(pyarrow.ipc, f"new_{form}")("rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    report = Report()
+    got = list(read_records("rows.arrow", report))
+    assert [row for _, row in got] == [{"messages": CHAT}] * 600 and got[599][0] == "rows.arrow, row 600"
+    assert report.lines() == ["format     rows.arrow: Arrow, 600 rows, messages; not used: n, text"]
+    os.rename("rows.arrow", "rows")
+    assert len(list(read_records("rows"))) == 600, "the content tells"
 
 
 def test_tables_of_pandas(read, tmp_path):
@@ -555,6 +575,13 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
         for name in ("one", "two")
     ]
     assert [row for _, row in read_records("two", reading=Reading(split="test"))] == CHATS
+    # their Arrow files alone; what map() wrote beside them is no data
+    os.mkdir("alone")
+    for file in sources("one")[0].files:
+        if file.endswith(".arrow"):
+            shutil.copy(file, "alone")
+            shutil.copy(file, "alone/cache-0123.arrow")
+    assert [row for _, row in read_records("alone")] == [row for _, row in rows[:300]]
     assert all(os.path.isfile(file) for file in sources("two")[0].files) and len(sources("two")[0].files) > 4
     for spec, words in (
         ("two", "two has no split 'dev'; choose one of train, test with --sft_split"),

@@ -122,7 +122,9 @@ PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _SettingsLoader(yaml.SafeLoader):
-    """Loader of plain values, not too many, none of which stands for others. A date is a text."""
+    """Loader of plain values, not too many, none of which stands for others. No key stands twice. A date is a
+    text.
+    """
 
     yaml_constructors = {
         tag: made
@@ -146,6 +148,21 @@ class _SettingsLoader(yaml.SafeLoader):
             )
         node = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor):
+        """Refuse a key that stands twice: YAML forbids it, and the last one would win."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if first := lines.get((key.tag, key.value)):
+                raise yaml.YAMLError(
+                    f"{key.value} stands twice, in line {first} and in line {line}; keep one of them"
+                )
+            lines[key.tag, key.value] = line
         return node
 
 

@@ -22,9 +22,9 @@ class DataSettings:
     )
     data_file: str = opt(
         "",
-        "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files,"
-        " OWNER/NAME of a Hugging Face data set, or hf://OWNER/NAME/FILE of one. Several files with weights:"
-        " a.jsonl:2,b.csv:0.5 reads every row of a.jsonl twice and half of b.csv",
+        "the training data: JSONL, JSON, CSV, TSV, parquet, Arrow, .txt, binidx, a folder of such"
+        " files, OWNER/NAME of a Hugging Face data set, or hf://OWNER/NAME/FILE of one. Several files with"
+        " weights: a.jsonl:2,b.csv:0.5 reads every row of a.jsonl twice and half of b.csv",
         file=True,
     )
     sft_field: str = opt(

@@ -84,12 +84,25 @@ def parse(argv: list[str]) -> Config:
     return dataclasses.replace(config, script_notes=(*differences, *translations))
 
 
+class _GivenOnce(argparse.Action):
+    """A flag that stands once in a command line: of two files one would be dropped."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise UserError(
+                f"{option_string} is given twice, {getattr(namespace, self.dest)} and {values}; put the"
+                " settings of one into the other, or give them as flags"
+            )
+        setattr(namespace, self.dest, values)
+
+
 def flag_parser(prog: str, description: str) -> Parser:
     """Make a parser with a flag for every setting, to which a program may add its own."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config",
         metavar="FILE",
+        action=_GivenOnce,
         help="YAML with any of these settings; an earlier run's config.yaml is one",
     )
     for field in FIELDS.values():
@@ -206,9 +219,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Read the settings in a YAML file, without the reasons that a run's config.yaml has beside them."""
     values = _load_yaml(path)
     values.pop(CHOSEN, None)
+    spelled: dict[str, str] = {}
     for name in values:
         if name not in NAMES:
             raise UserError(f"{path}: unknown setting {name!r}{did_you_mean(str(name), NAMES)}")
+        if (first := spelled.setdefault(NAMES[name], name)) != name:
+            raise UserError(f"{path}: {first} and {name} are one setting; keep one of them")
     return values
 
 

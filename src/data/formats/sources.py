@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fnmatch
 import functools
 import os
 import re
@@ -21,8 +22,9 @@ from ...config.loss_settings import LOSSES
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".bin")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without records
+MAPPED = "cache-*.arrow"  # rows that Dataset.map() made of those beside it
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 BINIDX = "binidx"  # the format whose records are tokens already
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
@@ -201,7 +203,8 @@ def _hidden(path: str) -> bool:
 
 def may_have_records(file: str) -> bool:
     """Tell whether a file's name is that of a data file."""
-    if os.path.basename(file) in DESCRIPTIONS:
+    name = os.path.basename(file)
+    if name in DESCRIPTIONS or fnmatch.fnmatch(name, MAPPED):
         return False
     suffix = _suffix(file)
     return suffix in SUFFIXES and (suffix != ".bin" or binidx.prefix_of(file) is not None)
@@ -233,11 +236,13 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> DataSource:
         )
     try:
         with open(path, "rb") as file:
-            parquet = file.read(4) == b"PAR1"
+            begin = file.read(6)
     except OSError as error:
         raise UserError(f"data file {path} can't be read: {error.strerror}{similar_path(path)}") from None
-    if parquet or suffix == ".parquet":
+    if begin.startswith(b"PAR1") or suffix == ".parquet":
         return DataSource(path, "parquet", 1.0, lambda eod, at: tables.parquet(path, at), (path,))
+    if begin.startswith((tables.ARROW_STREAM, tables.ARROW_FILE)) or suffix == ".arrow":
+        return DataSource(path, "Arrow", 1.0, lambda eod, at: tables.arrow(path, at), (path,))
     with text.open_text(path) as file:
         sample = file.read(SAMPLE)
     found = _text_format(path, suffix, sample, fields)
@@ -278,7 +283,7 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
         return JSONL
     raise UserError(
         f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with"
-        " a header, parquet, binidx, or plain text in a file named .txt"
+        " a header, parquet, Arrow, binidx, or plain text in a file named .txt"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tables: parquet files and Hugging Face data sets -> (place, record).
+"""Tables: parquet and Arrow files and Hugging Face data sets -> (place, record).
 
 They are read by pyarrow and datasets, which are in the optional extra `data`.
 """
@@ -19,6 +19,10 @@ from ...config.launcher import is_first_process
 from .text import Position, Record
 
 BATCH = 256  # records in memory at a time
+ARROW_STREAM, ARROW_FILE = (
+    b"\xff\xff\xff\xff",
+    b"ARROW1",
+)  # how Arrow's two forms begin; datasets writes the first
 
 
 def _needed(package: str, path: str) -> Any:
@@ -43,6 +47,29 @@ def parquet(path: str, position: Position) -> Iterator[Record]:
                     yield f"{path}, row {row}", record
     except Exception as error:  # pyarrow raises many kinds for a damaged file
         raise UserError(f"data file {path} can't be read as parquet: {_first_line(error)}") from None
+
+
+def arrow(path: str, position: Position) -> Iterator[Record]:
+    """Read the rows of an Arrow file: of a data set's folder, of the cache of datasets, or of Feather."""
+    module = _needed("pyarrow", path)
+    try:
+        with module.memory_map(path) as file:
+            is_stream = file.read(len(ARROW_STREAM)) == ARROW_STREAM
+            file.seek(0)
+            position.share = lambda: file.tell() / max(file.size(), 1)
+            row = 0
+            if is_stream:
+                batches = module.ipc.open_stream(file)
+            else:
+                reader = module.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                for start in range(0, len(batch), BATCH):
+                    for record in batch.slice(start, BATCH).to_pylist():
+                        row += 1
+                        yield f"{path}, row {row}", record
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise UserError(f"data file {path} can't be read as Arrow: {_first_line(error)}") from None
 
 
 def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]:

@@ -25,7 +25,7 @@ export const ENGLISH = {
 
   data: "Data",
   drop: "Drop a file here, or choose one",
-  kinds: "JSONL, JSON, CSV, TSV, parquet or text",
+  kinds: "JSONL, JSON, CSV, TSV, parquet, Arrow or text",
   paste: "Or paste rows",
   use_rows: "Take these rows",
   files: "Files that are there",
@@ -185,7 +185,7 @@ export const CHINESE = {
 
   data: "数据",
   drop: "把文件拖到这里，或点击选择",
-  kinds: "JSONL、JSON、CSV、TSV、parquet 或文本",
+  kinds: "JSONL、JSON、CSV、TSV、parquet、Arrow 或文本",
   paste: "或粘贴数据",
   use_rows: "使用这些数据",
   files: "已有的文件",
