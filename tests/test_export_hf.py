@@ -151,7 +151,11 @@ def test_the_official_folders_tokenizer_and_template(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the test extra is absent")
     arch = dataclasses.replace(released(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536)
     saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short-2025:hermes"})
-    assert export(tmp_path / "m.pth", tmp_path / "hf", "hf").notes == []
+    done = export(tmp_path / "m.pth", tmp_path / "hf", "hf")
+    assert done.notes == []
+    assert done.lines()[-1] == (
+        "loaded by: a transformers with Rwkv7ForCausalLM, which 5.25 has not; --layout fla is for rwkv7-hf"
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = load_tokenizer("world", 65536)
     assert theirs.is_fast and theirs.eos_token_id == theirs.pad_token_id == 0

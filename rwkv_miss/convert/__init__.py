@@ -14,13 +14,15 @@ import os
 from ..errors import UserError
 from ..files.checkpoint import check_finite, refuse_run_checkpoint
 from ..files.file_kinds import may_replace
+from ..files.hf_names import LOADERS
 from ..files.output import refuse_inputs
 from ..files.wrapped import is_model
 
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, own_files, rwkv_peft  # noqa: F401
 from .base import with_base
-from .formats import FORMATS, Adapter, Format, Hints, refuse_what_would_be_lost
+from .formats import FORMATS, Adapter, Format, Hints, origin_of, refuse_what_would_be_lost
+from .hf_export import layout_to_write
 from .source import Source, open_source
 
 NO_HINTS = Hints()
@@ -37,6 +39,7 @@ class Conversion:
     linears: int
     tensors: int
     notes: list[str]
+    layout: str = ""  # whose names a peft folder has
 
     def lines(self) -> list[str]:
         """Return the lines for the user."""
@@ -44,7 +47,8 @@ class Conversion:
             f"{self.out}: {self.method} of {self.linears} linears, {self.tensors} tensors, from {self.source}"
             f" to {self.to}"
         )
-        return [first, *(f"note: {note}" for note in self.notes)]
+        loader = [LOADERS[self.layout]] if self.layout in LOADERS else []
+        return [first, *(f"note: {note}" for note in self.notes), *loader]
 
 
 def format_of(source: Source) -> str | None:
@@ -124,4 +128,5 @@ def convert(
         len(adapter.metadata["linears"]),
         len(adapter.tensors),
         notes,
+        layout_to_write(adapter, origin_of(adapter, "peft"))[0] if FORMATS[to].layouts else "",
     )

@@ -18,6 +18,13 @@ VOCABULARY = "rwkv_vocab_v20230424.txt"  # in World's format; rwkv7-hf has this 
 OFFICIAL = "rwkv7."  # before the checkpoint's names, but not before head.weight
 PREFIX = "model.layers"  # in flash-linear-attention's layout
 FLA_SIGN = "model.embeddings.weight"  # is in that layout and in no other
+# by layout, what loads such a folder: the last line that a command prints
+LOADERS = {
+    "official": (
+        "loaded by: a transformers with Rwkv7ForCausalLM, which 5.25 has not; --layout fla is for rwkv7-hf"
+    ),
+    "fla": "loaded by: rwkv7-hf (pip install rwkv7-hf) or flash-linear-attention",
+}
 PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite
 from rwkv_miss.files.file_kinds import GGUF, SAFETENSORS, may_replace
+from rwkv_miss.files.hf_names import LOADERS
 from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.output import check_folder, refuse_inputs, require_writable
 from rwkv_miss.files.provenance import Provenance, check_dtypes
@@ -81,12 +82,14 @@ class Exported:
     model: str
     bytes: int
     notes: list[str]  # notes for the user
+    layout: str = ""  # of a Hugging Face folder
 
     def lines(self) -> list[str]:
         """Return the lines for the user."""
         return [
             f"{self.out}: {self.to}, {self.model}, {size_text(self.bytes)}",
             *(f"note: {note}" for note in self.notes),
+            *([LOADERS[self.layout]] if self.layout else []),
         ]
 
 
@@ -145,7 +148,7 @@ def export(
             kind = kind or gguf.DEFAULT_TYPE
             written = f"GGUF {kind}"
             notes += _write_gguf(model, out, kind, settings)
-    return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes)
+    return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes, layout)
 
 
 def _check_output(path, out, to: str) -> None:
