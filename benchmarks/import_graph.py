@@ -83,7 +83,7 @@ def words(tree: ast.AST) -> set[str]:
 
 
 def conftest_of(file: str) -> str:
-    """The conftest.py whose fixtures a file may ask for; "" for a file that is no test."""
+    """Name the conftest.py whose fixtures a file may ask for; "" for a file that is no test."""
     folder = file.partition("/")[0]
     return f"{folder}/conftest.py" if folder in TESTS else ""
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import ops
 from src.config import Config
+from src.ops import native
 from src.ops.build import CUDA
 from src.planning.launches import slow_line, wkv_launches
 from src.planning.plan import Device
@@ -68,6 +69,15 @@ def test_a_run_without_native_kernels_says_what_it_costs():
     assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(planned(chunked, arch))
     assert slow_line(planned(config, arch, kernel="cuda")) == ""
     assert slow_line(planned(Config(accelerator="cpu"), arch)) == ""
+
+
+def test_a_kernel_is_told_the_device_of_its_tensors(monkeypatch):
+    """Its number and its current stream: a process may hold several GPUs."""
+    streams = {index: types.SimpleNamespace(cuda_stream=100 + index) for index in (0, 1)}
+    monkeypatch.setattr(native.torch.cuda, "current_stream", lambda device: streams[device.index])
+    for index in streams:
+        like = types.SimpleNamespace(is_cuda=True, device=native.torch.device("cuda", index))
+        assert [one.value for one in native.context(like)] == [index, 100 + index]
 
 
 def test_every_function_that_launches_sets_its_device():
