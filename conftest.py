@@ -9,6 +9,7 @@ from src.ops.toolchain import BuildError, find_nvcc
 from tests.budgets import Budgets, read_table
 
 ROOT = pathlib.Path(__file__).parent
+pytest_plugins = ["gpu_emulation.drawn_cases"]
 
 
 def pytest_addoption(parser):

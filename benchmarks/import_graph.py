@@ -2,8 +2,8 @@
 
 Imports are read from the syntax trees, those within functions included. In a test or a benchmark a text that
 names a module or a file of the repository counts, too; elsewhere one that names a file beside it, which is a
-worker. A conftest.py counts by definition: a test reaches what the fixtures that it asks for reach. Tests of
-the pages reach the programs that README.md names.
+worker. A file of fixtures counts by definition: a test reaches what the fixtures that it asks for reach.
+Tests of the pages reach the programs that README.md names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests", "gpu_emulation")
-TESTS = ("tests", "gpu_emulation")  # folders of tests, each with its conftest.py
+# folders of tests -> the file that has their fixtures
+TESTS = {"tests": "tests/conftest.py", "gpu_emulation": "gpu_emulation/drawn_cases.py"}
 # these are red at any change of a text: a record of sources, and the places of the planted faults
 SEE_ALL = {"tests/test_ptxas.py", "tests/test_planted_faults.py"}
 # hops to a package that runs only because a module of it is imported: the test is about the module
@@ -82,12 +83,6 @@ def words(tree: ast.AST) -> set[str]:
     return {word for word in found if isinstance(word, str)}
 
 
-def conftest_of(file: str) -> str:
-    """Name the conftest.py whose fixtures a file may ask for; "" for a file that is no test."""
-    folder = file.partition("/")[0]
-    return f"{folder}/conftest.py" if folder in TESTS else ""
-
-
 @functools.cache
 def fixtures(conftest: str) -> dict[str, list[list[str]]]:
     """Map each definition in a conftest.py to the groups of files that it reaches."""
@@ -118,7 +113,7 @@ def groups(file: str) -> list[list[str]]:
     used = words(tree)
     found = [files for _, files in imported(tree, file)]
     found += [[one] for text in used for one in named_files(text, file)]
-    conftest = conftest_of(file)
+    conftest = TESTS.get(file.partition("/")[0], "")
     return found + [[f"{conftest}::{name}"] for name in used & fixtures(conftest).keys()]
 
 
@@ -128,8 +123,7 @@ def neighbours(file: str) -> dict[str, int]:
     reached = groups(file)
     found = {one: PASSING for files in reached for one in files[:-1]}
     found |= {files[-1]: 1 for files in reached if files}
-    conftests = {conftest_of(folder) for folder in TESTS}
-    files = {one: one.partition("::")[0] for one in found.keys() - conftests}
+    files = {one: one.partition("::")[0] for one in found.keys() - set(TESTS.values())}
     return {one: found[one] for one, path in files.items() if is_file(path)}
 
 

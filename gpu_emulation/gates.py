@@ -29,7 +29,7 @@ class Gate(NamedTuple):
 
 
 KERNELS = ("cuda/*.cu", "cuda/*.cuh", "cuda/*.h", "src/ops/*.py", "gpu_emulation/ptx/*.*")
-OWN = ("gpu_emulation/conftest.py", "gpu_emulation/gates.py", "tests/conftest.py")
+OWN = ("gpu_emulation/drawn_cases.py", "gpu_emulation/gates.py", "tests/conftest.py")
 GATES = {
     "ptx": Gate(
         ("gpu_emulation/test_ptx_*.py",),

@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
 from benchmarks.import_graph import neighbours
 
-from . import gates
+from . import drawn_cases, gates
 from .gates import GATES, ROOT, Draw, files_of, hash_of
 
 # imported, but no kernel and no step on a GPU depends on what they do
@@ -90,6 +91,22 @@ def test_a_tenth_is_drawn_rounded_up_and_another_one_each_time():
     assert Draw(1)(["only"]) == {"only"}
 
 
+def test_a_worker_draws_by_the_number_of_the_process_that_starts_it(monkeypatch):
+    monkeypatch.setattr(gates, "unchanged", dict)
+
+    def config(**more):
+        option = types.SimpleNamespace(draw=None)
+        return types.SimpleNamespace(option=option, getoption=lambda name: option.draw, **more)
+
+    first, node = config(), types.SimpleNamespace(workerinput={})
+    drawn_cases.pytest_configure(first)
+    node.config = first
+    drawn_cases.pytest_configure_node(node)
+    worker = config(workerinput=node.workerinput)
+    drawn_cases.pytest_configure(worker)
+    assert worker.option.draw == first.option.draw and first.option.draw.isdigit()
+
+
 PLUGIN = """
 import gpu_emulation.gates as gates
 kept = {{"commit": "0000000", "cases": 1, "seconds": 1}}
@@ -99,7 +116,6 @@ gates.unchanged = lambda: {{name: kept for name in {held!r}}}
 
 @pytest.mark.parametrize("held, share", [(["fake_gpu"], 0.25), ([], 1.0)])
 def test_pytest_runs_a_tenth_where_a_gate_holds(tmp_path, held, share):
-    """Also in the workers of xdist, which draw by the number of the process that started them."""
     (tmp_path / "held_gates.py").write_text(PLUGIN.format(held=held))
     command = [sys.executable, "-m", "pytest", "-p", "held_gates", "--collect-only", "-q", "--draw", "5"]
     done = subprocess.run(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests. On a fresh machine this first makes .venv and installs into it.
-# Without --all it leaves out the tests marked slow or rare. --all --slice 3 runs all but nine tenths of the rare ones.
+# Without --all it leaves out the tests marked slow or rare. --all --slice=3 runs all but nine tenths of the rare ones.
 # Other arguments go to pytest: scripts/test.sh -k merge, scripts/test.sh --all -k merge
 set -euo pipefail
 tier=(-m "not slow and not rare")

@@ -106,7 +106,7 @@ class Budgets:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        if self.what != "check":
+        if self.what != "check" or self.config.option.collectonly:
             return
         total = sum(self.taken.values())
         say = terminalreporter.write_line

@@ -157,6 +157,7 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     )
 
 
+@pytest.mark.slow
 def test_other_processes_and_strategies_go_on(run, tmp_path):
     """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one is interrupted,
     ZeRO-3 with offload: one run.

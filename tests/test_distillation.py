@@ -296,6 +296,7 @@ def whole(files):
     return files / "whole"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_a_later_one_begins_without_a_pass(files, tmp_path, whole):
     """Also with another batch: the teacher's values do not depend on it."""
     proj_dir, flags = tmp_path / "run", ["--save_steps", "1"]

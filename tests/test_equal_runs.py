@@ -43,7 +43,7 @@ KINDS |= {
     "dpo": f"--loss dpo --lr_init 3e-3 {PAIRS}",
     "kto": f"--loss kto --lr_init 3e-3 {ANSWERS}",
 }
-FAST = ("miss deepspeed_stage_3", "packed deepspeed_stage_2", "full deepspeed_stage_3", "kto ddp")
+FAST = ("miss deepspeed_stage_3", "kto ddp")
 # lora_fa's and mora's factors are shared out as lora's are
 ELSEWHERE = ("packed", "nf4", "lora_fa", "mora", "chunks")
 CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ELSEWHERE]

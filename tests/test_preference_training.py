@@ -175,6 +175,7 @@ def test_rows_in_chunks_make_the_same_steps(files, tmp_path, whole):
     same_runs(tmp_path / "run", whole("dpo"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
     """After its second checkpoint, and under kto, whose baseline is of the step."""
     for loss in ("dpo", "kto"):

@@ -210,7 +210,7 @@ def note_own_rate(folder, rank):
     rate_search.found_of = noted
 
 
-@pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2")])
+@pytest.mark.parametrize("strategy", [slow("ddp"), slow("deepspeed_stage_2")])
 def test_several_processes_find_the_same_rate(files, tmp_path, strategy):
     """Each by itself; and the losses of their trials are those of one process.
 
@@ -240,6 +240,7 @@ def test_training_rows_that_decide_have_a_trained_token():
     assert RateSearch._deciding(None, types.SimpleNamespace(schedule=schedule, data=data)) == [2]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_searches_never_again(files, tmp_path):
     run = tmp_path / "run"
     train(files, run)

@@ -461,6 +461,7 @@ def train(files, proj_dir, *flags, version=7):
     return program.succeed(program.run([*sound.split(), *flags]))
 
 
+@pytest.mark.slow
 def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
     output = train(
         files, tmp_path / "run", "--peft_config", "r=7", "--train_parts", "state", "--epoch_steps", "3"

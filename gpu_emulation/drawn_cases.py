@@ -1,4 +1,8 @@
-"""Which cases run: all of a part whose gate is open, a tenth where it holds (gates.py)."""
+"""Plugin of pytest: all cases of a part run where its gate is open, a tenth where it holds (gates.py).
+
+It has the fixtures of gpu_emulation/, too. The conftest.py at the root names it, so that --draw and the
+header are there whatever files are asked for.
+"""
 
 import random
 
@@ -13,19 +17,25 @@ from .gates import GATES, Draw
 def pytest_addoption(parser):
     parser.addoption(
         "--draw",
-        # a worker of xdist gets the number of the process that started it
-        default=str(random.SystemRandom().randrange(1 << 32)),
         metavar="NUMBER",
-        help="the tenth of the emulated GPU's cases that runs where a gate holds; all: every case",
+        help="the tenth of the emulated GPU's cases that runs where a gate holds (default: a random one);"
+        " all: every case",
     )
 
 
 def pytest_configure(config):
-    chosen = config.getoption("draw")
+    given = getattr(config, "workerinput", {}).get("draw") or config.getoption("draw")
+    chosen = config.option.draw = given or str(random.SystemRandom().randrange(1 << 32))
     if chosen != "all" and not chosen.isdigit():
         raise pytest.UsageError(f"--draw {chosen}: expected a whole number, or all")
     # gate -> its record, where a tenth is enough
     config.gates_that_hold = {} if chosen == "all" else gates.unchanged()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Give a worker of xdist the number of the process that starts it."""
+    node.workerinput["draw"] = node.config.getoption("draw")
 
 
 def pytest_report_header(config):
