@@ -403,7 +403,7 @@ def test_heads_that_only_cpus_run_are_told_of(tmp_path):
         ),
         (lambda t: t.pop("blocks.1.att.v1"), "lacks blocks.1.att.v1"),
         (lambda t: t.update({"head.weight": t["head.weight"] * torch.nan}), "head.weight holds NaN"),
-        (lambda t: t.update({"ln_out.bias": torch.ones(128, dtype=torch.int8)}), "ln_out.bias is int8"),
+        (lambda t: t.update({"ln_out.bias": torch.ones(128, dtype=torch.int8)}), "ln_out.bias is torch.int8"),
         (
             lambda t: t.update({f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}),
             "has an initial state",
