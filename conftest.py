@@ -48,10 +48,10 @@ def pytest_report_header(config):
         compiler = f"NVCC ABSENT ({error}): the CUDA kernels are not executed"
     lines = [files, compiler]
     all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if all_files and config.option.markexpr in HOW_LONG:
-        lines.append(HOW_LONG[config.option.markexpr])
     if (number := config.getoption("slice")) is not None:
-        lines.append(f"of the tests marked rare slice {number} of 0 to 9 runs")
+        lines.append(f"tests marked rare: slice {number}, of 0 to 9")
+    elif all_files and config.option.markexpr in HOW_LONG:
+        lines.append(HOW_LONG[config.option.markexpr])
     return lines
 
 

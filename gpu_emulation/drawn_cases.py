@@ -4,6 +4,7 @@ It has the fixtures of gpu_emulation/, too. The conftest.py at the root names it
 header are there whatever files are asked for.
 """
 
+import pathlib
 import random
 
 import pytest
@@ -12,6 +13,8 @@ from src.ops.toolchain import BuildError, find_nvcc
 
 from . import gates
 from .gates import GATES, Draw
+
+HERE = pathlib.Path(__file__).parent
 
 
 def pytest_addoption(parser):
@@ -29,7 +32,13 @@ def pytest_configure(config):
     if chosen != "all" and not chosen.isdigit():
         raise pytest.UsageError(f"--draw {chosen}: expected a whole number, or all")
     # gate -> its record, where a tenth is enough
-    config.gates_that_hold = {} if chosen == "all" else gates.unchanged()
+    config.gates_that_hold = {} if chosen == "all" or not asks_for_emulation(config) else gates.unchanged()
+
+
+def asks_for_emulation(config):
+    """Tell whether the files or folders of this command line have tests of the emulated GPU."""
+    given = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
+    return any(path in (HERE, *HERE.parents) or HERE in path.parents for path in given)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -40,7 +49,7 @@ def pytest_configure_node(node):
 
 def pytest_report_header(config):
     lines = []
-    for name in GATES:
+    for name in GATES if asks_for_emulation(config) else ():
         kept = config.gates_that_hold.get(name)
         why = (
             "as asked" if config.getoption("draw") == "all" else "what it depends on is not as in record.json"
@@ -55,7 +64,7 @@ def pytest_report_header(config):
 
 
 def gate_of(path):
-    """The gate of a test file; None for the tests of the gates themselves."""
+    """Name the gate of a test file; None for the tests of the gates themselves."""
     return next((name for name, gate in GATES.items() if path in gates.files_of(gate.tests)), None)
 
 
@@ -74,7 +83,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def case_of(item) -> str:
-    """The case of a test: what it is parametrized with, so that several tests share it. "" for rows."""
+    """Name the case of a test: what it is parametrized with, so that several tests share it. "" for rows."""
     if "drawn_rows" in item.fixturenames:
         return ""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}

@@ -348,6 +348,8 @@ def prepare_folder(plan: Plan) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
+    with contextlib.suppress(FileNotFoundError):  # of another command
+        os.remove(os.path.join(folder, SCRIPT_NOTES))
     if config.script_notes:
         write_text(os.path.join(folder, SCRIPT_NOTES), "".join(f"{note}\n" for note in config.script_notes))
 

@@ -72,6 +72,8 @@ class Budgets:
     def __init__(self, config):
         self.config, self.taken, self.before = config, {}, None
         self.what, self.over = config.getoption("budgets"), []
+        if self.what == "write" and (config.option.markexpr or config.option.keyword):
+            raise pytest.UsageError("--budgets write takes all tests: leave out -m and -k")
 
     def note(self, name):
         now = cpu_seconds()

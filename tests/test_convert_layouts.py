@@ -69,7 +69,7 @@ def test_an_adapter_gives_the_same_logits_there_and_comes_back(folder, layout, m
     want = native(folder, method, **options)
     done = convert(folder / "a.pth", folder / "out", "peft", layout=layout)
     assert done.notes == []
-    loader = {"official": "transformers with Rwkv7ForCausalLM", "fla": "rwkv7-hf"}[layout]
+    loader = {"official": "transformers release with Rwkv7ForCausalLM", "fla": "rwkv7-hf"}[layout]
     assert done.lines()[-1].startswith("loaded by: ") and loader in done.lines()[-1]
     close(layout, logits(load(folder / "out", foreign(folder, layout))), want, RATIO)
     convert(folder / "out", folder / "b.pth", "native")

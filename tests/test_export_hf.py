@@ -154,7 +154,7 @@ def test_the_official_folders_tokenizer_and_template(tmp_path):
     done = export(tmp_path / "m.pth", tmp_path / "hf", "hf")
     assert done.notes == []
     assert done.lines()[-1] == (
-        "loaded by: a transformers with Rwkv7ForCausalLM, which 5.25 has not; --layout fla is for rwkv7-hf"
+        "loaded by: a transformers release with Rwkv7ForCausalLM; 5.25 lacks it. --layout fla is for rwkv7-hf"
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = load_tokenizer("world", 65536)

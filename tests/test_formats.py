@@ -19,6 +19,8 @@ from src.config import Config
 from src.data import token_cache
 from src.data.dataset import load_documents
 from src.data.formats import Reading, Report, SourceFindings, read_records, sample, sources
+from src.data.formats import tables as formats_tables
+from src.data.formats import text as formats_text
 from src.data.tokenizer import load_tokenizer
 
 from .tables import cases
@@ -537,6 +539,18 @@ def test_arrow_of_pyarrow(read, form):
     assert report.lines() == ["format     rows.arrow: Arrow, 600 rows, messages; not used: n, text"]
     os.rename("rows.arrow", "rows")
     assert len(list(read_records("rows"))) == 600, "the content tells"
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_the_bar_of_an_arrow_file_moves(tmp_path, form):
+    pyarrow = pytest.importorskip("pyarrow", reason=ABSENT)
+    path = str(tmp_path / "rows.arrow")
+    table = pyarrow.Table.from_pylist([{"text": "x" * 100} for _ in range(300)])
+    with getattr(pyarrow.ipc, f"new_{form}")(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    position = formats_text.Position()
+    shares = [position.share() for _ in formats_tables.arrow(path, position)]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.5 < 0.9 < shares[-1] <= 1
 
 
 def test_tables_of_pandas(read, tmp_path):

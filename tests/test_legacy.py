@@ -28,6 +28,13 @@ from src.config.parse import flag_parser, read_flags
 from .tables import cases
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+
+
+def all_notes(translated):
+    """The notes of both lists that translate() returns beside the words."""
+    return [*translated[1].differences, *translated[1].translations]
+
+
 ATTENTION = ["att.receptance", "att.key", "att.value", "att.output"]
 # what a script of another project implies where it does not say it
 METHOD = ["--peft", "miss"]
@@ -221,7 +228,7 @@ def test_todays_flags_stay_as_they_are():
     """--warmup_steps -1 is an automatic choice, which other projects do not have."""
     flags = ["--peft", "miss", "--warmup_steps", "-1", "--epoch_count", "0"]
     words, notes = translate(flags)
-    assert words == flags and not notes.all
+    assert words == flags and not (notes.differences or notes.translations)
 
 
 NOTES = """
@@ -257,6 +264,7 @@ def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_fo
     assert all(line.startswith(begin) for line, begin in zip(said, changes, strict=False))
     assert said[3:] == [
         f"note: 5 more notes change nothing in the result; the run writes them to {tmp_path}/script_notes.txt"
+        " before its first step, and --verbose prints them"
     ]
     assert len(config.script_notes) == 8 and config.script_notes[3].startswith("--epoch_begin is ignored")
     assert [f"note: {note}" for note in config.script_notes[:3]] == said[:3]
@@ -324,7 +332,7 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
 def test_todays_command_line_passes_unchanged():
     words = "--load_model a --data_file=b --peft_config=r=8,targets=key+value --grad_cp 1 stray".split()
     kept, notes = translate(words)
-    assert kept == words and not notes.all
+    assert kept == words and not (notes.differences or notes.translations)
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
     assert set(METHOD_ALIASES.values()) == {"miss"}
 
@@ -335,7 +343,7 @@ def test_names_of_the_optimizer(capsys):
     assert "note: the optimizer adamw_8bit is --optimizer adamw8bit\n" in capsys.readouterr().out
     assert read("--optim", "none").optimizer == read("--optimizer=").optimizer == "adamw"
     assert "adamw8bit" in mistake("--optim", "muon")
-    assert translate(["--optim", "muon"])[1].all == ["--optim muon is --optimizer muon"]
+    assert all_notes(translate(["--optim", "muon"])) == ["--optim muon is --optimizer muon"]
 
 
 def test_a_command_line_of_today_reads_no_translator(monkeypatch):
@@ -490,7 +498,7 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
 )
 def test_notes_claim_nothing_that_is_false_of_the_trainer(flags, claim):
     """Since 000d9be the cosine of 2026 takes the whole run; --data_type sft takes every row."""
-    assert not any(claim in note for note in translate([*REQUIRED, *flags.split()])[1].all)
+    assert not any(claim in note for note in all_notes(translate([*REQUIRED, *flags.split()])))
 
 
 @pytest.mark.parametrize(
@@ -529,9 +537,9 @@ def test_columns_of_data_sets():
     ],
 )
 def test_notes_name_the_trainer_that_they_call_there(flags, trainer):
-    notes = translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()])[1].all
+    notes = all_notes(translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()]))
     assert notes[0] == f'"there" is {trainer}, for which this command was written'
-    assert not any(note.startswith('"there"') for note in translate(["--load_model", "base.pth"])[1].all)
+    assert not any(note.startswith('"there"') for note in all_notes(translate(["--load_model", "base.pth"])))
 
 
 @pytest.mark.parametrize("parts", ["ln,time", "emb"])

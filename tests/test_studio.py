@@ -444,8 +444,10 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(served, name):
 def ended_after(seconds):
     """End this process if the block takes longer: a thread that opens a pipe can't be ended alone."""
     faulthandler.dump_traceback_later(seconds, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 TOO_LONG = "9" * 400
@@ -455,6 +457,9 @@ STRANGE_FILES = [
     ("config.yaml", "wandb: " + "x" * (1 << 17)),
     ("config.yaml", "peft_config: {a: &a [1, 1], b: [*a, *a]}"),
     ("config.yaml", "peft_config: {r: !!binary aGk=}"),
+    ("config.yaml", "wandb: !!bool foo"),
+    ("config.yaml", 'micro_bsz: !!int ""'),
+    ("config.yaml", f"lr_init: 1{':0' * 180}.5"),
     ("config.yaml", "peft_config: {when: 2020-01-01, r: .nan}"),
     ("config.yaml", "chosen: [1]"),
     ("config.yaml", "chosen: {lr_init: 2020-01-01, peft: [.nan]}"),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import random
 import signal
@@ -405,3 +406,17 @@ def test_rows_of_several_files_in_any_order():
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
     assert dataset.Documents(rows).target_counts.tolist() == [row.targets for row in rows]
     assert rows[-1].ids.tolist() == [2]
+
+
+@pytest.mark.parametrize("name", ["longest_match.py", "tokenizer_cpu.cpp"])
+def test_another_matcher_gives_another_fingerprint(path, encoder, monkeypatch, tmp_path, name):
+    """Both forms of the World tokenizer's matcher, which lie outside of src/data."""
+    before = fingerprint(path, encoder)
+    changed = tmp_path / name
+    if name.endswith(".py"):
+        changed.write_bytes(pathlib.Path(module.longest_match.__file__).read_bytes() + b"# another\n")
+        monkeypatch.setattr(module.longest_match, "__file__", str(changed))
+    else:
+        changed.write_bytes((module.build.CUDA / name).read_bytes() + b"// another\n")
+        monkeypatch.setattr(module.build, "CUDA", tmp_path)
+    assert fingerprint(path, encoder) != before

@@ -21,7 +21,7 @@ FLA_SIGN = "model.embeddings.weight"  # is in that layout and in no other
 # by layout, what loads such a folder: the last line that a command prints
 LOADERS = {
     "official": (
-        "loaded by: a transformers with Rwkv7ForCausalLM, which 5.25 has not; --layout fla is for rwkv7-hf"
+        "loaded by: a transformers release with Rwkv7ForCausalLM; 5.25 lacks it. --layout fla is for rwkv7-hf"
     ),
     "fla": "loaded by: rwkv7-hf (pip install rwkv7-hf) or flash-linear-attention",
 }

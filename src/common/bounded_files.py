@@ -28,7 +28,8 @@ NUMBER = (int, float)
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> BinaryIO:
     """Open a regular file, or raise OSError at once for a pipe, a device or a folder."""
-    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    # O_BINARY: on Windows a text would end at Ctrl-Z
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", path)
@@ -122,9 +123,7 @@ PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _SettingsLoader(yaml.SafeLoader):
-    """Loader of plain values, not too many, none of which stands for others. No key stands twice. A date is a
-    text.
-    """
+    """Loader of at most MOST_NODES plain values, without aliases. A key stands once. A date is a text."""
 
     yaml_constructors = {
         tag: made
@@ -168,4 +167,8 @@ class _SettingsLoader(yaml.SafeLoader):
 
 def read_settings(path: str) -> Any:
     """Read the value in a YAML file. Raises OSError, ValueError or YAMLError."""
-    return yaml.load(read_bytes(path, LARGEST_SETTINGS), _SettingsLoader)
+    content = read_bytes(path, LARGEST_SETTINGS)
+    try:
+        return yaml.load(content, _SettingsLoader)
+    except (LookupError, ArithmeticError, TypeError) as error:  # PyYAML's, of `!!int ""` and `!!bool foo`
+        raise ValueError(f"a value is not what its tag says ({type(error).__name__}: {error})") from None

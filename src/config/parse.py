@@ -79,7 +79,10 @@ def parse(argv: list[str]) -> Config:
         return config
     path = os.path.join(config.proj_dir, SCRIPT_NOTES)
     _print_notes(
-        [f"{len(translations)} more notes change nothing in the result; the run writes them to {path}"]
+        [
+            f"{len(translations)} more notes change nothing in the result; the run writes them to {path}"
+            " before its first step, and --verbose prints them"
+        ]
     )
     return dataclasses.replace(config, script_notes=(*differences, *translations))
 

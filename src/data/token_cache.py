@@ -28,6 +28,7 @@ from rwkv_miss.files.output import user_cache
 from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
+from ..ops import build, longest_match
 from ..ops.build import announce, locked
 from .encode import DTYPES, Encoder, Tokens
 from .formats import BY_NAME, DataSource, Reading, Report, SourceFindings
@@ -99,8 +100,9 @@ def cache_folder(cache: str) -> pathlib.Path:
 
 
 def fingerprint(source: DataSource, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
-    """Return hash everything that decides the tokens."""
-    code = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    """Hash everything that decides the tokens."""
+    matchers = pathlib.Path(longest_match.__file__), build.CUDA / "tokenizer_cpu.cpp"
+    code = [*sorted(pathlib.Path(__file__).parent.rglob("*.py")), *matchers]
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
     versions = [(name, _version(name)) for name in ("numpy", "rwkv", "tokenizers", "jinja2")]
     described = (

@@ -56,8 +56,9 @@ def _address_of(interface: str, probe: socket.socket) -> str:
 
 @contextlib.contextmanager
 def watching_launcher() -> Iterator[None]:
-    """End this process when the one that started it is gone, until the block is over or fails.
+    """End this process when its parent is gone, until the block is over or is left by SystemExit.
 
+    After another error the watch goes on: the process may hang while it ends.
     Otherwise it would wait for ranks that never come, and keep its memory. This is for children of torchrun,
     deepspeed and Lightning. A process that was started from a shell may outlive the shell. After a run the
     first process may end before its children: that is no crash.
@@ -75,7 +76,7 @@ def watching_launcher() -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.5):
-            if os.getppid() != parent:
+            if os.getppid() != parent and not over.is_set():
                 _end_as_orphan()
 
     threading.Thread(target=watch, daemon=True, name="watch-launcher").start()

@@ -12,6 +12,7 @@ import contextlib
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -157,6 +158,7 @@ class GrammarForm:
         self.compiler, self.matcher = compiler, matcher
         self.stop_texts: dict[tuple[str, ...], StopTexts] = {}
         self.spent = 0.0
+        self.adding = threading.Lock()  # the engine's thread and that of the masks add to it
 
     def start(self, stops: Sequence[str]) -> GrammarConstraint:
         if (key := tuple(stops)) not in self.stop_texts:
@@ -172,8 +174,11 @@ class GrammarForm:
                 f" {DEADLINE:g} s; ask for a simpler form, for fewer answers or for fewer tokens"
             )
         began = time.thread_time()
-        yield
-        self.spent += time.thread_time() - began
+        try:
+            yield
+        finally:
+            with self.adding:
+                self.spent += time.thread_time() - began
 
 
 class GrammarConstraint:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import native
 
-LARGEST_TABLE = 1 << 24  # bytes of all pieces, which the native code takes fewer of
+LARGEST_TABLE = 1 << 24  # the native code takes fewer bytes than this in all pieces
 LARGEST_ID = (1 << 31) - 1
 _first = ctypes.c_int32.from_buffer
 

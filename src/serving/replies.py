@@ -69,7 +69,7 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 def error_reply(refused: Refused, path: str) -> Response:
     """Reply with an error, in the form of the API that the path is of."""
     error = refused.as_anthropic() if path.startswith(ANTHROPIC_PATH) else refused.as_object()
-    # after a failure of the server nothing more is promised to this connection
+    # the connection is closed after a failure of the server
     close = {"Connection": "close"} if refused.status == 500 else {}
     return json_reply(error, refused.status, {**close, **refused.headers})
 

@@ -21,10 +21,6 @@ class Notes:
                 notes.insert(0, f'"there" is {trainer}, for which this command was written')
                 return
 
-    @property
-    def all(self) -> list[str]:
-        return [*self.differences, *self.translations]
-
 
 def _say_there(notes: Iterable[str]) -> bool:
     return any(re.search(r"\bthere\b(?! (is|are)\b)", note) for note in notes)

@@ -56,14 +56,16 @@ def arrow(path: str, position: Position) -> Iterator[Record]:
         with module.memory_map(path) as file:
             is_stream = file.read(len(ARROW_STREAM)) == ARROW_STREAM
             file.seek(0)
-            position.share = lambda: file.tell() / max(file.size(), 1)
-            row = 0
+            row = done = 0
             if is_stream:
                 batches = module.ipc.open_stream(file)
+                position.share = lambda: file.tell() / max(file.size(), 1)
             else:
                 reader = module.ipc.open_file(file)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
+                position.share = lambda: done / max(reader.num_record_batches, 1)
             for batch in batches:
+                done += 1
                 for start in range(0, len(batch), BATCH):
                     for record in batch.slice(start, BATCH).to_pylist():
                         row += 1
