@@ -48,18 +48,16 @@ def pytest_report_header(config):
         compiler = f"NVCC ABSENT ({error}): the CUDA kernels are not executed"
     lines = [files, compiler]
     all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if all_files and config.option.markexpr == FAST:
+        lines.append(HOW_LONG)
     if (number := config.getoption("slice")) is not None:
         lines.append(f"tests marked rare: slice {number}, of 0 to 9")
-    elif all_files and config.option.markexpr in HOW_LONG:
-        lines.append(HOW_LONG[config.option.markexpr])
     return lines
 
 
-# by --markexpr, on two idle cores; a slower CPU takes longer
-HOW_LONG = {
-    "not slow and not rare": "the fast tests: 7 minutes on two idle cores of an EPYC (family 25, model 17)",
-    "": "all tests: 17 minutes on two idle cores of an EPYC (family 25, model 17)",
-}
+# of scripts/test.sh without arguments, whose expression of marks is FAST; a slower CPU takes longer
+FAST = "not slow and not rare"
+HOW_LONG = "the fast tests take 9 minutes on two idle cores of an EPYC (family 25, model 17)"
 
 
 @pytest.hookimpl(wrapper=True)
