@@ -275,6 +275,8 @@ def test_markup_in_an_answer_is_text(browser, monkeypatch, packages):
         assert page.locator(".thoughts").get_attribute("open") is None
         page.click(".thoughts summary")
         expect(page.locator(".thoughts .text")).to_have_text(evil)
+        # the renderer's reply comes after the answer's end, on a busy machine seconds later
+        expect(page.locator(f"{DONE} > .text > p")).to_have_count(2, timeout=30_000)
         assert page.locator(f"{DONE} > .text > p").all_text_contents() == [evil, f"and {evil}"]
         codes = page.locator(f"{DONE} > .text pre code").all_text_contents()
         assert codes == [f"{evil}\n\n  end", f"open {evil}"]
