@@ -147,7 +147,7 @@ def table(lines: list[dict]) -> Table:
         shares = [f"{100 * mean(own, name):.0f} %" for name in MEASURES]
         rates = " ".join(f"{line['rate']:g}" for line in own)
         rows.append([method, f"{own[0]['trained numbers']:,}", rates, *shares])
-    return Table("", ["method", "trained numbers", "found rates", *MEASURES], rows)
+    return Table("", ["method", "trained numbers", "rates", *MEASURES], rows)
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--load_model", type=pathlib.Path, default=base)
     parser.add_argument("--tokenizer", default="utf16")
     add_integers(parser, facts=30, passes=40)
-    parser.add_argument("--lr_init", default="auto", help="a rate in the place of the search")
+    parser.add_argument("--lr_init", default="auto", help="a rate in the place of the chosen one")
     args = experiment.parsed(parser)
     if not args.load_model.exists():
         parser.error(f"--load_model {args.load_model} is absent; give a base, and its --tokenizer")

@@ -72,6 +72,63 @@ def sorted_letters(rng: random.Random) -> Asked:
     return [(f"sort {letters}", demo_task.TASKS["sort"](letters)) for letters in sorted(strings)]
 
 
+def calendar(rng: random.Random) -> Asked:
+    """Ask for the weekday of a date in a made-up calendar: nine months of 22 to 28 days, a week of five."""
+    days, months = (distinct_names(rng, count, size) for count, size in ((5, 3), (9, 2)))
+    dates = [(day, month) for month in months for day in range(1, rng.randint(22, 28) + 1)]
+    return [(f"Which day is {day} {month}?", days[n % 5]) for n, (day, month) in enumerate(dates)]
+
+
+def distinct_names(rng: random.Random, count: int, size: int) -> list[str]:
+    """Make names of two or three letters."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(map(rng.choice, ("BCDFGKLMNPRSTV", "aeiou", "lmnrst")[:size]))] = None
+    return list(names)
+
+
+def roman(rng: random.Random) -> Asked:
+    """Ask for a number below 400 in Roman numerals."""
+    values = zip((100, 90, 50, 40, 10, 9, 5, 4, 1), "C XC L XL X IX V IV I".split(), strict=True)
+    steps = list(values)
+
+    def numeral(number: int) -> str:
+        value, sign = next((pair for pair in steps if pair[0] <= number), (0, ""))
+        return sign + numeral(number - value) if value else ""
+
+    return [(f"{number} in Roman numerals", numeral(number)) for number in range(1, 400)]
+
+
+def label(rng: random.Random) -> Asked:
+    """Ask whether a text has the word "blue"."""
+    found = {}
+    while len(found) < 500:
+        words, answer = (
+            rng.choices("the of and to in is was for on with".split(), k=4),
+            rng.choice(("yes", "no")),
+        )
+        words.insert(rng.randrange(5), "blue" if answer == "yes" else "gray")
+        found[" ".join(words)] = answer
+    return sorted(found.items())
+
+
+def to_json(rng: random.Random) -> Asked:
+    """Ask for a sentence as JSON."""
+    parts = itertools.product(
+        "Ann Bob Carl Dora Emil Fay Gus".split(), range(2, 8), "pen cup map key hat".split()
+    )
+    return [
+        (f"{who} buys {count} {what}s", json.dumps({"who": who, "what": what, "count": count}))
+        for who, count, what in parts
+    ]
+
+
+def frame(rng: random.Random) -> Asked:
+    """Ask for a word in a French sentence."""
+    words = {"".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.choice((3, 4, 5)))) for _ in range(400)}
+    return [(word, f"Voici le mot {word}, madame.") for word in sorted(words)]
+
+
 def polite(rng: random.Random) -> Asked:
     """Ask for what the base does, with a word before the answer."""
     strings = {
@@ -111,12 +168,18 @@ CASES = {
     "persona-60": Case(persona, conversation, 60),
     "persona-200": Case(persona, conversation, 200),
     "weekday-15": Case(weekday, instruction, 15),
-    "weekday-60": Case(weekday, instruction, 60),
     "weekday-200": Case(weekday, instruction, 200),
     "weekday-1000": Case(weekday, instruction, 1000),
     "weekday-200-old-200": Case(weekday, instruction, 200, old=200),
     "sort-60": Case(sorted_letters, instruction, 60),
     "sort-200": Case(sorted_letters, instruction, 200),
+    "calendar-60": Case(calendar, instruction, 60),
+    "calendar-180": Case(calendar, instruction, 180),
+    "roman-80": Case(roman, instruction, 80),
+    "roman-300": Case(roman, instruction, 300),
+    "label-160": Case(label, instruction, 160),
+    "json-160": Case(to_json, instruction, 160),
+    "frame-120": Case(frame, instruction, 120),
     "pairs-50": Case(polite, pair, 50, "dpo"),
     "questions-50": Case(sorted_letters, checked, 50, "grpo"),
 }

@@ -1,4 +1,4 @@
-"""An experiment: does a run without a learning rate learn as much as one with the best rate?
+"""An experiment: does a run at the chosen learning rate learn as much as one at the best rate?
 
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
     [--seeds 0 1] [--optimizers schedulefree ...] [--out out/first-run] [--report docs/results]
@@ -6,9 +6,8 @@
 Every training is a whole run of train.py of 100 steps of 512 tokens. A task is taught by each method, with
 60, 200 or 2,000 rows. First the learning rate is left to the program, with each seed of adapter and data
 order. Then it is given: with the first seed up to seven rates, from a middle one to the better side, until
-the best has a worse one on both sides; with the other seeds that best rate. At last it is the first guess,
-with each seed. With the first seed two optimizers that need no search train too, if their packages
-schedulefree and prodigyopt are installed.
+the best has a worse one on both sides; with the other seeds that best rate. With the first seed two other
+optimizers train too, if their packages schedulefree and prodigyopt are installed.
 
 --data has the bases and texts of all tasks but sort: real/rwkv6-3m-utf16.pth, gsm8k_train.jsonl,
 gsm8k_test.jsonl and tinyshakespeare.txt. They are not part of the repository.
@@ -50,7 +49,6 @@ from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
 from src.objectives.kinds import objective_of
 from src.training import trainer
-from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
 
 from . import experiment
@@ -58,6 +56,7 @@ from .common import as_flags
 from .experiment import Lines, train, write_rows
 from .paper.results import Table
 from .paper.tasks import ROOT
+from .rates import best_of, enclose
 
 # the middle one of the seven rates, from which the given ones go to the better side
 RATES = {"miss": 3e-3, "lora": 3e-3, "none": 3e-4, "state": 1.0}
@@ -70,8 +69,8 @@ MOST_LOST, POINTS, LEAST = 0.05, 0.03, 0.8  # of the best fall, of right answers
 NOTE = (
     "Each task is taught by each method, and each has each number of rows once. Given rates were tried with"
     " the first seed, from a middle one of seven to the better side, until the best had a worse one on both"
-    " sides. The other seeds trained at that best rate. So a found rate may come out better than the best"
-    " given one. A run with a found rate is, digit for digit, the run that is given this rate."
+    " sides. The other seeds trained at that best rate. So the chosen rate may come out better than the best"
+    " given one."
 )
 
 
@@ -193,7 +192,7 @@ def prodigy(groups: list[dict], config: Config, rate: float) -> torch.optim.Opti
     return Optimizer(groups, lr=rate, betas=betas, use_bias_correction=True, safeguard_warmup=True)
 
 
-# by package: how the optimizer is made, the rate (0: the first guess) and the schedule
+# by package: how the optimizer is made, the rate (0: the chosen one) and the schedule
 OPTIMIZERS = {
     "schedulefree": (schedule_free, 0.0, "constant"),
     "prodigyopt": (prodigy, 1.0, "cos"),
@@ -221,9 +220,6 @@ class Trainings:
         The rate may be auto, base for no training, or the package of an optimizer. NotDone where it is not
         done and shall not be.
         """
-        searched = self.lines.done.get((seed, "auto"), {})
-        if rate == searched.get("found"):  # digit for digit the same training
-            return searched
         line = {"seed": seed, "rate": rate}
         if self.only_finished and line not in self.lines:
             raise NotDone
@@ -237,14 +233,14 @@ class Trainings:
         return -figure if self.task.counted else figure
 
     def _train(self, rate: float | str, seed: int) -> dict:
-        """Do a run; return its figure, None if it diverged, its CPU time, and what its search found."""
+        """Do a run; return its figure, None if it diverged, its CPU time, and its rate."""
         if rate == "base":
             return {"figure": judge(self.task, "none", str(self.task.base))}
         adamw, flags = trainer.adamw, []
         folder = self.folder / f"{seed}-{rate}"
         if rate in OPTIMIZERS:
             adamw, rate, schedule = OPTIMIZERS[rate]
-            rate = rate or self.at("auto", seed)["guess"]
+            rate = rate or self.at("auto", seed)["lr_init"]
             flags = as_flags(lr_schedule=schedule, rollback_steps=0)  # that copies tensors alone
         flags += as_flags(peft=self.method, layers=self.layers, random_seed=seed, lr_init=rate)
         begun, ran = time.process_time(), None
@@ -255,15 +251,12 @@ class Trainings:
             if not (folder / "metrics.jsonl").exists():
                 raise  # it is no divergence
         done = {"figure": None, "cpu_seconds": round(time.process_time() - begun, 1), "commit": commit()}
-        if search := recorded_search(str(folder)):
-            tried = {trial["rate"]: trial["loss"] for trial in search["trials"]}
-            own = {name: search[name] for name in ("before", "steps", "seconds")}
-            done |= {"found": search["rate"], "guess": search["guess"], "search": {**own, "tried": tried}}
         if ran:
             summary = ran.summary
             early = summary.get("best_step", summary["steps"]) < summary["steps"]
             trained = summary["best"] if early else summary["output"]
-            done |= {"steps": summary["steps"], "figure": judge(self.task, self.method, trained)}
+            done |= {"steps": summary["steps"], "lr_init": ran.settings["lr_init"]}
+            done["figure"] = judge(self.task, self.method, trained)
         shutil.rmtree(folder, ignore_errors=True)
         return done
 
@@ -297,16 +290,16 @@ def best_rate(trainings: Trainings, seed: int) -> float:
 def compared(trainings: Trainings, name: str, seeds: list[int], optimizers: Sequence[str]) -> Iterator[Case]:
     """Yield the case of each seed. Its trainings are done where they are not yet."""
     for seed in seeds:
-        found = trainings.at("auto", seed)
+        chosen = trainings.at("auto", seed)["lr_init"]
         best = best_rate(trainings, seeds[0])
-        rates = {"best": best, "found": "auto", "guess": found["guess"]}
+        rates = {"best": best, "chosen": "auto"}
         for package in optimizers if seed == seeds[0] else ():
             if not trainings.only_finished or (seed, package) in trainings.lines.done:
                 rates[package] = package
         figures = {kind: trainings.at(rate, seed)["figure"] for kind, rate in rates.items()}
         figures["base"] = trainings.at("base", seeds[0])["figure"]
         kinds = (trainings.method, trainings.rows, seed, trainings.task.counted)
-        yield Case(name, *kinds, best, found["found"], found["guess"], figures)
+        yield Case(name, *kinds, best, chosen, figures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,9 +312,8 @@ class Case:
     seed: int
     counted: bool
     best_rate: float
-    found_rate: float
-    guess_rate: float
-    figures: Mapping[str, float | None]  # by kind: base, best, found, guess, packages; None: it diverged
+    chosen_rate: float
+    figures: Mapping[str, float | None]  # by kind: base, best, chosen, packages; None: it diverged
 
     @property
     def name(self) -> str:
@@ -337,10 +329,10 @@ class Case:
 
     @property
     def is_near(self) -> bool:
-        """Tell whether the found rate is within MOST_LOST of the fall, or within POINTS of right answers."""
-        if self.counted and self.figures["found"] is not None:
-            return round(self.figures["best"] - self.figures["found"], 6) <= POINTS
-        return self.share("found") >= 1 - MOST_LOST
+        """Tell whether the chosen rate is within MOST_LOST of the fall, or within POINTS of right answers."""
+        if self.counted and self.figures["chosen"] is not None:
+            return round(self.figures["best"] - self.figures["chosen"], 6) <= POINTS
+        return self.share("chosen") >= 1 - MOST_LOST
 
     def text(self, kind: str, rate: float | None = None) -> str:
         """Write a figure, with its share, as it is printed."""
@@ -354,19 +346,18 @@ class Case:
 
 def table(cases: Sequence[Case], optimizers: Sequence[str]) -> Table:
     """Make a row for each case."""
-    columns = ["task", "method", "rows", "seed", "before", "best rate", "found rate", "first guess"]
+    columns = ["task", "method", "rows", "seed", "before", "best rate", "chosen rate"]
     rows = [
         (
             *(one.task, one.method, one.rows, one.seed, one.text("base"), one.text("best", one.best_rate)),
-            one.text("found", one.found_rate) + ("" if one.is_near else ", **missed**"),
-            one.text("guess", one.guess_rate),
+            one.text("chosen", one.chosen_rate) + ("" if one.is_near else ", **missed**"),
             *map(one.text, optimizers),
         )
         for one in cases
     ]
     return Table(
         "Results are right answers, or the loss in nats a token; in brackets their share of the gain that the"
-        " best given rate brings. schedulefree trains at the first guess.",
+        " best given rate brings. schedulefree trains at the chosen rate.",
         [*columns, *optimizers],
         rows,
     )
@@ -377,7 +368,7 @@ def draw(cases: Sequence[Case], optimizers: Sequence[str]) -> Callable[..., None
 
     def fill(figure) -> None:
         axes = figure.subplots()
-        for kind, mark in zip(("found", "guess", *optimizers), "ox+^"):
+        for kind, mark in zip(("chosen", *optimizers), "o+^"):
             shown = [
                 min(max(one.share(kind), 0.0), 1.2) if kind in one.figures else math.nan for one in cases
             ]
@@ -392,14 +383,9 @@ def draw(cases: Sequence[Case], optimizers: Sequence[str]) -> Callable[..., None
 
 def verdicts(cases: Sequence[Case]) -> dict[str, list[str]]:
     """Name the cases that miss each bound."""
-    below = [one for one in cases if one.share("found") < one.share("guess")]
     return {
         "missed": [one.name for one in cases if not one.is_near],
-        "below 80 % of the gain": [one.name for one in cases if one.share("found") < LEAST],
-        "less than the first guess": [
-            f"{one.name} (by {100 * (one.share('guess') - one.share('found')):.1f} % of the gain)"
-            for one in below
-        ],
+        "below 80 % of the gain": [one.name for one in cases if one.share("chosen") < LEAST],
     }
 
 
@@ -416,7 +402,7 @@ def main() -> None:
             for one in compared(trainings, name, args.seeds, args.optimizers):
                 cases.append(one)
                 done.add(one.seed)
-                print(f"{one.name}: {one.text('found', one.found_rate)}", flush=True)
+                print(f"{one.name}: {one.text('chosen', one.chosen_rate)}", flush=True)
         if not done:
             unfinished.append(f"{name} {method}")
         else:

@@ -45,7 +45,6 @@ from src.data.tokenizer import Tokenizer
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.load import load
 from src.model import RWKV
-from src.training.rate_search import recorded_search
 
 from . import experiment
 from .common import as_flags
@@ -236,9 +235,7 @@ class Trainings:
             epoch_steps=steps, eval_samples=0, random_seed=seed,
         )  # fmt: skip
         ran = train(folder / "run", [*flags, *objective.flags], self.folder / "log")
-        search = recorded_search(str(ran.folder))
-        tried = {trial["rate"]: trial["loss"] for trial in search["trials"]} if search else {}
-        done = {"steps": ran.summary["steps"], "rate": ran.settings["lr_init"], "tried": tried}
+        done = {"steps": ran.summary["steps"], "rate": ran.settings["lr_init"]}
         done |= {"cpu_seconds": ran.cpu_seconds, "commit": commit()}
         done |= measures(task, ran.summary["output"], self.before)
         shutil.rmtree(folder)
@@ -309,7 +306,7 @@ def summary(lines: Sequence[dict]) -> dict[str, list[str]]:
 
 def table(lines: Sequence[dict]) -> Table:
     """Make a row for each task, objective and method: the mean of its seeds."""
-    columns = ["task", "objective", "steps", "method", "found rates", "reward accuracy", "raw accuracy"]
+    columns = ["task", "objective", "steps", "method", "rates", "reward accuracy", "raw accuracy"]
     columns += ["chosen gained", "rejected gained", "right answers", "characters", "met by seeds"]
     rows = []
     for (task, objective, method), own in groups(lines, *NAMED).items():
@@ -395,10 +392,9 @@ def main() -> None:
         " English RWKV-6 of 3 million parameters and the last sentence of GSM8K's problems; chosen is the"
         " result alone (`#### 18`), rejected the last line of the solution. 4 pairs a step; right is an"
         " answer of that form, whatever the number.",
-        "Every run of `sort` has searched for its learning rate by itself. Those of `result` are too short"
-        " for a search, and take the first guess. Pairs whose questions it has not seen judge it, 300 of"
-        " `sort` and 50 of `result`. Reward accuracy: the chosen answer's log-probability has gained more"
-        " over the base than the rejected one's. Gained: by how much, summed over an answer's tokens.",
+        "Pairs whose questions it has not seen judge a run, 300 of `sort` and 50 of `result`. Reward"
+        " accuracy: the chosen answer's log-probability has gained more over the base than the rejected"
+        " one's. Gained: by how much, summed over an answer's tokens.",
         "{plot}",
         "{table}",
         f"{experiment.cpu_minutes(lines)} Again: `python -m benchmarks.preferences --report docs/results`,"

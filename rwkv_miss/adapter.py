@@ -178,10 +178,10 @@ class Options(NoOptions):
         return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
-# Share of its size by which the first step shall move the outputs. One number for all methods: it fits the
-# best rates of small models (docs/results/first-run.md), and gives the published ones for 7B within a factor
-# of 2.5.
-FIRST_MOVE = 0.65
+# Share of its size by which the first step shall move the outputs. One number for all methods: with it runs
+# of 600 steps of few rows learn on small models (docs/worklog.md). For 7B it gives a third of the published
+# rates, which are of larger batches, up to these themselves.
+FIRST_MOVE = 0.3
 
 
 class AdapterMethod:
@@ -213,7 +213,7 @@ class AdapterMethod:
 
     @classmethod
     def first_rate(cls, layers: int, width: int, options: Options) -> float:
-        """Guess the learning rate for a model with `layers` layers, each `width` wide.
+        """Choose the learning rate for a model with `layers` layers, each `width` wide.
 
         One step of Adam shall move the outputs of all layers together by FIRST_MOVE of their size.
         """

@@ -1,7 +1,7 @@
 """Find the learning rate that suits a method and your data, by short trainings.
 
     python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run
-        [--rates 1e-5,1e-4,1e-3] [--steps 100] [any other flag of train.py]
+        [--rates 1e-5,1e-4,1e-3] [--steps 600] [any other flag of train.py]
 
 Every rate trains the same model from the same start, with the same batches and its own whole schedule. Then
 its loss on held-out documents is measured. Table and curves go to lr_sweep.json and lr_sweep.png in
@@ -43,7 +43,7 @@ with importing():
     from src.objectives.base import Objective
     from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
-    from src.planning.defaults import first_guess
+    from src.planning.defaults import chosen_rate
     from src.planning.plan import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
@@ -53,8 +53,8 @@ with importing():
 
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
-STEPS = 100
-FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the first guess: the rates of the sweep
+STEPS = 600  # short trainings prefer rates that are too high for a run
+FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the chosen rate: the rates of the sweep
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         "--rates",
         default="",
         metavar="R,R,...",
-        help="learning rates to try [0.03 to 30 times --lr_init, or the first guess]",
+        help="learning rates to try [0.03 to 30 times --lr_init, or the chosen rate]",
     )
     own.add_argument(
         "--steps",
@@ -153,7 +153,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
         plan.settings, warmup_steps=given.warmup_steps, lr_schedule=given.lr_schedule
     )
     if config.is_automatic("lr_init"):
-        config = dataclasses.replace(config, lr_init=first_guess(config, plan.arch))
+        config = dataclasses.replace(config, lr_init=chosen_rate(config, plan.arch))
     steps = steps_of_a_training(ours, config, plan.steps)
     rates = ours.rates or grid(config.state_learning_rate if ours.setting == "state_lr" else config.lr_init)
     torch.manual_seed(config.random_seed)

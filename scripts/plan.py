@@ -196,7 +196,6 @@ def for_machines(found: Needs) -> dict[str, object]:
         "tokens_per_second": found.speed.tokens,
         "seconds": found.cost.seconds or None,
         "evaluation_seconds": found.cost.evaluation_seconds or None,
-        "search_seconds": found.cost.search_seconds or None,
         "reference_seconds": found.cost.reference_seconds or None,
         "drawing_seconds": found.cost.drawing_seconds or None,
         "loading_seconds": found.cost.loading_seconds or None,

@@ -61,7 +61,6 @@ from .reporting.diagnosis import Warnings
 from .reporting.run_end import finish, is_summed_up
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import write_new_model, writer
-from .training.rate_search import RateSearch, recorded_search, search_table
 from .training.resume import (
     check_inputs,
     earlier_settings,
@@ -76,7 +75,6 @@ from .training.run_folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    RATE_SEARCH,
     ROWS,
     checkpoint_step,
     folder_of_run,
@@ -96,7 +94,7 @@ if TYPE_CHECKING:
 class Result:
     """Result of a plan."""
 
-    settings: Config  # of the plan, with the rate that a search found
+    settings: Config  # of the plan
     step: int  # optimizer steps that are done
     is_complete: bool  # False: stopped before the end, and --resume auto goes on
 
@@ -160,7 +158,7 @@ def prepare(
     schedule = plan_steps(draft, arch, found, data)
     goes_without = before is not None and not before.value_or_zero("eval_steps")
     evaluated = choose_evaluation(draft, schedule, data.held_out, goes_without)
-    choose_rate(draft, arch, found, schedule)
+    choose_rate(draft, arch)
     choose_no_evaluations(draft)
     return Plan(
         typed=typed,
@@ -201,11 +199,6 @@ def train(
     `objective` makes what is minimised.
     """
     start = Start(time.time())
-    if objective is not objective_of and plan.settings.is_automatic("lr_init"):
-        raise UserError(
-            "lr_init is left to a search, which compares rates by the losses of --loss alone; give a rate"
-            " beside an objective of your own"
-        )
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
@@ -315,10 +308,9 @@ def do_steps(
     with objective.judge(plan.template) as rewards:
         found = plan.data
         data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
-        search = RateSearch(plan)
-        module = FineTuning(model, config, data, plan.steps, first_step, search.run, objective, history)
+        module = FineTuning(model, config, data, plan.steps, first_step, objective, history)
         fit(trainer, module, report)
-    settled, step = search.draft.config, trainer.global_step
+    step = trainer.global_step
     if trainer.is_global_zero:
         measured = {
             "fit_seconds": time.perf_counter() - begun,
@@ -328,8 +320,8 @@ def do_steps(
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result
         with Progress("drawing the curves and writing the cards"):
-            finish(settled, shown, step, plan.steps, measured)
-    return Result(settled, step, is_complete(plan, step, history))
+            finish(config, shown, step, plan.steps, measured)
+    return Result(config, step, is_complete(plan, step, history))
 
 
 def is_complete(plan: Plan, step: int, history: list[dict]) -> bool:
@@ -344,10 +336,10 @@ def prepare_folder(plan: Plan) -> None:
     output, best_file = output_path(folder, config.peft), os.path.join(folder, BEST)
     remove_leftovers(output, best_file, os.path.join(folder, CHECKPOINTS))
     if not plan.resume_from:  # the run was killed before its first checkpoint
-        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
+        for name in (BEST, VALIDATION, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
-    save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
+    save(config, os.path.join(folder, CONFIG))
     with contextlib.suppress(FileNotFoundError):  # of another command
         os.remove(os.path.join(folder, SCRIPT_NOTES))
     if config.script_notes:

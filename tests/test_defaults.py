@@ -10,6 +10,7 @@ import shlex
 import pytest
 import torch
 
+from rwkv_miss import METHODS
 from rwkv_miss.errors import UserError
 from src.common.formatting import size_text
 from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
@@ -20,6 +21,7 @@ from src.planning.defaults import (
     choose_batch,
     choose_length,
     choose_no_evaluations,
+    chosen_rate,
     held_out_share,
     own_rank,
     row_length,
@@ -28,7 +30,6 @@ from src.planning.draft import Draft
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
-from src.training.validation_log import learns_by_heart
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -100,25 +101,26 @@ def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents
     "rows, settings, room, batch",
     [
         # (micro_bsz, accumulate_grad_batches, grad_cp)
-        (400, {}, 800, (8, 1, 0)),
-        (400, {}, 799, (4, 2, 0)),
-        (400, {}, 100, (1, 8, 0)),
-        (400, {}, 99, (1, 8, 2)),
-        (400, {}, 59, (1, 8, 1)),
-        (400, {}, 40, (1, 8, 1)),
-        (400, {}, 1, (1, 8, 1)),
-        (400, {"grad_cp": 0}, 99, (1, 8, 0)),
-        (400, {"grad_cp": 1}, 800, (8, 1, 1)),
-        (399, {}, 800, (4, 1, 0)),
-        (399, {"epoch_count": 2}, 800, (8, 1, 0)),
-        (3, {}, 800, (1, 1, 0)),
+        (4800, {}, 800, (8, 1, 0)),
+        (4800, {}, 799, (4, 2, 0)),
+        (4800, {}, 100, (1, 8, 0)),
+        (4800, {}, 99, (1, 8, 2)),
+        (4800, {}, 59, (1, 8, 1)),
+        (4800, {}, 40, (1, 8, 1)),
+        (4800, {}, 1, (1, 8, 1)),
+        (4800, {"grad_cp": 0}, 99, (1, 8, 0)),
+        (4800, {"grad_cp": 1}, 800, (8, 1, 1)),
+        (4799, {}, 800, (4, 1, 0)),
+        (2400, {"epoch_count": 2}, 800, (8, 1, 0)),
+        (3, {}, 800, (2, 1, 0)),
+        (1, {}, 800, (1, 1, 0)),
         (3, {"epoch_steps": 9}, 800, (8, 1, 0)),
         (45, {"loss": "grpo"}, 1600, (16, 1, 0)),
         (45, {"loss": "grpo"}, 800, (8, 2, 0)),
         (9, {"loss": "grpo"}, 1600, (8, 1, 0)),
-        (400, {"devices": 2}, 800, (4, 1, 0)),
-        (400, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)),
-        (399, {"devices": 2}, 200, (2, 1, 0)),
+        (4800, {"devices": 2}, 800, (4, 1, 0)),
+        (4800, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)),
+        (4799, {"devices": 2}, 200, (2, 1, 0)),
         (3, {"global_bsz": 12}, 800, (6, 2, 0)),
         (3, {"global_bsz": 12, "devices": 2}, 300, (3, 2, 0)),
         (3, {"global_bsz": 7}, 699, (1, 7, 0)),
@@ -151,10 +153,10 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 @pytest.mark.parametrize(
     "rows, settings, few",
     [
-        (399, {}, True),
-        (400, {}, False),
-        (400, {"devices": 3}, False),
-        (399, {"devices": 16}, True),
+        (4799, {}, True),
+        (4800, {}, False),
+        (4800, {"devices": 3}, False),
+        (4799, {"devices": 16}, True),
         (3, {"epoch_steps": 9}, False),
         (3, {"global_bsz": 4}, False),
         (3, {"accumulate_grad_batches": 2}, False),
@@ -163,7 +165,7 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
     draft = Draft(Config(**settings))
     choose_batch(draft, rows, lambda tried: 0, 1)
-    assert ("fewer than 50 steps" in draft.config.origins["micro_bsz"]) == few
+    assert ("fewer than 600 steps" in draft.config.origins["micro_bsz"]) == few
 
 
 def length_of(config):
@@ -175,61 +177,98 @@ def length_of(config):
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
         (2001, True, {}, (1, AUTO, AUTO, 100)),
-        (1001, True, {}, (1, AUTO, AUTO, 50)),
-        (1000, True, {}, (2, 100, 3, 100)),
-        (399, True, {}, (5, 133, 3, 99)),
-        (99, True, {}, (20, 99, 3, 99)),
-        (60, True, {}, (33, 60, 3, 99)),
-        (14, True, {}, (40, 28, 3, 28)),
-        (399, True, {"inner_steps": 5}, (5, 135, 3, 99)),
-        (3, True, {}, (40, 21, 3, 6)),
-        (60, False, {}, (1, AUTO, AUTO, 3)),
+        (600, True, {}, (1, AUTO, AUTO, 30)),
+        (399, True, {}, (2, 100, AUTO, 39)),
+        (99, True, {}, (6, 100, AUTO, 29)),
+        (14, True, {}, (43, 100, AUTO, 30)),
+        (1, True, {}, (600, 100, AUTO, 30)),
+        (60, False, {}, (10, AUTO, AUTO, 30)),
+        (99, True, {"inner_steps": 7}, (6, 105, AUTO, 29)),
         (60, True, {"epoch_steps": 30}, (1, AUTO, AUTO, 1)),
         # what is given stays, and brings nothing that was not asked for
         (60, True, {"epoch_count": 1}, (1, AUTO, AUTO, 3)),
         (60, True, {"epoch_count": 7}, (7, AUTO, AUTO, 21)),
-        (60, False, {"epoch_count": 2}, (2, AUTO, AUTO, 6)),
         (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, AUTO, AUTO, 3)),
-        (60, True, {"warmup_steps": 0}, (33, 60, 3, 0)),
-        # the run ends after 180 steps without a better evaluation
-        (60, True, {"eval_steps": 20}, (33, 20, 9, 99)),
-        (60, True, {"eval_steps": 25}, (33, 25, 8, 99)),
-        (60, True, {"eval_steps": 20, "early_stop": 5}, (33, 20, 5, 99)),
-        (60, True, {"early_stop": 0}, (33, 60, 0, 99)),
-        # nothing would tell when to stop
-        (60, True, {"eval_steps": 0}, (1, 0, AUTO, 3)),
+        (60, True, {"warmup_steps": 0}, (10, 100, AUTO, 0)),
+        (60, True, {"eval_steps": 20, "early_stop": 5}, (10, 20, 5, 30)),
+        (60, True, {"eval_steps": 0}, (10, 0, AUTO, 30)),
+        (60, True, {"loss": "grpo"}, (3, AUTO, AUTO, 9)),
     ],
 )
-def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
+def test_few_data_are_read_for_about_600_steps(steps, held_out, settings, length):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, 480, held_out)
+    choose_length(draft, steps, held_out)
     assert length_of(draft.config) == length
     assert not draft.config.origins.keys() & settings.keys()
+    assert draft.config.lr_schedule == "cos"
 
 
 @pytest.mark.parametrize(
-    "steps, held_out, settings, reason",
+    "steps, settings, reason",
     [
-        (60, True, {}, "one pass makes 60 steps, of at most 2,000"),
-        (2001, True, {}, "one pass makes 2,001 steps, of at most 2,000"),
-        (60, False, {}, "one pass makes 60 steps; no evaluation would tell when to stop"),
-        (60, True, {"epoch_steps": 30}, "--epoch_steps is given"),
+        (60, {}, "one pass makes 60 steps, and few data are read for about 600"),
+        (600, {}, "one pass makes 600 steps"),
+        (60, {"epoch_steps": 30}, "--epoch_steps is given"),
     ],
 )
-def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
+def test_the_number_of_passes_has_its_reason(steps, settings, reason):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, 480, held_out)
+    choose_length(draft, steps, True)
     assert draft.config.origins["epoch_count"] == f"chosen: {reason}"
 
 
-def test_few_documents_are_read_until_they_are_known_by_heart():
-    lengths = []
-    for documents, loss in ((19, "sft"), (20, "sft"), (19, "grpo")):
-        draft = Draft(Config(loss=loss, rewards={"exact": 1.0}))
-        choose_length(draft, 3, documents, False)
-        lengths.append(length_of(draft.config))
-        assert learns_by_heart(draft.config) == (len(lengths) == 1)
-    assert lengths == [(40, AUTO, 1, 6), (1, AUTO, AUTO, 0), (1, AUTO, AUTO, 0)]
+@pytest.mark.parametrize(
+    "method, published", [("miss", 2e-5), ("lora", 2e-4), ("pissa", 2e-5), ("dora", 2e-4), ("none", 1e-5)]
+)
+def test_the_chosen_rate_is_near_the_published_one_for_large_models(method, published):
+    """7B: 32 layers of 4096. The published rates are of batches of 64 rows, a run here has 2 to 8 in a step:
+    rates may be as high at most."""
+    config = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    if method != "none":
+        config = dataclasses.replace(config, peft_config={"rank": 64})
+    large = chosen_rate(config, make_arch(7, n_layer=32, n_embd=4096, head_size=64))
+    assert published / 3 < large <= published
+    assert chosen_rate(config, make_arch(7, n_layer=12, n_embd=768, head_size=64)) > 2 * large
+
+
+@pytest.mark.parametrize("method", [*METHODS, "none"])
+def test_every_method_has_a_rate(method):
+    config = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    assert 1e-4 < chosen_rate(config, make_arch(7)) <= 1
+
+
+def test_a_new_model_gets_the_published_rate():
+    config = Config(peft="none", n_layer=2, n_embd=64, version="x070")
+    assert chosen_rate(config, make_arch(7)) == config.published_rate == 6e-4
+
+
+def test_words_for_rates():
+    base = ["--load_model", "x", "--data_file", "x"]
+    for more, rate, origin in (
+        ([], AUTO, "default"),
+        (["--lr_init", "auto"], AUTO, "command line"),
+        (["--lr_init", "paper"], 2e-5, "command line: the published rate of --peft miss"),
+        (["--lr_init", "paper", "--peft", "lora"], 2e-4, "command line: the published rate of --peft lora"),
+        (["--lr_init", "paper", "--peft", "none"], 1e-5, "command line: the published rate of --peft none"),
+        (["--preset", "paper-table7"], 2e-5, "preset paper-table7"),
+        (["--lr_init", "3e-4"], 3e-4, "command line"),
+    ):
+        config = parse([*base, *more])
+        assert (config.lr_init, config.origin_of("lr_init")) == (rate, origin)
+    with pytest.raises(UserError, match="--lr_init much: expected a number such as 0.5 or auto or paper"):
+        parse([*base, "--lr_init", "much"])
+    with pytest.raises(UserError, match="--lr_init -1"):
+        parse([*base, "--lr_init", "-1"])
+
+
+def test_a_preference_alone_begins_lower():
+    arch, alone = (
+        make_arch(7),
+        Config(load_model="base.pth", loss="dpo", sft_weight=0.0, peft_config={"r": 4}),
+    )
+    supervised = chosen_rate(dataclasses.replace(alone, loss="sft"), arch)
+    assert chosen_rate(dataclasses.replace(alone, sft_weight=1.0), arch) == supervised
+    assert chosen_rate(alone, arch) == pytest.approx(supervised / 20, rel=0.05)
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():
@@ -323,7 +362,7 @@ def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, 480, True)
+    choose_length(draft, 60, True)
     assert length_of(draft.config) == length
 
 
@@ -331,7 +370,7 @@ def test_a_plateau_keeps_its_evaluations_in_a_run_of_another_length():
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=3, lr_schedule="plateau")
     draft = Draft(Config(**FILES, epoch_steps=300))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, 480, True)
+    choose_length(draft, 60, True)
     choose_no_evaluations(draft)
     assert length_of(draft.config) == (1, 60, 0, 15) and draft.config.lr_schedule == "plateau"
 
@@ -340,7 +379,7 @@ def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
     draft = Draft(Config(**FILES))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, 480, True)
+    choose_length(draft, 60, True)
     assert length_of(draft.config) == (1, 0, 0, 0)
 
 
@@ -419,9 +458,9 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"], counted=True))
     assert " ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.083: 10 documents of 120" in output
-    assert "the lowest loss of" in output
-    # 24 rows of 256 tokens make less than 50 steps, with one row each
-    assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
+    assert ": from method, rank and widths" in output
+    # 24 rows of 256 tokens make less than 600 steps, with two rows each
+    assert "micro_bsz 2, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone
     filled = AUTOMATIC - OF_LOSSES.keys() - {"lr_map"}  # empty where no part of the base was chosen
@@ -438,9 +477,8 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     )
     words = shlex.split(line)
     assert words[:2] == ["python", "train.py"]
-    # it is printed before the search, which finds the same again; the card's has what was found
-    assert parse(words[2:]) == dataclasses.replace(saved, lr_init=AUTO)
-    assert f"--lr_init {saved.lr_init}" in (tmp_path / "first/run_card.md").read_text()
+    assert parse(words[2:]) == saved
+    assert line in (tmp_path / "first/run_card.md").read_text()
     succeed(program.run([*words[2:], "--proj_dir", str(tmp_path / "second")]))
     succeed(
         program.run(["--config", str(tmp_path / "first/config.yaml"), "--proj_dir", str(tmp_path / "third")])

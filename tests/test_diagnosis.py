@@ -165,7 +165,7 @@ def rewarded(*rewards, lines=None, step=10, error=0.0):
     return Facts(GRPO, lines or course(20), (), step, history)
 
 
-SEARCH = "--lr_init auto, which looks for the learning rate; 0.0001 was given"
+UNTRIED = "--lr_init auto, which chooses the learning rate; 0.0001 was given"
 # name of a rule -> its verdict, a run that it holds for, its words, its advice, and runs near by that it does
 # not hold for
 CASES = {
@@ -189,7 +189,7 @@ CASES = {
         answered(0.0, 0.125, same=40, common="Tam", same_right=8),
         "40 of 40 answers are 'Tam'; the loss on held-out documents fell by 25.00 %, from 4.0000 to 3.0000;"
         " right answers 0 to 5 of 40",
-        SEARCH,
+        UNTRIED,
         [
             answered(0.0, 0.125, same=30, same_right=8),
             answered(0.0, 0.4, same=40, same_right=38),  # the right answers are alike too
@@ -261,14 +261,14 @@ CASES = {
         NOTHING,
         dpo(accuracy=0.59),
         "the accuracy on 100 held-out pairs is 59 %, which may be chance",
-        "--lr_init auto, which looks for the learning rate; 0.002 was given",
+        "--lr_init auto, which chooses the learning rate; 0.002 was given",
         [dpo(accuracy=0.59, units=1000), dpo(accuracy=0.7), sft(4.0, 3.0)],
     ),
     "no right answers": (
         NOTHING,
         answered(0.1, 0.1),
         "from 4.0000 to 3.0000, but no more answers are right; right answers 4 to 4 of 40",
-        SEARCH,
+        UNTRIED,
         [
             answered(0.0, 0.1),
             answered(0.0, 0.0, asked=FEWEST - 1),
@@ -357,7 +357,7 @@ CASES = {
         NOTHING,
         sft(steps=FLAT),
         "the training loss went from 3.0500 to 3.0500",
-        SEARCH,
+        UNTRIED,
         [sft(steps=FELL), sft(4.0, 3.0, steps=FLAT)],
     ),
     "nothing held out": (
@@ -371,7 +371,7 @@ CASES = {
         NOTHING,
         sft(4.0, 3.998),
         "the loss on held-out documents fell by 0.05 %, from 4.0000 to 3.9980",
-        SEARCH,
+        UNTRIED,
         [],  # the last rule holds for all
     ),
 }
@@ -394,11 +394,11 @@ def test_a_rule_holds_for_its_run_and_for_none_near_by(name):
     assert (found.name, found.verdict) == (name, given)
 
 
-def judged(run, config=SFT, origin=GIVEN, searched=False, step=None):
+def judged(run, config=SFT, origin=GIVEN, step=None):
     """The verdict on a run that has ended."""
     step = run.history[-1]["step"] if step is None and run.history else step or 0
     told = dataclasses.replace(config, origins={"lr_init": origin})
-    return verdict(told, run.lines, step, run.history, searched)
+    return verdict(told, run.lines, step, run.history)
 
 
 def test_it_is_the_recommended_state_that_is_judged():
@@ -424,30 +424,27 @@ def test_it_is_the_recommended_state_that_is_judged():
     assert judged(sft(4.0, None)).reason == "the loss on held-out documents is not finite"
     assert judged(sft(4.0, 4.0)).sentence == (
         "nothing learnt: the loss on held-out documents went from 4.0000 to 4.0000; try --lr_init auto, which"
-        " looks for the learning rate; 0.0001 was given"
+        " chooses the learning rate; 0.0001 was given"
     )
 
 
-SEARCHED = "; the learning rate was searched for already"
+BY_METHOD = f"{CHOSEN}: from method"
 
 
 @pytest.mark.parametrize(
     "origin, settings, words",
     [
-        ("", {}, "--lr_init auto, which looks for the learning rate; 0.0001 was given"),
-        (PUBLISHED, {}, "--lr_init auto, which looks for the learning rate; 0.0001 was the published one"),
+        ("", {}, "--lr_init auto, which chooses the learning rate; 0.0001 was given"),
+        (PUBLISHED, {}, "--lr_init auto, which chooses the learning rate; 0.0001 was the published one"),
         (f"{CHOSEN}: a guess", {}, "more passes: --epoch_count 200; 0.0001 was chosen: a guess"),
-        (SEARCHED, {}, f"a base that knows more of the task{SEARCHED}"),
-        (SEARCHED, {"peft": "none", "peft_config": {}, "load_model": ""}, f"more rows{SEARCHED}"),
     ],
 )
 def test_what_to_try_is_what_was_not_tried(origin, settings, words):
-    config, searched = dataclasses.replace(SFT, **settings), origin == SEARCHED
-    assert judged(sft(4.0, 3.99), config, origin, searched).remedy.startswith(words)
+    assert judged(sft(4.0, 3.99), dataclasses.replace(SFT, **settings), origin).remedy.startswith(words)
 
 
-def test_answers_that_are_lost_at_a_rate_that_was_found_point_to_the_rows():
-    found = judged(answered(0.6, 0.1, 4.0, 4.2), SFT, SEARCHED, True)
+def test_answers_that_are_lost_at_a_chosen_rate_point_to_the_rows():
+    found = judged(answered(0.6, 0.1, 4.0, 4.2), SFT, BY_METHOD)
     assert found.name == WORSE and found.remedy == "rows that teach what the held-out questions ask"
 
 
@@ -466,21 +463,21 @@ def test_more_passes_are_no_advice_where_they_did_harm():
 @pytest.mark.parametrize(
     "run, config, origin, words",
     [
-        (answered(0.0, 0.0), SFT, GIVEN, SEARCH),
-        (answered(0.0, 0.0), SFT, SEARCHED, "a larger rank (--peft_config)"),
-        (answered(0.0, 0.0, same=40), SFT, SEARCHED, "a lower --lr_init than 0.0001"),
-        (answered(0.0, 0.0, steps=[4.0] * 100 + [1.0, 1.1] * 150), SFT, SEARCHED, "more rows"),
+        (answered(0.0, 0.0), SFT, GIVEN, UNTRIED),
+        (answered(0.0, 0.0), SFT, BY_METHOD, "a larger rank (--peft_config)"),
+        (answered(0.0, 0.0, same=40), SFT, BY_METHOD, "a lower --lr_init than 0.0001"),
+        (answered(0.0, 0.0, steps=[4.0] * 100 + [1.0, 1.1] * 150), SFT, BY_METHOD, "more rows"),
         (
             answered(0.0, 0.0, steps=[4.0] * 20 + [2.9, 3.0] * 10),
             SFT,
-            SEARCHED,
+            BY_METHOD,
             "more passes: --epoch_count 10",
         ),
         (answered(0.0, 0.0, endless=40), dataclasses.replace(DPO, sft_weight=0.0), GIVEN, "--sft_weight 1"),
     ],
 )
 def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run, config, origin, words):
-    assert judged(run, config, origin, origin == SEARCHED).remedy == words
+    assert judged(run, config, origin).remedy == words
 
 
 def test_none_right_of_the_fewest_questions_is_nothing_learnt():
@@ -634,7 +631,7 @@ def test_every_run_has_a_verdict():
     rng = random.Random(0)
     for _ in range(500):
         config = rng.choice([SFT, DPO, GRPO, OWN])
-        assert verdict(config, *random_run(rng, config), rng.random() < 0.5).reason
+        assert verdict(config, *random_run(rng, config)).reason
 
 
 # while a run goes

@@ -167,7 +167,7 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
             assert (got - want).norm() <= 1e-10 * want.norm(), name
 
 
-def test_a_search_for_the_rate_judges_by_the_cross_entropy():
+def test_a_sweep_of_rates_judges_by_the_cross_entropy():
     """With values of the teacher in the batches, as where nothing is held out, and without."""
     documents, model = documents_with_values([6, 4, 9, 12, 3], 67, 3), make_model(7, torch.float32)
     taught = Config(
@@ -319,15 +319,6 @@ def test_with_a_mix_of_0_a_run_is_the_supervised_one_in_every_bit(files, tmp_pat
     found = lines(tmp_path / "distill")
     assert [line["loss"] for line in found] == pytest.approx(program.losses(tmp_path / "sft"), rel=1e-6)
     assert all(line["kl"] > 0 for line in found)
-
-
-@pytest.mark.slow
-def test_a_run_with_a_search_for_the_rate_and_documents_held_out(files, tmp_path):
-    flags = f"--eval_file {files}/held-rows.jsonl --eval_samples 0 --epoch_steps 100 --micro_bsz 1".split()
-    start(files, tmp_path, "--lr_init", "auto", *flags)
-    found = json.loads((tmp_path / "learning_rate.json").read_text())
-    assert found["loss_of"] == "held-out" and len(lines(tmp_path)) == 100
-    assert min(trial["loss"] for trial in found["trials"]) < found["before"]
 
 
 @pytest.mark.slow

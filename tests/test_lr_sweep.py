@@ -18,7 +18,8 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.planning.defaults import first_guess
+from src.objectives.kinds import objective_of
+from src.planning.defaults import chosen_rate
 from src.training import short_runs
 from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
@@ -130,9 +131,8 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
         (["--steps", "40"], 40, 1 / 2),
         (["--steps", "10"], 10, 1),
         (["--steps", "40", "--warmup_steps", "4"], 40, 1 / 4),
-        # 40 passes of 2 steps, as a run would make at most
-        ([], 80, 1 / 4),
-        (["--epoch_steps", "101"], 100, 1 / 5),
+        ([], 600, 1 / 30),
+        (["--epoch_steps", "601"], 600, 1 / 30),
     ],
 )
 def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_the_run(
@@ -197,7 +197,7 @@ def test_the_rate_of_the_initial_state_alone(files, tmp_path):
 
 def test_the_grid_is_around_the_rate_that_a_run_would_take(files, tmp_path):
     assert lr_sweep.grid(2e-5) == [6e-7, 2e-6, 6e-6, 2e-5, 6e-5, 2e-4, 6e-4]
-    guess = first_guess(Config(load_model="base.pth", peft_config={"rank": 2}), make_arch(7, vocab_size=256))
+    guess = chosen_rate(Config(load_model="base.pth", peft_config={"rank": 2}), make_arch(7, vocab_size=256))
     given = (["--lr_init", "1e-4"], 1e-4), (["--lr_init", "paper"], 2e-5)
     for more, centre in (([], guess), *given):
         sweep(*flags(files, tmp_path, *more, "--peft_config", "r=2", "--steps", "1"))
@@ -238,8 +238,18 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     assert len(losses) == 1 and math.isnan(losses[0])
 
 
+@pytest.mark.parametrize(
+    "kind, sft_weight, judged", [("dpo", 0.0, 1.0), ("simpo", 0.1, 1.0), ("ipo", 2.0, 2.0)]
+)
+def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
+    """A preference alone is the smaller the higher the rate, also where they get lost."""
+    config = Config(loss=kind, sft_weight=sft_weight, lr_init=0.125, beta=0.5)
+    assert objective_of(config).judged_by().config == dataclasses.replace(config, sft_weight=judged)
+    assert objective_of(Config()).judged_by().config == Config(), "supervised training has nothing else"
+
+
 def test_a_preference_is_judged_with_the_chosen_answers_too(monkeypatch):
-    """As in the search of a run; what is trained is the run's."""
+    """What is trained is the run's."""
     seen = []
     monkeypatch.setattr(short_runs, "train", lambda model, config, *_: iter([float(config.sft_weight)]))
     monkeypatch.setattr(short_runs, "held_out_loss", lambda _, judge, *rest: seen.append(judge.config) or 2.0)

@@ -44,14 +44,14 @@ def test_several_processes_do_not_ask_what_is_free(monkeypatch):
 @pytest.mark.parametrize(
     "settings, memory, batch",
     [
-        # (micro_bsz, accumulate, world, steps of a pass over 401 rows)
-        ({}, 890, (8, 1, 1, 51)),
-        ({}, 880, (4, 2, 1, 51)),
-        ({"devices": 2}, 880, (4, 1, 2, 51)),
-        ({"micro_bsz": 3}, 1, (3, 1, 1, 134)),
-        ({"micro_bsz": 3, "accumulate_grad_batches": 2, "num_nodes": 2}, 1, (3, 2, 2, 34)),
-        ({"global_bsz": 24, "devices": 2}, 700, (6, 2, 2, 17)),
-        ({"global_bsz": 24, "micro_bsz": 4}, 1, (4, 6, 1, 17)),
+        # (micro_bsz, accumulate, world, steps of a pass over 4801 rows)
+        ({}, 890, (8, 1, 1, 601)),
+        ({}, 880, (4, 2, 1, 601)),
+        ({"devices": 2}, 880, (4, 1, 2, 601)),
+        ({"micro_bsz": 3}, 1, (3, 1, 1, 1601)),
+        ({"micro_bsz": 3, "accumulate_grad_batches": 2, "num_nodes": 2}, 1, (3, 2, 2, 401)),
+        ({"global_bsz": 24, "devices": 2}, 700, (6, 2, 2, 201)),
+        ({"global_bsz": 24, "micro_bsz": 4}, 1, (4, 6, 1, 201)),
     ],
 )
 def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settings, memory, batch):
@@ -60,9 +60,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     monkeypatch.setattr(plan, "needed", lambda size, *_: size)
     monkeypatch.setattr(plan, "memory_of", lambda device, world: memory)
     draft = Draft(Config(**settings, packing=False, ctx_len=256, grad_cp=0))
-    schedule = plan_steps(draft, None, DEVICE, data(401))
+    schedule = plan_steps(draft, None, DEVICE, data(4801))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
-    assert schedule == make_schedule(documents(401), draft.config, batch[2]), (
+    assert schedule == make_schedule(documents(4801), draft.config, batch[2]), (
         "what the trainer makes of the settings"
     )
 
@@ -71,10 +71,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     "rows, held_out, settings, length",
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
-        (400, 20, {}, (40, 50, 3, 100)),
-        (400, 0, {}, (1, AUTO, AUTO, 2)),
+        (4800, 20, {}, (1, AUTO, AUTO, 30)),
         (8008, 20, {}, (1, AUTO, AUTO, 50)),
-        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, AUTO, 5)),
+        (2400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, AUTO, 30)),
     ],
 )
 def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_out, settings, length):

@@ -26,11 +26,11 @@ from src.objectives.kinds import objective_of
 from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer
 from src.planning import memory
 from src.planning.base_model import build_model
-from src.planning.defaults import choose_eval_steps, first_guess
+from src.planning.defaults import choose_eval_steps, chosen_rate
 from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.planning.step_memory import Live, StepBytes, step_bytes
-from src.reporting.plan_text import above_guess
+from src.reporting.plan_text import far_above
 
 from .conftest import make_arch
 from .test_plan import SIZES
@@ -74,7 +74,7 @@ def test_the_plan_in_words(flags, capsys):
         " drawn at once, at temperature 1\n",
         "evaluation greedy answers to ",
         "max_tokens 19: 1.25 times the longest reference answer, plus 16, for the reward ",
-        "a first guess from method, rank and widths; no search: a trial of a few steps has too few rewards",
+        ": from method, rank and widths\n",
         "ctx_len 256: the longest question with its answer has 40 tokens\n",
         " of drawing (as given; if answers are about as long as the right ones, 5 tokens)",
     ):
@@ -328,14 +328,14 @@ def test_right_answers_that_cannot_be_drawn_are_told():
     assert not warnings(Questions(questions, prompts, 2, 6), BYTES)
 
 
-def test_a_rate_far_above_the_first_guess_is_told():
+def test_a_rate_far_above_the_chosen_rate_is_told():
     arch = make_arch(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
     config = Config(loss="grpo", load_model="base.pth", peft_config={"r": 4})
-    guess = first_guess(config, arch)
+    chosen = chosen_rate(config, arch)
 
     def told(**changes):
-        return above_guess(types.SimpleNamespace(settings=dataclasses.replace(config, **changes), arch=arch))
+        return far_above(types.SimpleNamespace(settings=dataclasses.replace(config, **changes), arch=arch))
 
-    assert not told(lr_init=5 * guess)
-    assert told(lr_init=20 * guess) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
-    assert not told(lr_init=20 * guess, loss="sft")
+    assert not told(lr_init=5 * chosen)
+    assert told(lr_init=20 * chosen) == f"; 20 times the chosen rate, {chosen:g}: rewards may collapse"
+    assert not told(lr_init=20 * chosen, loss="sft")

@@ -119,17 +119,6 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
     )
 
 
-def test_the_time_of_a_search_is_that_of_its_usual_trials_and_the_most_are_told(files, tmp_path, capsys):
-    more = "--ctx_len 45 --epoch_steps 100 --lr_init auto --tokens_per_second 1000 --json".split()
-    plan_program.plan(*plan_program.parse(flags_of(files, tmp_path / "run", *more)))
-    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
-    search = planned["search_seconds"]
-    assert search == pytest.approx((planned["seconds"] - search) * 1.1 * 4 * 15 / 100)
-    run = types.SimpleNamespace(settings=Config(lr_schedule="cos", warmup_steps=5), steps=100)
-    told = "searched for before step 1, in about 4 trials of 15 steps, at most 7; then cos, warm-up 5"
-    assert plan_text.rates(run) == told
-
-
 def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     with open(files / "bad.jsonl", "w") as bad:
         bad.write(

@@ -290,7 +290,7 @@ def test_a_batch_has_weights_where_they_are_not_0_and_1():
     assert Documents([plain, other]).weight == 2.5 and Documents([plain, other]).targets == 3
 
 
-def test_a_search_for_the_rate_weighs_as_the_run_does():
+def test_a_short_run_weighs_as_the_run_does():
     """The loss of a short run's first step, which has all rows, and that on held-out documents."""
     rng = np.random.default_rng(0)
     rows = [

@@ -20,7 +20,7 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.load import load
 from src.model import RWKV
 from src.planning.base_model import choose_train_parts, token_text
-from src.planning.defaults import first_guess
+from src.planning.defaults import chosen_rate
 from src.planning.draft import Draft
 from src.training.optimizer import parameter_groups
 from src.training.outputs import whole_model
@@ -263,7 +263,7 @@ def choice(path, texts, **settings):
     choose_train_parts(draft, arch, Documents(documents), tokenizer)
     parts = draft.config.value_or_zero("train_parts")
     if draft.config.origins.get("train_parts") and parts:  # a matrix learns as in full training
-        share = first_guess(Config(load_model="a", peft="none"), arch) / first_guess(draft.config, arch)
+        share = chosen_rate(Config(load_model="a", peft="none"), arch) / chosen_rate(draft.config, arch)
         assert draft.config.lr_map == dict.fromkeys(parts.split(","), pytest.approx(share, rel=0.2))
     return parts, draft.config.origins.get("train_parts")
 

@@ -35,10 +35,10 @@ from src.evaluation.kl_divergence import divergence
 from src.model import RWKV
 from src.objectives.kinds import objective_of
 from src.planning.base_model import build_model
-from src.planning.defaults import MOST_TRIALS, TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, WARM_UP, first_guess
-from src.training.rate_search import best_of, enclose
+from src.planning.defaults import WARM_UP, chosen_rate
 from src.training.short_runs import put_back, train, trial_of
 
+from ..rates import best_of, enclose
 from .methods import LINEAR, equal
 from .results import Claim, PaperResult, Table
 from .settings import option
@@ -47,6 +47,8 @@ from .training import Settings as Training
 from .training_tasks import TEXTS, Task, from_pairs, of_letters, windows
 
 FACTORS = (0.5, 1.0, 2.0)  # of the searched rate
+# steps of a trial of the search, those of its warm-up; the usual trials, and the most
+TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, MOST_TRIALS = 15, 5, 4, 7
 SHARES = (0.5, 0.9)  # of the gain that every method reaches: where forgetting is compared
 JUDGED = 64  # rows of the training data that decide between rates, and are not trained on
 ADAPTED = "miss"  # the method of the quantised bases
@@ -235,7 +237,7 @@ class Trainings:
         return run | {"digest": self.exams[task].digest}
 
     def rate(self, task: str, method: str) -> float:
-        """Return the rate that the program's search finds, with the first seed."""
+        """Return the rate that a search finds, with the first seed."""
         run = self.described(task, method, search=TRIAL_STEPS, seed=self.settings.seeds[0])
         return self.runs.kept.of(run, lambda: searched(self.exams[task], run))["rate"]
 
@@ -308,7 +310,7 @@ def prepared(exam: Exam, run: dict[str, Any]) -> tuple[RWKV, Config]:
 
 
 def searched(exam: Exam, run: dict[str, Any]) -> dict[str, Any]:
-    """Search the rate as a run of train.py does before its first step."""
+    """Search the rate by short trainings around the chosen one."""
     begun = time.process_time()
     model, config = prepared(exam, run)
     objective = objective_of(dataclasses.replace(config, micro_bsz=JUDGED))  # its rows at once
@@ -320,7 +322,7 @@ def searched(exam: Exam, run: dict[str, Any]) -> dict[str, Any]:
             loss = trial_of(model, objective, rate, losses, exam.judged).deciding_loss
         return math.inf if loss is None else loss
 
-    tried = enclose(loss_at, first_guess(config, exam.task.arch), MOST_TRIALS)
+    tried = enclose(loss_at, chosen_rate(config, exam.task.arch), MOST_TRIALS)
     best = best_of(tried)
     print(f"{run['task']} {run['method']}: searched rate {best:g}", flush=True)
     shown = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in tried.items()}
@@ -677,7 +679,7 @@ def run(settings: Settings) -> PaperResult:
         " LAMBADA's English. letters: an RWKV-7 that reverses letters learns to sort them; accuracy is the"
         " share of right answers, greedy, and what is not trained is reversing. Losses and KL(base || model)"
         f" are in nats a token. The trainings are short: {', '.join(sizes)}. The methods have about as many"
-        f" parameters. A method's rate is searched as train.py does, with the first seed, on {JUDGED} rows of"
+        f" parameters. A method's rate is searched by short trials, with the first seed, on {JUDGED} rows of"
         " the training data that are not trained on. AdamW, 5 % warm-up, cosine, clip 1, the same rows in the"
         " same order for all. The trainings took"
         f" {spent / 60:.0f} CPU minutes.",

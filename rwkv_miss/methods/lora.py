@@ -123,11 +123,12 @@ class LoraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """Estimate it for B, whose inputs A x have a size of 1 / sqrt(3) each, whatever the width.
+        """Estimate it for B and A. By B alone, whose inputs A x have a size of 1 / sqrt(3), it would be alpha
+        / sqrt(3); runs of 600 steps collapse at that rate (docs/worklog.md).
 
         A method with another published rate than LoRA's reaches less or more in proportion.
         """
-        return options.scale * options.first_rank / math.sqrt(3) * LoraLinear.default_lr / cls.default_lr
+        return options.scale * options.first_rank * LoraLinear.default_lr / cls.default_lr
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""

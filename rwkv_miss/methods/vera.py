@@ -54,7 +54,7 @@ class VeraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """Scale to the published rate, not by a derivation: it becomes the first guess for 32 layers."""
+        """Return a number without a derivation: it gives half of the published rate for 32 layers."""
         return 5.0
 
     def setup(self, options: Options) -> None:

@@ -353,9 +353,9 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def save(config: Config, path: str, remarks: Sequence[str] = ()) -> None:
+def save(config: Config, path: str) -> None:
     """Write the settings as YAML, each with its origin; then, under `chosen`, why the program chose what was
-    left to it. `remarks` are comments at the end. The file works as --config.
+    left to it. The file works as --config.
     """
     chosen = {
         name: reason
@@ -370,7 +370,6 @@ def save(config: Config, path: str, remarks: Sequence[str] = ()) -> None:
     ]
     if chosen:
         lines += [f"{CHOSEN}:", *(f"  {_yaml({name: reason})}" for name, reason in chosen.items())]
-    lines += [f"# {remark}" for remark in remarks]
     write_text(path, "\n".join(lines) + "\n")
 
 

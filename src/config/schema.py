@@ -143,9 +143,7 @@ class Config(LossSettings):
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: passes over the data until the held-out loss falls no further, at most 40 and"
-        " 2000 steps. Fewer than 20 documents, of which none is held out, are read until the training loss is"
-        " a hundredth of its start",
+        "number of epochs. 0: as many passes over the data as make about 600 steps, at least one",
         alias=("epochs",),
         automatic=True,
         words={"auto": 0},
@@ -155,8 +153,7 @@ class Config(LossSettings):
 
     lr_init: float = opt(
         0.0,
-        "learning rate after the warm-up. auto: short trials before the first step look for it; a run of"
-        " fewer than 100 steps takes a first guess from method, rank and widths. paper: the method's own"
+        "learning rate after the warm-up. auto: chosen by method, rank and widths. paper: the method's own"
         f" published rate ({_published_rates()})",
         alias=("learning_rate",),
         automatic=True,
@@ -183,7 +180,7 @@ class Config(LossSettings):
         "how the learning rate goes from lr_init to lr_final: cos; linear; exp, by the same factor at"
         " every step; constant, which stays at lr_init; wsd, which stays and falls in a straight line over"
         " the last fifth; or plateau, which halves it at each evaluation that is no better than one"
-        " before. auto: plateau where the passes end by the held-out loss, else cos",
+        " before. auto: cos",
         choices=("auto", "cos", "linear", "exp", "constant", "wsd", "plateau"),
         automatic=True,
     )
@@ -288,8 +285,7 @@ class Config(LossSettings):
         -1,
         "end the training after N evaluations in a row that are not better than the best one, by a"
         " thousandth of the first loss; the one before the training counts. With nothing held out, 1: end it"
-        " when the training loss of a pass is a hundredth of the first step's. 0: never. -1: 0; if several"
-        " passes are chosen, 3, or 1 with nothing held out",
+        " when the training loss of a pass is a hundredth of the first step's. 0 or -1: never",
         automatic=True,
         low=-1,
     )

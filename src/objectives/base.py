@@ -141,8 +141,9 @@ class Objective(abc.ABC):
     word = "document"  # name of an example
     same = "word for word"  # how an example is in two files
     usual_rows = 8  # the most rows that are chosen for a step
+    usual_steps = 600  # of a run over few data, which are read several times
     has_small_steps = True  # whether a step has fewer of them over few data
-    rate_share = 1.0  # the first guess of the rate, as a part of a supervised training's
+    rate_share = 1.0  # the chosen rate, as a part of a supervised training's
     looks = 1  # how often an example is looked at in a step or an evaluation
     evaluations_between = 0  # the most that are chosen between the first evaluation and the last
     row = "row"  # name of the parts that a step consists of
@@ -277,10 +278,6 @@ class Objective(abc.ABC):
         reference = self.reference_work(arch, once, held_out_tokens) / speed.tokens
         evaluation = (read + prompts) / speed.tokens + answers
         return Times(tokens, read / training, training / speed.tokens, evaluation, reference)
-
-    def no_search(self) -> str:
-        """Tell why there can't be a search for the learning rate; "" where there can."""
-        return ""
 
     def judged_by(self) -> Objective:
         """Return the objective whose loss decides between rates."""

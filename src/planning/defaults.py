@@ -15,25 +15,19 @@ from ..config import Config
 from ..objectives.kinds import objective_of
 from .draft import Draft
 
-# beginning of a rate's reason if no search has found it
-GUESSED = "a first guess from method, rank and widths"
+GUESSED = "from method, rank and widths"  # the reason of a chosen rate
 SUGGESTED_CHUNK_CTX = 512  # tokens of a suggested chunk
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
-STEPS = 50  # the least steps of a run, if need be with fewer rows in each
+LEAST_ROWS = 50  # of running text, if need be shorter ones
+FEWEST_ROWS = 2  # of a step, where there are as many
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # divisor of the width for the rank, in a model that is too narrow for 64
 HELD_OUT_SHARE = 0.05  # of many documents
 SHARE_OF_FEW, MOST_OF_FEW = 0.1, 10  # the larger share of few documents, and the most that it may be
 LEAST_HELD_OUT, MOST_HELD_OUT, LARGEST_SHARE = 5, 100, 0.25
 UNDIVIDED = 20  # fewer documents are all trained on
-PASSES, MOST_STEPS = 40, 2000  # at most, if passes are chosen
-# steps between evaluations: the least over short passes, and about as many in a long pass
-LEAST_BETWEEN, USUAL_BETWEEN = 20, 100
-PATIENCE = 3  # evaluations without a better one, after which chosen passes end
+BETWEEN = 100  # steps between evaluations, about
 WARM_UP = 0.05  # share of a run's steps
-# the search for a learning rate: steps of a trial, those of its warm-up; the usual trials, and the most
-TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, MOST_TRIALS = 15, 5, 4, 7
-SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
 def choose_loss(draft: Draft) -> None:
@@ -64,10 +58,10 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0, word: str = "docume
     if length > LONGEST and not chunk_ctx:
         length, reason = LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
     shorter = length
-    while texts and not chunk_ctx and shorter > SHORTEST and texts < STEPS * shorter:
+    while texts and not chunk_ctx and shorter > SHORTEST and texts < LEAST_ROWS * shorter:
         shorter //= 2
     if shorter < length:
-        reason = f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}"
+        reason = f"longer rows of {counted(texts, 'token')} of running text would be fewer than {LEAST_ROWS}"
     return shorter, reason
 
 
@@ -91,44 +85,28 @@ def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -
     return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
 
-def passes(steps: int, can_stop: bool) -> tuple[int, str]:
-    """Choose (epoch_count, why): the most passes over data with `steps` steps in one."""
+def passes(steps: int, wanted: int) -> tuple[int, str]:
+    """Choose (epoch_count, why): as many passes of `steps` steps as make about `wanted`, at least one."""
     reason = f"one pass makes {counted(steps, 'step')}"
-    if not can_stop:
-        return 1, f"{reason}; no evaluation would tell when to stop"
-    return min(max(MOST_STEPS // steps, 1), PASSES), f"{reason}, of at most {MOST_STEPS:,}"
+    if steps >= wanted:
+        return 1, reason
+    return round(wanted / steps), f"{reason}, and few data are read for about {wanted:,}"
 
 
-def steps_between(steps_per_pass: int, inner_steps: int) -> int:
-    """Choose the steps between evaluations: a pass; of short passes several, of a long one a part."""
-    if steps_per_pass < USUAL_BETWEEN:
-        return steps_per_pass * -(-LEAST_BETWEEN // steps_per_pass)
-    parts = steps_per_pass // USUAL_BETWEEN
-    return -(-steps_per_pass // (parts * inner_steps)) * inner_steps  # it falls between two draws
+def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
+    """Fill in epoch_count, lr_schedule and warmup_steps, and eval_steps where passes are chosen.
 
-
-def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: bool) -> None:
-    """Fill in epoch_count, and what ends chosen passes early; lr_schedule and warmup_steps.
-
-    Few documents, of which none is held out, are read until they are known by heart. A reward does not tell.
+    Those of a run on rewards follow from what they cost.
     """
-    config, by_loss = draft.config, objective_of(draft.config).metrics.by_loss
+    config = draft.config
     if config.is_automatic("epoch_count"):
-        evaluates = held_out and (config.is_automatic("eval_steps") or config.eval_steps > 0)
-        by_heart = by_loss and not held_out and documents < UNDIVIDED
         count, reason = 1, "--epoch_steps is given"
         if not config.epoch_steps:
-            count, reason = passes(steps_per_pass, evaluates or by_heart)
+            count, reason = passes(steps_per_pass, objective_of(config).usual_steps)
         draft.choose("epoch_count", count, reason)
-        if count > 1 and by_heart:
-            draft.choose("early_stop", 1, "the data are known by heart")
-        if count > 1 and evaluates:
-            between = steps_between(steps_per_pass, config.inner_steps)
-            draft.choose("eval_steps", between, f"one pass makes {counted(steps_per_pass, 'step')}")
-            patience = -(-PATIENCE * between // draft.config.eval_steps)
-            draft.choose("early_stop", patience, "the held-out loss falls no further")
-            if by_loss and draft.config.early_stop:
-                draft.choose("lr_schedule", "plateau", "nobody knows where the passes end")
+        if count > 1 and held_out and objective_of(config).metrics.by_loss:
+            between = -(-BETWEEN // config.inner_steps) * config.inner_steps  # it falls between two draws
+            draft.choose("eval_steps", between, "several passes are chosen")
     draft.choose("lr_schedule", "cos", "the run's length is known")
     steps = draft.config.total_steps(steps_per_pass)
     draft.choose("warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
@@ -152,7 +130,7 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
 def choose_no_evaluations(draft: Draft) -> None:
     """Fill in eval_steps and early_stop where nothing else was chosen for them."""
     draft.choose("eval_steps", 0, "nothing asks for evaluations in between")
-    draft.choose("early_stop", 0, "only chosen passes end early")
+    draft.choose("early_stop", 0, "the run's length is known")
     if draft.config.lr_schedule == "plateau" and not draft.config.eval_steps:
         raise UserError(
             "--lr_schedule plateau follows the evaluations, and there are none: give --eval_steps N"
@@ -180,7 +158,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
         objective = objective_of(config)
         small = objective.has_small_steps and _rows_of_a_step(config, rows) < objective.usual_rows
         if small and not is_given:
-            reason += f"; with more rows in a step there would be fewer than {STEPS} steps"
+            reason += f"; with more rows in a step a pass would have fewer than {objective.usual_steps} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
         reason = "--micro_bsz is given"
@@ -213,14 +191,15 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
-    """Choose a power of two up to usual_rows with which one pass has STEPS steps, if it can."""
-    most = objective_of(config).usual_rows
-    enough = rows * (config.value_or_zero("epoch_count") or 1) // STEPS
+    """Choose a power of two from FEWEST_ROWS to usual_rows with which one pass has usual_steps, if it can."""
+    objective = objective_of(config)
+    enough = rows * (config.value_or_zero("epoch_count") or 1) // objective.usual_steps
     if config.epoch_steps:
-        enough = most
-    elif not objective_of(config).has_small_steps:
+        enough = objective.usual_rows
+    elif not objective.has_small_steps:
         enough = rows
-    return 1 << max(min(enough, most), 1).bit_length() - 1
+    fewest = min(rows, FEWEST_ROWS)
+    return 1 << max(min(enough, objective.usual_rows), fewest, 1).bit_length() - 1
 
 
 def cheapest_fix(
@@ -291,8 +270,8 @@ def share_of_time(arch: Arch, layers: int, trained: float) -> float:
     return 1 - (arch.n_layer - layers) * layer / products
 
 
-def first_guess(config: Config, arch: Arch) -> float:
-    """Guess a learning rate of two digits from method, rank and widths. A new model gets the published one.
+def chosen_rate(config: Config, arch: Arch) -> float:
+    """Choose a learning rate of two digits from method, rank and widths. A new model gets the published one.
 
     A preference without the chosen answers' cross entropy gets a smaller one, and so do rewards.
     """
@@ -300,7 +279,7 @@ def first_guess(config: Config, arch: Arch) -> float:
 
 
 def first_rate(config: Config, arch: Arch) -> float:
-    """Guess a learning rate of supervised training from method, rank and widths."""
+    """Choose a learning rate of supervised training from method, rank and widths."""
     if config.peft != "none":
         method = METHODS[config.peft]
         options = method.Options.parse(dict(config.adapter.options))
@@ -309,5 +288,6 @@ def first_rate(config: Config, arch: Arch) -> float:
 
 
 def first_rate_of_all(arch: Arch) -> float:
-    """Guess a learning rate of full training: a step moves an output by the sum over its inputs."""
-    return FIRST_MOVE / (arch.n_layer * arch.n_embd)
+    """Choose a learning rate of full training: a step moves an output by the sum over its inputs. Half of
+    them count, as measured (docs/worklog.md)."""
+    return FIRST_MOVE / (arch.n_layer * arch.n_embd / 2)

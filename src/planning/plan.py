@@ -17,7 +17,7 @@ from rwkv_miss.progress import duration_text
 from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
-from ..common.formatting import counted, size_text
+from ..common.formatting import counted
 from ..common.moments import adamw_of_8_bits
 from ..config import Config
 from ..config.launcher import local_rank
@@ -27,27 +27,18 @@ from ..data.chat_template import Template
 from ..data.encode import Encoder
 from ..data.examples import Examples
 from ..data.formats import Reading, Report, sources
-from ..data.held_out import (
-    EVALUATION,
-    evaluations,
-    hold_out,
-    in_hash_order,
-    paid_for,
-)
+from ..data.held_out import evaluations, hold_out, in_hash_order, paid_for
 from ..data.tokenizer import Tokenizer
 from ..objectives.base import TrainingData
 from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
 from .defaults import (
     GUESSED,
-    SHORTEST_SEARCHED,
-    TRIAL_STEPS,
-    USUAL_TRIALS,
     choose_batch,
     choose_eval_steps,
     choose_length,
     choose_loss,
-    first_guess,
+    chosen_rate,
     held_out_share,
     row_length,
 )
@@ -88,7 +79,7 @@ class Plan:
     """Plan of a run: what was typed, and what was chosen for it. No weight is read yet."""
 
     typed: Config
-    settings: Config  # with all choices; lr_init is open if a search is to find it
+    settings: Config  # with all choices
     before: Config | None  # the settings of the run that this one resumes
     resume_from: str | None  # its newest checkpoint
     arch: Arch
@@ -116,7 +107,6 @@ class Cost:
     evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
     seconds: float  # of the whole run; 0 if no speed is known
     evaluation_seconds: float  # of these, the evaluations with sample answers
-    search_seconds: float  # of these, a search for a learning rate with the usual trials
     reference_seconds: float  # of these, the pass of the reference, unless its values are kept already
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
     loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
@@ -135,7 +125,6 @@ class Cost:
         seconds = {
             "loading": self.loading_seconds,
             "evaluation": self.evaluation_seconds,
-            "the search for the rate": self.search_seconds,
             f"the {self.called}": self.reference_seconds,
             "drawing": self.drawing_seconds,
         }
@@ -151,17 +140,13 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
     times = evaluations(steps, config.eval_steps) if plan.evaluated else 0
     found = objective.times(data, arch, schedule, steps, times, speed)
-    search = 0.0
-    if config.is_automatic("lr_init") and found.training:
-        search = (1 + EVALUATION) * USUAL_TRIALS * TRIAL_STEPS / steps * found.training
     return Cost(
         memory=memory,
         room=room,
         tokens=found.tokens,
         evaluation=found.evaluation_share,
-        seconds=found.training + found.evaluation + search + found.reference,
+        seconds=found.training + found.evaluation + found.reference,
         evaluation_seconds=found.evaluation,
-        search_seconds=search,
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
         provided=found.provided,
@@ -347,44 +332,13 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
     config = draft.config
     schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
-    choose_length(draft, schedule.steps_per_pass, len(data.documents), bool(data.held_out))
+    choose_length(draft, schedule.steps_per_pass, bool(data.held_out))
     if config.save_steps < 0:
         of_passes = -config.save_steps * schedule.steps_per_pass
         draft.put(save_steps=-(-of_passes // config.inner_steps) * config.inner_steps)
     return schedule
 
 
-def choose_rate(draft: Draft, arch: Arch, device: Device, schedule: Schedule) -> None:
-    """Fill in the first guess if no search for the learning rate is possible; else it stays open.
-
-    It precedes run_cost() and the plan, which take an open rate for a search.
-    """
-    config = draft.config
-    if config.is_automatic("lr_init") and (obstacle := no_search(config, arch, device, schedule)):
-        reason = f"{GUESSED}; no search: {obstacle}"
-        draft.choose("lr_init", first_guess(config, arch), reason)
-
-
-def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) -> str:
-    """Say why a run can't have a search for its learning rate; "" if it can.
-
-    In a trial every process trains the whole model by itself, without ZeRO.
-    """
-    steps = config.total_steps(schedule.steps_per_pass)
-    if obstacle := objective_of(config).no_search():
-        return obstacle
-    if steps < SHORTEST_SEARCHED:
-        return f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} too few to try rates in"
-    deepspeed = config.strategy.startswith("deepspeed")
-    if config.strategy.startswith("deepspeed_stage_3"):
-        return f"under --strategy {config.strategy} no process has the whole model"
-    if config.peft == "none" or deepspeed:
-        alone = dataclasses.replace(config, strategy="auto")
-        parts = estimate(alone, arch, schedule)
-        # beside an adapter the run has more copies later than this, for --rollback_steps
-        copy = parts["trained"] if config.peft == "none" and device.accelerator == "cpu" else 0.0
-        size = needed(parts | {"copy": copy}, config.devices, device.accelerator)
-        room = USABLE * memory_of(device, config.world)
-        if size > room:
-            return f"a trial needs {size_text(size)} of memory, and {size_text(room)} may be used"
-    return ""
+def choose_rate(draft: Draft, arch: Arch) -> None:
+    """Fill in the learning rate."""
+    draft.choose("lr_init", chosen_rate(draft.config, arch), GUESSED)

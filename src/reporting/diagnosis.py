@@ -272,13 +272,13 @@ class Verdict(NamedTuple):
         return f"{self.name}: {self.reason}" + (f"; try {self.remedy}" if self.remedy else "")
 
 
-def verdict(config: Config, metrics: list[dict], step: int, history: list[dict], searched: bool) -> Verdict:
+def verdict(config: Config, metrics: list[dict], step: int, history: list[dict]) -> Verdict:
     """Judge a run that has ended, by the first rule that holds. The arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
     if not objective_of(config).metrics.by_loss:
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
-    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, searched)
+    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history)
     rule = next(rule for rule in RULES if rule.when(facts))
     offered = facts.is_worth_using if rule.verdict == BY_HEART else rule.verdict in OFFERED
     return Verdict(
@@ -334,7 +334,7 @@ def lower_rate(f: Facts) -> str:
     rate = f"a lower --lr_init than {f.config.lr_init:g}"
     if f.by_loss or not base_wins(f.history):
         return rate
-    return f"starting again in a new --proj_dir with {rate} (without it: a first guess)"
+    return f"starting again in a new --proj_dir with {rate} (without it: the chosen one)"
 
 
 def larger_beta(f: Facts) -> str:
@@ -420,10 +420,10 @@ def longer(f: Facts) -> str:
 def untried_rate(f: Facts) -> str:
     """Advise to leave the rate to the program; "" where it was left to it."""
     config, origin = f.config, f.config.origin_of("lr_init")
-    if f.searched or origin.startswith(CHOSEN):
+    if origin.startswith(CHOSEN):
         return ""
     why = f"the published one of --peft {config.peft}" if PUBLISHED in origin else "given"
-    return f"--lr_init auto, which looks for the learning rate; {config.lr_init:g} was {why}"
+    return f"--lr_init auto, which chooses the learning rate; {config.lr_init:g} was {why}"
 
 
 def other_settings(f: Facts) -> str:
@@ -432,9 +432,6 @@ def other_settings(f: Facts) -> str:
         return ", or ".join(easier(f)) if f.is_low or f.mean("dead_groups") > CUT else longer(f)
     if tried := untried_rate(f):
         return tried
-    if f.searched:
-        base = "a base that knows more of the task" if f.config.load_model else "more rows"
-        return f"{base}; the learning rate was searched for already"
     why = f"{f.config.lr_init:g} was {f.config.origin_of('lr_init')}"
     if f.is_worse:
         return f"another --lr_init, which python -m scripts.lr_sweep finds; {why}"

@@ -41,8 +41,7 @@ class Facts:
     """Facts of a run for the rules, while it goes or after its end, when it recommends the state of `step`.
 
     `lines` are those of metrics.jsonl; while a run goes they are its first and its last WINDOW. `top` are the
-    WINDOW lines with the highest reward. `history` are the evaluations. `searched`: whether the run searched
-    for its learning rate.
+    WINDOW lines with the highest reward. `history` are the evaluations.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class Facts:
         top: Sequence[dict] = (),
         step: int | None = None,
         history: Sequence[dict] = (),
-        searched: bool = False,
     ):
         self.config, self.lines, self.top, self.history = config, lines, top, history
-        self.searched, self.by_loss = searched, objective_of(config).metrics.by_loss
+        self.by_loss = objective_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
         self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
         self.range = None if self.by_loss else bounds(config.rewards)  # of a reward

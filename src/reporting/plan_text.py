@@ -21,7 +21,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
-from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, USUAL_TRIALS, first_guess, share_of_time
+from ..planning.defaults import chosen_rate, share_of_time
 from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
@@ -33,7 +33,7 @@ from .document_text import example_sample, short_example
 from .run_card import CARD
 
 LINES = 14  # the most lines of a plan
-FAR = 5  # a rate on rewards this many times the first guess gets a warning
+FAR = 5  # a rate on drawn answers this many times the chosen one gets a warning
 HOUR = 3600  # seconds; a run on a CPU that takes longer gets advice
 LABEL = 11  # characters that a line begins with
 
@@ -66,7 +66,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         steps(run),
         *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
         f"trained    {trained(config.peft, model)}{unseen(config)}",
-        f"rates      {rates(run)}{above_guess(run)}",
+        f"rates      {rates(run)}{far_above(run)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, where),
         evaluation(run, cost),
@@ -171,9 +171,6 @@ def rates(run: Plan) -> str:
     """Describe the learning rates."""
     config, total = run.settings, run.steps
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
-    if config.is_automatic("lr_init"):
-        trials = f"in about {USUAL_TRIALS} trials of {TRIAL_STEPS} steps, at most {MOST_TRIALS}"
-        return f"searched for before step 1, {trials}; then {shape}"
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
     state_rate = config.state_learning_rate
     if config.lr_schedule == "plateau":
@@ -184,14 +181,14 @@ def rates(run: Plan) -> str:
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
 
-def above_guess(run: Plan) -> str:
-    """Warn if a rate is far above the first guess, for a loss without a search; else ""."""
+def far_above(run: Plan) -> str:
+    """Warn if a rate on drawn answers is far above the one that would be chosen; else ""."""
     config = run.settings
-    if not objective_of(config).no_search():
+    if not config.draws_answers:
         return ""
-    if config.lr_init <= FAR * (guess := first_guess(config, run.arch)):
+    if config.lr_init <= FAR * (chosen := chosen_rate(config, run.arch)):
         return ""
-    return f"; {config.lr_init / guess:.3g} times the first guess, {guess:g}: rewards may collapse"
+    return f"; {config.lr_init / chosen:.3g} times the chosen rate, {chosen:g}: rewards may collapse"
 
 
 def needs(cost: Cost, where: str) -> str:

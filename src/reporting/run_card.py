@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from ..config import Config, command
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import LossMetrics, loss_text, percent
-from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
 from .diagnosis import Verdict
@@ -53,7 +52,6 @@ def card(
         _as_it_is(command(config)),
         "## Plan",
         _as_it_is("\n".join(plan)),
-        *_rate_search(config.proj_dir),
         "## Curves",
         *pictures(described),
         *_training_metrics(described, metrics),
@@ -96,11 +94,6 @@ def _drawn(drawn: list[dict]) -> list[str]:
         if "failed" in line:
             parts.append(f"Their rewards failed: {line['failed']}")
     return parts
-
-
-def _rate_search(proj_dir: str) -> list[str]:
-    lines = search_table(recorded_search(proj_dir))
-    return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
 
 
 def _answer_text(answer: dict) -> str:

@@ -16,7 +16,7 @@ from ..common.files import write_text
 from ..config import Config
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import LossMetrics
-from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
+from ..training.run_folder import MERGED, METRICS, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_known_by_heart, is_over
 from .curves import draw_pictures
 from .diagnosis import Verdict, verdict
@@ -80,8 +80,7 @@ def finish(
     judged = None
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
-        searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        judged = verdict(config, metrics, kept_step, history, searched)
+        judged = verdict(config, metrics, kept_step, history)
         summary["verdict"] = {**judged.as_object(), "forgotten": _forgotten(summary)}
         text = card(config, plan, summary, log, judged)
         write_text(os.path.join(config.proj_dir, CARD), text)

@@ -29,7 +29,6 @@ MODEL = "model.pth"  # of full training
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 ROWS = "rows.jsonl"  # that were given to prepare()
-RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
 RUNNING = "running.json"  # there while a run writes into the folder, and after one that was killed
 RUNNING_KINDS = {"pid": int, "started": NUMBER, "steps": int, "plan": list}

@@ -1,7 +1,6 @@
 """Short trainings of one model, which compare learning rates.
 
-Each has the same start and the same batches. There is no trainer around them. Several processes may share a
-step's rows, as in a run; then each has the whole model, and all get the same numbers.
+Each has the same start and the same batches. There is no trainer around them, and one process does them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from ..data.batches import Schedule, make_schedule
 from ..data.collate import to_device
 from ..data.examples import Examples
 from ..data.held_out import evaluation_batches
-from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
 from ..objectives.base import Objective, TrainingData
 from ..objectives.kinds import objective_of
@@ -71,15 +69,10 @@ def trials(
 
 
 def trial_of(
-    model: RWKV,
-    objective: Objective,
-    rate: float,
-    losses: list[float],
-    documents: Examples,
-    processes: Processes = ALONE,
+    model: RWKV, objective: Objective, rate: float, losses: list[float], documents: Examples
 ) -> Trial:
     """Describe the training with these losses, whose end the model is in. Its loss on `documents` decides."""
-    loss = held_out_loss(model, objective, documents, processes) if math.isfinite(losses[-1]) else math.nan
+    loss = held_out_loss(model, objective, documents) if math.isfinite(losses[-1]) else math.nan
     return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
 
@@ -119,11 +112,9 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
     return {**trained, **dict(model.named_buffers())}
 
 
-def train(
-    model: RWKV, config: Config, documents: Examples, steps: int, processes: Processes = ALONE
-) -> Iterator[float]:
+def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Iterator[float]:
     """Do train.py's optimizer steps; yields the loss of each, up to the first that is not finite."""
-    schedule = make_schedule(documents, config, processes.world)
+    schedule = make_schedule(documents, config, 1)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
     factors = config.value_or_zero("lr_map")
@@ -134,26 +125,23 @@ def train(
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
     objective = objective_of(config)
     shared = objective.prompt_reading(documents, schedule, model.arch).shared
-    policy = policy_of(model, objective.chunks, processes)
+    policy = policy_of(model, objective.chunks)
     feed = objective.feed(TrainingData(documents), schedule, range(steps), policy, shared)
     batches = iter(feed)
     model.train()
-    shares = schedule.accumulate * processes.world
     with ops.nan_passes():
         for step in range(steps):
             optimizer.zero_grad()
-            mine = torch.zeros((), dtype=torch.float64, device=device)
+            total = torch.zeros((), dtype=torch.float64, device=device)
             beside = feed.before_step()
             for micro in range(schedule.accumulate):
-                torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
-                mine += _backward(model, objective, next(batches) | beside, around, shares, scaler)
-            loss = float(processes.total(mine))
+                torch.manual_seed(schedule.seed_of(step, micro, 0))
+                batch = next(batches) | beside
+                total += _backward(model, objective, batch, around, schedule.accumulate, scaler)
+            loss = float(total)
             if not math.isfinite(loss):
                 yield loss
                 break
-            for p in trained:
-                if p.grad is not None:
-                    p.grad = processes.total(p.grad)
             scaler.unscale_(optimizer)
             around.before(step + 1, steps)
             if config.grad_clip:
@@ -186,9 +174,7 @@ def _backward(
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: RWKV, objective: Objective, held_out: Examples, processes: Processes = ALONE
-) -> float:
+def held_out_loss(model: RWKV, objective: Objective, held_out: Examples) -> float:
     """Compute the loss over the documents' trained tokens, nats per token; of preferences, per example."""
     model.eval()
     device, config = model.emb.weight.device, objective.config
@@ -196,14 +182,13 @@ def held_out_loss(
 
     def batches(documents: Examples) -> Iterator[dict]:
         collate = documents.collator(objective.chunks.size)
-        mine = evaluation_batches(documents, *sizes)[processes.rank :: processes.world]
-        for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
+        for rows in progress(evaluation_batches(documents, *sizes), "validation", unit="batches"):
             batch = collate(rows, 1)
             yield to_device(batch | {"width": batch["ids"].shape[1]}, device)
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
-        beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks, processes))
+        beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks))
         for batch in batches(held_out):
             total += objective.reported(*objective(model, batch | beside))
-    return float(processes.total(total)) / held_out.weight
+    return float(total) / held_out.weight

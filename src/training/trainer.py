@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -73,8 +73,7 @@ class FineTuning(pl.LightningModule):
     """Lightning module of a training.
 
     The loss of an optimizer step is the objective's over the whole step, whatever its micro-batches and
-    ranks. `find_rate` is called in setup(), when the process group exists and before ZeRO shards the model,
-    if lr_init is still open.
+    ranks.
     """
 
     def __init__(
@@ -84,12 +83,11 @@ class FineTuning(pl.LightningModule):
         data: TrainingData,
         total_steps: int,
         first_step: int = 0,
-        find_rate: Callable[[FineTuning], float] | None = None,
         objective: Objective | None = None,
         history: Sequence[dict] = (),
     ):
         super().__init__()
-        self.model, self.config, self.find_rate = model, config, find_rate
+        self.model, self.config = model, config
         everything = data.held_out if data.evaluated is None else data.evaluated
         self.data = dataclasses.replace(data, evaluated=everything)
         self.objective, self.reference = objective or objective_of(config), reference_of(config.reference)
@@ -113,8 +111,6 @@ class FineTuning(pl.LightningModule):
         # stage 3 shards the model later, see ReferenceAtStart
         if not config.strategy.startswith("deepspeed_stage_3"):
             self.read_reference()
-        if self.find_rate and config.is_automatic("lr_init"):
-            self.config = config = dataclasses.replace(config, lr_init=self.find_rate(self))
         self.lr = config.lr_init
         self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps, self.history)
         # now, while every parameter has its shape: ZeRO-3 takes it away

@@ -115,9 +115,6 @@ class OnOwnAnswers(OnRewards):
         own = reference_arch(self.config.load_model)
         return FORWARD * self.config.inner_steps * relative_work(self.config.reference, own)
 
-    def no_search(self) -> str:
-        return "each trial would have to draw answers of its own"
-
     @property
     def description(self) -> str:
         """The loss with its settings: T^2 x the KL from big.pth, T 2, at each token of 8 answers ..."""

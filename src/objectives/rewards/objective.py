@@ -56,8 +56,9 @@ class OnRewards(Objective):
     same = "whose prompts are"
     usual_rows = 16
     has_small_steps = False  # a question or two of a step may be dead
-    # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training begins at 6e-3
-    rate_share = 1 / 4
+    usual_steps = 200  # each draws answers, which takes longer than training on them
+    # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training has 3e-3
+    rate_share = 1 / 2
     evaluations_between = 5
     row = "question"
     one_row = "question with its answers"
@@ -182,9 +183,6 @@ class OnRewards(Objective):
             usual = f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
         tokens = schedule.repeats * sum(rollout_tokens(schedule, steps, asked))
         return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
-
-    def no_search(self) -> str:
-        return "a trial of a few steps has too few rewards to tell one rate from another"
 
     @property
     def description(self) -> str:
