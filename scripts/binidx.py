@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         help="text of the end-of-document token, for a tokenizer file that does not name it",
     )
     add_template_flags(parser.add_argument)
-    for name in ("sft_field", "sft_split"):
-        parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
+    for name in ("sft_field", "sft_split", "largest_row"):
+        default, text = FIELDS[name].default, FIELDS[name].metadata["help"]
+        parser.add_argument(f"--{name}", default=default, type=type(default), help=text)
     with one_line_errors(), naming_missing_packages():
         args = parser.parse_args(argv)
         count, tokens = convert(args)

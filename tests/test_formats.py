@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -231,6 +232,59 @@ def test_the_same_rows_from_every_format(read, tmp_path, name, content, format):
         report = Report()
         assert read(data, name, report) == CHATS
         assert report.lines() == [f"format     {name}: {format}, 2 rows, question -> answer"]
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress])
+def test_a_row_beyond_the_bound_is_named_and_not_kept(read, pack):
+    rows = pack(b'{"text": "%s"}\n{"text": "b"}\n' % (b"a" * 30_000_000))
+    tracemalloc.start()
+    report = Report("skip")
+    assert [row["text"] for row in read(rows, report=report)] == ["b"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 70_000_000, f"{peak:,} bytes for rows of at most 16 MB"
+    said = "line 1: the row has 30,000,013 bytes, more than 16,000,000; split it, or give --largest_row 31"
+    assert said in report.files["rows.jsonl"].reasons[0]
+    assert said in mistake(read, rows)
+    assert len(read(rows, row_bytes=Reading.of(Config(largest_row=31)).row_bytes)) == 2
+
+
+@pytest.mark.parametrize("text", ["é" * 50, "\udc80" * 100], ids=["letters", "strange"])
+def test_a_row_is_measured_in_bytes(read, text):
+    row = b'{"text": "%s"}\n' % text.encode("utf-8", "surrogateescape")
+    assert "the row has 113 bytes, more than 100" in mistake(read, row, row_bytes=100)
+    assert "more than" not in (mistake(read, row + b"x", row_bytes=len(row)))
+
+
+@pytest.mark.parametrize("text", ["é" * 50, "\\ud83d" * 100], ids=["letters", "halves"])
+def test_a_row_of_an_array_has_the_bound_too(read, text):
+    row = f'{{"text": ["{text}", {{"a": "{text}"}}]}}'
+    said = mistake(read, f'[{{"text": "b"}},\n{row}]', row_bytes=100)
+    assert said.startswith("rows.jsonl, line 2: the row has 200 bytes, more than 100")
+
+
+def test_a_row_of_a_table_has_the_bound_too(read, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason=ABSENT)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=ABSENT)
+    parquet.write_table(pyarrow.table({"text": ["b", "a" * 200]}), tmp_path / "t.parquet")
+    content = (tmp_path / "t.parquet").read_bytes()
+    assert "t.parquet, row 2: the row has 200 bytes" in mistake(read, content, "t.parquet", row_bytes=100)
+    assert len(read(content, "t.parquet", row_bytes=200)) == 2
+
+
+@pytest.mark.parametrize("row", ["%s,c\n", '"%s,c\n', '"%s\n%s\n",c\n'])
+def test_a_row_of_csv_has_the_bound_too(read, row):
+    row = row.replace("%s", "é" * 49)
+    said = mistake(read, f"question,answer\nq,a\n{row}q,a\n" + "r,a\n" * 50, "r.csv", row_bytes=100)
+    assert said.startswith("r.csv, line 3: the row has more than 100 bytes; close its double quotes")
+    assert len(read("question,answer\n" + f"{'q' * 97},a\n" * 5, "r.csv", row_bytes=100)) == 5
+
+
+def test_one_packed_text_has_a_bound(read, monkeypatch):
+    monkeypatch.setattr(formats_text, "LARGEST_UNPACKED", 100)
+    for name in ("rows.json.gz", "rows.txt.gz"):
+        assert "unpack" in mistake(read, gzip.compress(b'[{"text": "%s"}]' % (b"a" * 100)), name)
+        assert read(b'[{"text": "%s"}]' % (b"a" * 100), name.removesuffix(".gz"))
 
 
 def test_a_cell_may_hold_anything(read):

@@ -36,6 +36,13 @@ class DataSettings:
         "train",
         "which split to read of a Hugging Face data set, or of a folder whose files are named for splits",
     )
+    largest_row: int = opt(
+        16,
+        "the largest row that is used, in MB (10^6 bytes, unpacked); a larger one is a bad row. A row takes"
+        " 60 to 130 times its size in memory while it is read",
+        low=1,
+        high=2000,
+    )
     on_bad_row: str = opt(
         "stop",
         "what to do with a row that cannot be used. stop: end with its file and line. skip: leave it"

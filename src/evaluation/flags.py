@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 # the other flags that --preferences takes
-WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "save", "show")
+WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "largest_row", "save", "show")
 
 
 def add_flags(parser: Parser) -> None:
@@ -102,10 +102,10 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add("--limit", type=int, help="ask the first N questions only; default: all of the file")
-    for name in ("sft_field", "sft_split"):
+    for name in ("sft_field", "sft_split", "largest_row"):
         default = FIELDS[name].default
         text = f"{FIELDS[name].metadata['help']}; default {default!r}"
-        add(f"--{name}", default=default, help=text.replace("%", "%%"))
+        add(f"--{name}", default=default, type=type(default), help=text.replace("%", "%%"))
     add(
         "--score",
         default="exact",

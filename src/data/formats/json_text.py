@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
 from .layouts import has_layout, is_pair
-from .text import BOM, Position, Record, open_text, undecoded, whole_text
+from .text import BOM, Position, Record, bytes_of, open_text, too_large, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
 TRAILING = "a trailing comma"
+SKIPPED_AT_ONCE = 1 << 20  # characters of a row that is too large
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,18 +36,29 @@ def _constant(name: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def jsonl(path: str, position: Position) -> Iterator[tuple[str, str]]:
-    """Yield (place, line) of a file with one JSON object a line, for parse_line(), without blank lines."""
+def jsonl(path: str, position: Position, largest: int) -> Iterator[tuple[str, str | UserError]]:
+    """Yield (place, line) of a file with one JSON object a line, for parse_line(), without blank lines.
+
+    In the place of a line with more than `largest` bytes there is the UserError that says so.
+    """
     with open_text(path, position) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(functools.partial(file.readline, largest + 1), ""), 1):
+            if (size := bytes_of(line)) > largest:
+                while line and not line.endswith("\n"):  # it is not kept
+                    line = file.readline(SKIPPED_AT_ONCE)
+                    size += bytes_of(line)
+                yield f"{path}, line {number}", too_large(size, largest)
+                continue
             # files that begin with a mark may have been joined
             line = line.rstrip().lstrip(BOM)
             if line:
                 yield f"{path}, line {number}", line
 
 
-def parse_line(line: str) -> Any:
+def parse_line(line: str | UserError) -> Any:
     """Parse a line of jsonl() to its record."""
+    if isinstance(line, UserError):
+        return line
     return undecoded(line) or parse_json(line)
 
 

@@ -12,6 +12,7 @@ from .layouts import SFT, TOKENS, RecordLayout, canonical, with_empty_answer
 from .preference_layouts import preference, with_empty_cells
 from .report import Kind, Report, place_of
 from .sources import BINIDX, BY_NAME, DELIMITERS, DataSource, Reading, sources
+from .text import PLAIN, bytes_of, too_large
 
 
 def read_records(
@@ -55,6 +56,8 @@ def read_record(raw: Any, source: DataSource, reading: Reading) -> tuple[Kind, d
     parsed = source.parse(raw)
     if isinstance(parsed, UserError):
         raise parsed
+    if source.format not in (BINIDX, PLAIN) and (size := bytes_of(parsed)) > reading.row_bytes:
+        raise too_large(size, reading.row_bytes)
     layout, record = _understood(parsed, source, reading)
     return (layout.name, layout.used, tuple(parsed)), record
 

@@ -19,8 +19,10 @@ from rwkv_miss.progress import Progress
 
 from ...config.launcher import is_first_process
 from ...config.loss_settings import LOSSES
+from ...config.schema import FIELDS
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
+from .text import MB
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".bin")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without records
@@ -42,13 +44,14 @@ class Reading:
     fields: tuple[str, ...] = ()  # --sft_field: the columns to use where their names do not tell
     split: str = "train"  # --sft_split: of data sets that have several
     rows: str = SFT  # what the rows are, one of ROWS
+    row_bytes: int = FIELDS["largest_row"].default * MB  # --largest_row
 
     @classmethod
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
         rows = (dict.fromkeys(LOSSES, PAIRS) | {"kto": LABELS}).get(getattr(config, "loss", ""), SFT)
-        return cls(tuple(filter(None, names)), config.sft_split, rows)
+        return cls(tuple(filter(None, names)), config.sft_split, rows, config.largest_row * MB)
 
 
 BY_NAME = Reading()
@@ -150,9 +153,9 @@ def _exists(path: str) -> bool:
 
 
 def _find(path: str, reading: Reading, notes: list[str]) -> list[DataSource]:
-    fields, split = reading.fields, reading.split
+    split = reading.split
     if os.path.isdir(path) and not tables.is_saved_dataset(path):
-        return [detect(file, fields) for file in _folder(path, split, notes)]
+        return [detect(file, reading) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
         described = f"Hugging Face data set, split {split}"
         files = tuple(files_in(path))
@@ -162,7 +165,7 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[DataSource]:
     if names_dataset(path):
         described = f"data set of the Hugging Face hub, split {split}"
         return [DataSource(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
-    return [detect(path, fields)]
+    return [detect(path, reading)]
 
 
 def names_dataset(path: str) -> bool:
@@ -220,7 +223,7 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def detect(path: str, fields: tuple[str, ...] = ()) -> DataSource:
+def detect(path: str, reading: Reading = BY_NAME) -> DataSource:
     """Find the format of a file by its content, and by its suffix if the content does not tell."""
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
@@ -245,8 +248,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> DataSource:
         return DataSource(path, "Arrow", 1.0, lambda eod, at: tables.arrow(path, at), (path,))
     with text.open_text(path) as file:
         sample = file.read(SAMPLE)
-    found = _text_format(path, suffix, sample, fields)
-    return DataSource(path, found.name, 1.0, lambda eod, at: found.read(path, at), (path,), found.parse)
+    found = _text_format(path, suffix, sample, reading.fields)
+    read = found.read
+    if found.name in (JSONL.name, *DELIMITERS.values()):  # the others are read whole
+        read = functools.partial(read, largest=reading.row_bytes)
+    return DataSource(path, found.name, 1.0, lambda eod, at: read(path, at), (path,), found.parse)
 
 
 def _no_file(path: str) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gzip
 import io
+import math
 import os
 import re
 import zlib
@@ -42,6 +43,8 @@ BOMS = {
     b"\xfe\xff": "utf-16",
 }
 BOM = "\ufeff"
+LARGEST_UNPACKED = 1 << 30  # characters of a gzipped file that is of no use in part
+MB = 10**6
 FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 STRANGE = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8 become these characters
 
@@ -116,13 +119,38 @@ def _other_encoding(data: bytes) -> str:
     return "if it is GBK: iconv -f GB18030 -t UTF-8; if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8"
 
 
+def bytes_of(value: Any) -> int:
+    """Count the bytes of the texts in a record, or of a text, in UTF-8."""
+    size, rest = 0, [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            size += len(value if value.isascii() else value.encode("utf-8", "replace"))
+        elif isinstance(value, (list, dict)):
+            rest.extend(value.values() if isinstance(value, dict) else value)
+    return size
+
+
+def too_large(size: int, largest: int) -> UserError:
+    return UserError(
+        f"the row has {size:,} bytes, more than {largest:,}; split it, or give --largest_row"
+        f" {math.ceil(size / MB)}"
+    )
+
+
 def whole_text(path: str) -> str:
     """Read a file that is of no use in part.
 
     Raises UserError with the line where it stops being text.
     """
     with open_text(path) as file:
-        content = file.read()
+        is_packed = isinstance(file.buffer.raw, gzip.GzipFile)
+        content = file.read(LARGEST_UNPACKED + 1 if is_packed else -1)
+    if is_packed and len(content) > LARGEST_UNPACKED:
+        raise UserError(
+            f"{path} unpacks to one text of more than {LARGEST_UNPACKED:,} characters; unpack it, or save"
+            " rows as JSONL"
+        )
     if strange := STRANGE.search(content):
         number = content.count("\n", 0, strange.start())
         problem = undecoded(content.split("\n")[number])
@@ -137,16 +165,31 @@ def plain(path: str, position: Position) -> Iterator[Record]:
         yield path, {"text": content.replace("\r\n", "\n")}
 
 
-def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]:
+def delimited(path: str, position: Position, largest: int, delimiter: str) -> Iterator[Record]:
     """Read CSV with a header line.
 
-    A cell may hold line breaks between double quotes. An empty cell counts as absent.
+    A cell may hold line breaks between double quotes. An empty cell counts as absent. Nothing is read after a
+    row of more than `largest` bytes, because a double quote that is never closed makes one of the whole rest.
     """
+    left = largest
+
+    def lines() -> Iterator[str]:
+        nonlocal left
+        while line := file.readline(left + 1):
+            left -= bytes_of(line)
+            if left < 0:
+                raise UserError(
+                    f"{where}: the row has more than {largest:,} bytes; close its double quotes, split it, or"
+                    f" give a --largest_row above {largest // MB}"
+                )
+            yield line
+
     csv.field_size_limit(FIELD_LIMIT)
     header: list[str] = []
     with open_text(path, position) as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         while True:
+            left = largest
             where = f"{path}, line {reader.line_num + 1}"
             try:
                 cells = next(reader)
