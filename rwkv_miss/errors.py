@@ -123,11 +123,8 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _ran_out(error):
             raise
-        print(
-            "error: memory ran out:",
-            *str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1],
-            file=sys.stderr,
-        )
+        said = str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1]
+        print(": ".join(["error: memory ran out", *said]), file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import faulthandler
 import fcntl
+import gzip
 import importlib.util
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 import types
 
@@ -119,6 +121,7 @@ def test_the_page_and_its_server_answer_without_a_model(served):
 def test_the_fields_are_those_of_the_settings_table(served):
     fields = {field["name"]: field for field in served.get("/studio/settings")}
     operators = {"proj_dir", "data_cache", "reward_file", "wandb", "init_only", "resume", "num_nodes"}
+    operators.add("largest_row")
     assert list(fields) == [name for name in FIELDS if name not in operators]
     # a new setting with a file must say so
     of_files = [name for name in FIELDS if name.endswith(("_file", "_dir", "_cache", "_model", "_adapter"))]
@@ -657,6 +660,18 @@ def test_jobs_are_bounded_end_and_are_no_zombies(served, monkeypatch):
     served.get("/studio/jobs/nothing", 404)
     assert "expected hf://" in served.refused("/studio/jobs", 400, kind="fetch", name="/etc/passwd")
     served.studio.jobs.close()
+
+
+@pytest.mark.parametrize("room, code", [(60, 2), (600, 0)])
+def test_a_preview_has_a_limit_of_memory(tmp_path, room, code):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(gzip.compress(json.dumps({"text": "a b " * 480_000}).encode()))
+    program = f"from src.studio import job; job.ROOM, job.OF_A_BYTE = {room} << 20, 10; job.main()"
+    words = ["scripts.preview", "--json", f"--load_model={ROOT}/demo/{BASE}", f"--data_file={rows}"]
+    words = [sys.executable, "-c", program, *words, "--samples", "10", "--largest_row=2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.endswith("error: memory ran out\n") == bool(code)
 
 
 def test_refused_flags_leave_no_folder(tmp_path):

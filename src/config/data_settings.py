@@ -42,6 +42,7 @@ class DataSettings:
         " 60 to 130 times its size in memory while it is read",
         low=1,
         high=2000,
+        operator=True,
     )
     on_bad_row: str = opt(
         "stop",
