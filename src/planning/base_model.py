@@ -114,10 +114,10 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
 
 def choose_factors(draft: Draft, arch: Arch, train_parts: str) -> None:
     """Fill in lr_map for embedding and head, which nobody asked to train."""
-    factor = first_rate_of_all(arch) / first_rate(draft.config, arch)
+    factor = first_rate_of_all(arch) / 2 / first_rate(draft.config, arch)
     parts = [part for part in split_parts(train_parts) if part in ("emb", "head")]
     factors = dict.fromkeys(parts, float(f"{min(factor, 1.0):.1g}"))
-    draft.choose("lr_map", factors, "whole tensors move as far in a step as in full training")
+    draft.choose("lr_map", factors, "whole tensors move half as far in a step as in full training")
 
 
 def is_untrained(rows: torch.Tensor) -> torch.Tensor:
