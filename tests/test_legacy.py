@@ -455,6 +455,13 @@ SCRIPTS = """
     --peft pissa --pissa_config {"pissa_r":8,"pissa_parts":"ffn"} --my_testing x070\
         {peft_config: {r: 8, targets: [ffn.key, ffn.value]}}
     --peft lora --train_parts=["time","ln"]  {train_parts: "time,ln"}
+    LORA --lora_parts=att,ffn --train_parts time ln --my_testing x070  {train_parts: ln}\
+        time of --train_parts is ignored: no tensor of RWKV-7 has it in its name
+    --peft lora --train_parts=["time","ln"] --rwkv_version x070 --emb  {train_parts: "ln,emb"}
+    --peft lora --train_parts time --dataload pad --version x070  {train_parts: ""}
+    --peft lora --train_parts time ln --dataload pad --my_testing x060  {train_parts: time ln}
+    --peft lora --peft_config r=8 --train_parts time,ln --data_type sft --my_testing x070\
+        {train_parts: "time,ln"}
     # what 2026 leaves in the folder
     --merge 1 --peft_config r=8  {peft: miss}  a merged rwkv-N.pth there; here the run leaves an adapter
     --epoch_begin 0 --peft_config r=8  {peft: miss}  --merge 1, the default of 2026, leaves a merged

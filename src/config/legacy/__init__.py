@@ -345,6 +345,7 @@ TRANSLATIONS = (
 )
 # each returns flags for what a script of another project leaves out
 IMPLIED = (
+    method_flags.without_time,
     rate_flags.warm_up,
     rate_flags.schedule,
     data_flags.epoch_steps,

@@ -15,7 +15,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ..adapter_options import METHOD_ALIASES
-from .flag_values import decimal, integer, is_on, value, version
+from .flag_values import decimal, integer, is_on, of_2026, value, version
 from .notes import Notes
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
@@ -159,13 +159,28 @@ def _method_configs(
     return options
 
 
+def without_time(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
+    """Give --train_parts without time for RWKV-7, in whose names RWKV-PEFT finds none."""
+    named = _named_parts(value(kept, "train_parts") or "")
+    if "time" not in named or version(old, kept) != "x070" or of_2026(old, kept):
+        return []
+    notes.differences.append(
+        "time of --train_parts is ignored: no tensor of RWKV-7 has it in its name, there as well; drop"
+        " --my_testing to train its mixes and decays"
+    )
+    return ["--train_parts", ",".join(part for part in named if part != "time")]
+
+
 def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
     """Give --train_parts with the parts that older flags name. RWKV-PEFT had "none" and [] for no parts."""
     given = value(kept, "train_parts") or ""
     if given != "none" and not beside and not given.startswith("["):
         return []
-    parts = [part for part in re.split(r"[][\"',\s]+", given) if part not in ("", "none")]
-    return ["--train_parts", ",".join([*parts, *beside])]
+    return ["--train_parts", ",".join([*_named_parts(given), *beside])]
+
+
+def _named_parts(given: str) -> list[str]:
+    return [part for part in re.split(r"[][\"',\s]+", given) if part not in ("", "none")]
 
 
 def _peft_config(options: dict[str, Any], kept: list[str], notes: Notes) -> list[str]:
