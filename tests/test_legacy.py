@@ -432,6 +432,9 @@ SCRIPTS = """
         --epoch_steps 100 counted forward passes there, of which a step has 4: --epoch_steps 25
     --data_type jsonl --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there it kept the first 9 documents
     --data_type sft --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there --data_type sft did not read it
+    --dataload pad --epoch_steps 100 --epoch_count 4 --micro_bsz 8 --devices 2  {epoch_steps: 50}\
+        all epochs read the first 800 documents there; here they go on through all data
+    --data_type sft --epoch_steps 10  {epoch_steps: 10}  all epochs read the first 120 documents there
     --data_type jsonl  {packing: true}  a row was one document there
     --data_type jsonl --peft lora  {packing: true}  here a document has an end token, and a long text becomes
     --dataload pad  {packing: true}  --packing 0 does as there
@@ -501,10 +504,16 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
         ("--data_type sft --peft_config r=8 --epoch_steps 20", "kept the first"),
         ("--data_type sft --peft_config r=8", "alpaca does as there"),
         ("--train_stage 3 --my_exit_tokens 99", "is the data once"),
+        ("--dataload pad --epoch_steps 9 --epoch_count 1", "all epochs read"),
+        ("--dataload get --epoch_steps 9", "all epochs read"),
+        ("--data_type jsonl --peft_config r=8 --epoch_steps 9", "all epochs read"),
     ],
 )
 def test_notes_claim_nothing_that_is_false_of_the_trainer(flags, claim):
-    """Since 000d9be the cosine of 2026 takes the whole run; --data_type sft takes every row."""
+    """Since 000d9be the cosine of 2026 takes the whole run; --data_type sft takes every row.
+
+    A row of --dataload get begins anywhere, in each epoch anew.
+    """
     assert not any(claim in note for note in all_notes(translate([*REQUIRED, *flags.split()])))
 
 

@@ -348,6 +348,7 @@ IMPLIED = (
     method_flags.without_time,
     rate_flags.warm_up,
     rate_flags.schedule,
+    data_flags.same_documents,
     data_flags.epoch_steps,
     data_flags.rows,
     data_flags.jsonl,

@@ -20,6 +20,7 @@ LOSS_MASKS = {
         " there, and only its end here",
     ),
 }
+USUAL_BATCH, USUAL_EPOCHS = 12, 500  # RWKV-PEFT's defaults until 2025
 
 
 def loss_mask(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
@@ -68,6 +69,19 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[s
             f" {accumulate * shares}: --epoch_steps {steps}"
         )
         return ["--epoch_steps", str(steps)]
+    return []
+
+
+def same_documents(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
+    """Note that RWKV-PEFT until 2025 reads the same documents in all epochs."""
+    steps, epochs = integer_of(kept, "epoch_steps", 0), integer_of(kept, "epoch_count", USUAL_EPOCHS)
+    in_order = old.get("dataload") in ("pad", "only") or old.get("data_type") in ("jsonl", "sft")
+    if steps and epochs > 1 and in_order and not of_2026(old, kept):
+        count = steps * integer_of(kept, "micro_bsz", USUAL_BATCH)
+        notes.differences.append(
+            f"all epochs read the first {count} documents there; here they go on through all data. If there"
+            " are more, give these alone as --data_file"
+        )
     return []
 
 
