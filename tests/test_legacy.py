@@ -405,6 +405,12 @@ SCRIPTS = """
     --load_model= --my_testing x060 --n_layer 2 --n_embd 64 --data_type sft\
         {peft: none, load_model: "", version: x060}  of a new model without --load_model: --peft none
     --train_type finetune  {peft: none}  full training
+    # of a fully trained RWKV-7 RWKV-PEFT doubles no rate, RWKV-LM that of w0
+    --epoch_begin 0 --my_testing x070  {lr_map: {att.w0: 0.5}}  w0, the base decay, learns at the usual
+    --epoch_begin 0 --my_testing x070 --lr_map ffn=2  {lr_map: {ffn: 2}}
+    --epoch_begin 0 --my_testing x060  {peft: none, lr_map: AUTO}
+    --epoch_begin 0 --my_testing x070 --state_tune  {peft: state, lr_map: AUTO}
+    --my_testing x070 --train_stage 3 --load_model a.pth  {peft: none, lr_map: AUTO}
     LORA --epoch_begin 0  {peft: lora}
     --state_tune  {peft: state}
     --data_type jsonl --peft_config r=8  {peft: miss}

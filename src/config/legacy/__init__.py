@@ -150,7 +150,8 @@ def translate(argv: list[str]) -> tuple[list[str], Notes]:
     is_script = bool(old.keys() - SHARED) and not (value(kept, "config") or value(kept, "preset"))
     merges = old.get("merge", "1" if is_script and of_2026(old, kept) else None)
     implied = IMPLIED if is_script and stage(old) != "1" else ()
-    for translated in (*implied, *TRANSLATIONS, *([_full_training] if is_script else [])):
+    last = (_full_training, rate_flags.base_decay) if is_script else ()
+    for translated in (*implied, *TRANSLATIONS, *last):
         kept = kept + translated(old, kept, notes)
     _note_merge(merges, value(kept, "peft") == "none", notes)
     notes.explain_there(trainer_of(old))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .flag_values import integer, number, of_2026, stage, value
+from .flag_values import integer, number, of_2026, stage, value, version
 from .notes import Notes
 
 LR_FINAL = 1e-5  # in all of them
@@ -62,3 +62,15 @@ def warm_up(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     steps = WSD_WARM_UP if value(kept, "lr_schedule") == "wsd" else 0
     notes.translations.append(f"--warmup_steps {steps}, as there where no number is given")
     return ["--warmup_steps", str(steps)]
+
+
+def base_decay(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
+    """Give w0 of a fully trained RWKV-7 the usual rate: RWKV-PEFT doubles RWKV-6's time_decay alone."""
+    if value(kept, "peft") != "none" or version(old, kept) != "x070" or stage(old) != "0":
+        return []
+    if value(kept, "lr_map") is not None:
+        return []
+    notes.translations.append(
+        "w0, the base decay, learns at the usual rate there, and here at twice that: --lr_map att.w0=0.5"
+    )
+    return ["--lr_map", "att.w0=0.5"]
