@@ -488,6 +488,9 @@ SCRIPTS = """
         {quant: nf4, chunk_ctx: 64, peft: miss, train_parts: auto}  --quant 1 is --quant nf4
     --layer_profile a.csv --state 1  {peft: miss, train_parts: state}  the state is
     --layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0  {chunk_ctx: 0}  --infctx 0
+    --data_file= --layer_profile a --sft 1 --sft_jsonmode 1 --train_data_file talks\
+        {data_file: talks, loss_mask: assistant}\
+        --train_data_file is --data_file talks, a folder of JSONL. All its tokens are trained there; here
     --layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 1 --rlhf_train_file b\
         {loss: grpo, group_size: 6, max_tokens: 1024, beta: 0.1, grpo_type: grpo}\
         --rlhf_train_file is ignored: --data_file is given

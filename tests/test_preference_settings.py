@@ -199,6 +199,15 @@ def test_what_other_trainers_call_it(flags, today):
             "--data_file= --orpo 1 --orpo_alpha 0.006 --rlhf_train_file a.h5",
             "as --data_file; the rest of the command is --loss orpo --orpo_lambda 0.006 here",
         ),
+        (
+            "--data_file= --grpo 1 --rlhf_train_file a.h5",
+            "made; give questions as JSONL, with the columns prompt and completion, the right answer, as",
+        ),
+        ("--data_file= --sft 1 --train_data_file a.h5", "is a file of tokens that RWKV-LM-RLHF made"),
+        (
+            "--loss distill --reference other.pth --temperature 1",
+            "--loss distill draws no answers; the temperature of its KL is --distill_temperature 1",
+        ),
         ("--wpo 1", "use --loss dpo or simpo"),
         ("--dpo 1 --simpo 1", "--dpo and --simpo were given; choose one --loss"),
         ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto, dapo"),

@@ -43,6 +43,7 @@ TOKENISED = {
     ),
     "train_data_file": "the JSONL that it was made of",
 }
+QUESTIONS = "questions as JSONL, with the columns prompt and completion, the right answer"  # of grpo
 NUMBERS = {name: to for numbers in SWITCHES.values() for name, (to, _) in numbers.items() if to}
 # TRL's losses -> flags here
 LOSS_TYPES = {
@@ -76,12 +77,12 @@ def preference(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[st
     new = _loss_type(old, notes)
     if on:
         new += _switched_on(on[0], old, kept, notes)
-    _check_file(old, kept, new, notes)
+    new += _file(old, kept, new, notes)
     for name, today in NUMBERS.items():
         if name in old and not (on and name in SWITCHES[on[0]]):
             notes.translations.append(f"--{name} is --{today}")
             new += [f"--{today}", old[name]]
-    _check_drawing(old, notes)
+    _check_drawing(old, value([*kept, *new], "loss"), notes)
     return new + _scale_rewards(old, notes)
 
 
@@ -101,21 +102,35 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: Note
     return new
 
 
-def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: Notes) -> None:
-    """Refuse a file of tokens, unless --data_file replaces it."""
+def _file(old: Mapping[str, str], kept: list[str], new: list[str], notes: Notes) -> list[str]:
+    """Give --data_file for a folder of JSONL. Refuse a file of tokens, unless --data_file replaces it."""
     for name, made_of in TOKENISED.items():
         if name in old and value(kept, "data_file"):
             notes.translations.append(f"--{name} is ignored: --data_file is given")
+        elif name in old and name == "train_data_file" and is_on(old, "sft_jsonmode"):
+            notes.differences.append(
+                f"--{name} is --data_file {old[name]}, a folder of JSONL. All its tokens are trained there;"
+                " here the answers, or all with --loss_mask all"
+            )
+            return ["--data_file", old[name]]
         elif name in old:
+            if value([*kept, *new], "loss") == "grpo":
+                made_of = QUESTIONS
             same = f"; the rest of the command is {' '.join(new)} here" if new else ""
             raise UserError(
                 f"--{name} {old[name]} is a file of tokens that RWKV-LM-RLHF made; give {made_of}, as"
                 f" --data_file{same}"
             )
+    return []
 
 
-def _check_drawing(old: Mapping[str, str], notes: Notes) -> None:
+def _check_drawing(old: Mapping[str, str], loss: str | None, notes: Notes) -> None:
     """Raise UserError for another distribution than the model's own."""
+    if loss == "distill" and "temperature" in old:
+        raise UserError(
+            f"--temperature {old['temperature']}: --loss distill draws no answers; the temperature of its KL"
+            f" is --distill_temperature {old['temperature']}"
+        )
     for name, whole in DRAWING.items():
         if name in old and old[name] not in whole:
             raise UserError(
