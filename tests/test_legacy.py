@@ -169,6 +169,9 @@ SENSELESS = """
     --lora --lora_dropout x --lora_parts att,ffn      --lora_dropout x: expected a number
     --epoch_save often                                --epoch_save often: expected a whole number
     --merge 2                                         --merge 2: expected 0 or 1
+    --my_testing xa070  --version xa070 is ARWKV or its kin, with RWKV-7's time mix in another model's
+    --my_testing x052  --version x052 is RWKV-5, which is not supported; RWKV-6 (x060) and RWKV-7 (x070) are
+    --my_testing X070                                 expected one of x060, x070; did you mean x070?
 """
 
 

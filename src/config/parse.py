@@ -55,6 +55,8 @@ FOREIGN = {
     "strategy": "single[-_]device",
     "train_parts": r"none|\[.*",
 }
+# what --version has in it in scripts for other models
+OTHER_MODELS = {"x05": "RWKV-5", "xa07": "ARWKV or its kin, with RWKV-7's time mix in another model's blocks"}
 MOST_NOTES = 3  # that are printed although they change nothing in the result
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
@@ -293,6 +295,12 @@ def _typed_value(name: str, value: Any) -> Any:
         value = METHOD_ALIASES.get(value, value)
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
+        for part, model in OTHER_MODELS.items() if name == "version" else ():
+            if part in value:
+                raise UserError(
+                    f"--version {value} is {model}, which is not supported; RWKV-6 (x060) and RWKV-7 (x070)"
+                    " are"
+                )
         known = [c for c in choices if c]
         meant = did_you_mean(str(value).lower(), known)
         raise UserError(f"--{name} {value}: expected one of {', '.join(known)}{meant}")
