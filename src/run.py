@@ -107,6 +107,7 @@ def main(typed: Config) -> None:
     start = Start.of_process()
     watched = watchdog(typed.devices, typed.num_nodes)
     with naming_changed_files(), watched as others, folder_of_run(typed.proj_dir, others):
+        write_script_notes(typed)
         if typed.init_only:
             if is_first_process():
                 write_new_model(typed, *new_arch(typed))
@@ -116,6 +117,18 @@ def main(typed: Config) -> None:
         result = train_in_folder(plan, start)
     if not result.is_complete:
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
+
+
+def write_script_notes(typed: Config) -> None:
+    """Write the notes about a script of another trainer, also for a run that a later error ends."""
+    if not is_first_process():
+        return
+    path = os.path.join(typed.proj_dir, SCRIPT_NOTES)
+    if typed.script_notes:
+        write_text(path, "".join(f"{note}\n" for note in typed.script_notes))
+    else:
+        with contextlib.suppress(FileNotFoundError):  # of another command
+            os.remove(path)
 
 
 def prepare(
@@ -202,6 +215,7 @@ def train(
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
+        write_script_notes(plan.settings)
         return train_in_folder(plan, start, callbacks, objective)
 
 
@@ -340,10 +354,6 @@ def prepare_folder(plan: Plan) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, os.path.join(folder, CONFIG))
-    with contextlib.suppress(FileNotFoundError):  # of another command
-        os.remove(os.path.join(folder, SCRIPT_NOTES))
-    if config.script_notes:
-        write_text(os.path.join(folder, SCRIPT_NOTES), "".join(f"{note}\n" for note in config.script_notes))
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], objective: Objective) -> list:

@@ -24,6 +24,7 @@ from src.config.legacy import (
 )
 from src.config.legacy.data_flags import LOSS_MASKS
 from src.config.parse import flag_parser, read_flags
+from src.run import main
 
 from .tables import cases
 
@@ -267,7 +268,7 @@ def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_fo
     assert all(line.startswith(begin) for line, begin in zip(said, changes, strict=False))
     assert said[3:] == [
         f"note: 5 more notes change nothing in the result; the run writes them to {tmp_path}/script_notes.txt"
-        " before its first step, and --verbose prints them"
+        ", and --verbose prints them"
     ]
     assert len(config.script_notes) == 8 and config.script_notes[3].startswith("--epoch_begin is ignored")
     assert [f"note: {note}" for note in config.script_notes[:3]] == said[:3]
@@ -277,6 +278,19 @@ def test_notes_that_change_the_result_come_first_and_many_others_stay_for_the_fo
     capsys.readouterr()
     mistake(*flags.split(), "--beta1", "2")
     assert "--magic_prime is ignored" in capsys.readouterr().out
+
+
+def test_a_run_that_an_error_ends_leaves_the_notes_in_its_folder(tmp_path):
+    flags = "--epoch_begin 0 --magic_prime 3 --num_workers 1 --warmup_steps 0 --dataload pad".split()
+    run = tmp_path / "run"
+    config = read(*flags, "--load_model", str(tmp_path / "absent.pth"), "--proj_dir", str(run))
+    with pytest.raises(UserError, match="absent.pth does not exist"):
+        main(config)
+    assert (run / "script_notes.txt").read_text().splitlines() == list(config.script_notes)
+    other = read("--load_model", str(tmp_path / "absent.pth"), "--proj_dir", str(run))
+    with pytest.raises(UserError, match="absent.pth does not exist"):
+        main(other)
+    assert not list(run.iterdir()), "the notes were of another command"
 
 
 def test_an_epoch_is_split_over_the_devices():

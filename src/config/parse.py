@@ -82,8 +82,8 @@ def parse(argv: list[str]) -> Config:
     path = os.path.join(config.proj_dir, SCRIPT_NOTES)
     _print_notes(
         [
-            f"{len(translations)} more notes change nothing in the result; the run writes them to {path}"
-            " before its first step, and --verbose prints them"
+            f"{len(translations)} more notes change nothing in the result; the run writes them to {path},"
+            " and --verbose prints them"
         ]
     )
     return dataclasses.replace(config, script_notes=(*differences, *translations))
