@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from rwkv_miss.errors import one_line_errors
+
 from .gates import GATES, ROOT, files_of, hash_of, read_record, unchanged, write_record
 
 
@@ -67,9 +69,11 @@ def main() -> None:
     patterns = [pattern for name in parts for pattern in GATES[name].tests + GATES[name].files]
     if changed := git("status", "--porcelain", "--", *patterns):
         parser.error(f"a record names a commit; commit these first:\n{changed}")
+    read_record()  # a damaged one is an error now, not after minutes
     for name in parts:
         write_record(read_record() | {name: run(name)})
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from rwkv_miss.errors import UserError
 from src.ops.toolchain import BuildError, find_nvcc
 
 from . import gates
@@ -31,8 +32,11 @@ def pytest_configure(config):
     chosen = config.option.draw = given or str(random.SystemRandom().randrange(1 << 32))
     if chosen != "all" and not chosen.isdigit():
         raise pytest.UsageError(f"--draw {chosen}: expected a whole number, or all")
-    # gate -> its record, where a tenth is enough
-    config.gates_that_hold = {} if chosen == "all" or not asks_for_emulation(config) else gates.unchanged()
+    all_run = chosen == "all" or not asks_for_emulation(config)
+    try:
+        config.gates_that_hold = {} if all_run else gates.unchanged()  # gate -> its record
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def asks_for_emulation(config):

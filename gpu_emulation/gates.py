@@ -14,10 +14,12 @@ import pathlib
 import random
 from typing import NamedTuple
 
+from rwkv_miss.errors import UserError
 from src.ops.toolchain import BuildError, ask, find_nvcc
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECORD = pathlib.Path(__file__).with_name("record.json")
+KEYS = ("hash", "commit", "cases", "seconds")  # of a gate's record
 
 
 class Gate(NamedTuple):
@@ -102,7 +104,17 @@ def hash_of(gate: Gate, root: pathlib.Path = ROOT) -> str:
 
 
 def read_record() -> dict[str, dict]:
-    return json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
+    """Read record.json, which may be absent. Raises UserError where it is damaged."""
+    if not RECORD.exists():
+        return {}
+    try:
+        record = json.loads(RECORD.read_text("utf-8"))
+        return {name: {key: gate[key] for key in KEYS} for name, gate in record.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{RECORD} is damaged ({error!r}): expected a JSON object with {', '.join(KEYS)} for each gate;"
+            " take it from git again, or delete it and run python -m gpu_emulation"
+        ) from None
 
 
 def write_record(record: dict[str, dict]) -> None:

@@ -107,6 +107,20 @@ def test_a_worker_draws_by_the_number_of_the_process_that_starts_it(monkeypatch)
     assert worker.option.draw == first.option.draw and first.option.draw.isdigit()
 
 
+@pytest.mark.parametrize("text", ['{"ptx": ', "[]", "7", '{"ptx": {"hash": "0"}}', '{"ptx": 7}'])
+def test_a_damaged_record_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(gates, "RECORD", tmp_path / "record.json")
+    assert gates.read_record() == {}
+    gates.RECORD.write_text(text)
+    option = types.SimpleNamespace(draw="5")
+    directory = types.SimpleNamespace(dir=ROOT)
+    config = types.SimpleNamespace(
+        option=option, getoption=lambda name: "5", args=["gpu_emulation"], invocation_params=directory
+    )
+    with pytest.raises(pytest.UsageError, match=r"record.json is damaged \(.+ take it from git again"):
+        drawn_cases.pytest_configure(config)
+
+
 PLUGIN = """
 import gpu_emulation.gates as gates
 kept = {{"commit": "0000000", "cases": 1, "seconds": 1}}
