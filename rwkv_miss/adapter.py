@@ -12,6 +12,8 @@ import copy
 import dataclasses
 import math
 import operator
+import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -246,6 +248,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     owner: nn.Module | None = None  # the module that has the weight, if this one has not
     renewed: dict[int, Tensor] | None = None  # inside renewing(): the new memory of weights, by its address
     borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
+    blocks: int = 0  # of disabled() that are open, in all threads
+    outside: Callable | None = None  # the forward outside of them, if it is not the class's
 
     @classmethod
     def make_shared(
@@ -349,6 +353,12 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def base_forward(self, x: Tensor) -> Tensor:
         """Compute what the base file's linear does. A method that changes the frozen weight overrides it."""
         return self.plain_forward(x)
+
+    def forward_here(self, x: Tensor) -> Tensor:
+        """Compute what this thread wants, while any thread has disabled the layer."""
+        if id(self) in _disabled_here():
+            return self.base_forward(x)
+        return type(self).forward(self, x) if self.outside is None else self.outside(x)
 
     def merged_forward(self, x: Tensor) -> Tensor:
         """Compute what plain_forward() does, when the weight has the adapter's change in it."""
@@ -506,6 +516,15 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             elif new is not old:
                 old.moved_to = new
         return self
+
+    def _replicate_for_data_parallel(self) -> AdapterLinear:
+        replica = super()._replicate_for_data_parallel()
+        forward = self.__dict__.get("forward")
+        if id(self) in _disabled_here():  # its thread is another one
+            replica.forward = replica.base_forward
+        elif getattr(forward, "__self__", None) is self:
+            replica.forward = types.MethodType(forward.__func__, replica)
+        return replica
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a file keeps of this layer: all saved ones but weight and bias."""
@@ -721,16 +740,52 @@ def put_parameters(
     return before
 
 
+class Disabled(threading.local):
+    """Layers that are disabled in a thread: their ids, and the number of its blocks that disable each."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, int] = {}
+
+
+_DISABLED, _KEY = Disabled(), "rwkv_miss.disabled"
+_SWITCHING = threading.Lock()
+
+
+def _disabled_here() -> dict[int, int]:
+    # a GPU's backward, which may compute layers again, runs in a thread of torch: it has what its caller has
+    # stashed. torch.compile can only follow the attribute.
+    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
+        return torch._C._get_obj_in_tls(_KEY)
+    return _DISABLED.layers
+
+
+def _switch(layers: list[AdapterLinear], here: dict[int, int], by: int) -> None:
+    """Begin (by 1) or end (by -1) a block for layers. Outside of all blocks nothing of it is in their way."""
+    for layer in layers:
+        here[id(layer)] = here.get(id(layer), 0) + by
+        if not here[id(layer)]:
+            del here[id(layer)]
+        layer.blocks += by
+        if by == layer.blocks == 1:
+            layer.outside = layer.__dict__.get("forward")
+            layer.forward = layer.forward_here
+        elif not layer.blocks:
+            layer.__dict__.pop("forward", None)
+            if layer.outside is not None:
+                layer.forward = layer.outside
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Turn the adapters off inside the block: adapted linears compute as in the base.
 
-    The tensors that inject(train_parts=...) trains as a whole have their first values inside. Raises
-    UserError where others are trained: their first values are not in the model. So it does for a merged
-    model, and for whole tensors that are sharded.
+    They do so in this thread, in a backward that it calls, and in DataParallel's replicas; for other threads
+    nothing changes. The tensors that inject(train_parts=...) trains as a whole have their first values
+    inside, in all threads. Raises UserError where others are trained: their first values are not in the
+    model. So it does for a merged model, and for whole tensors that are sharded.
     """
     model = unwrapped(model)
-    injection, layers = getattr(model, "injection", None), adapted_linears(model).values()
+    injection, layers = getattr(model, "injection", None), list(adapted_linears(model).values())
     first = injection.first if injection else {}
     trained = trained_beside(model)
     if not layers and not first or trained.keys() - first.keys():
@@ -742,15 +797,21 @@ def disabled(model: nn.Module) -> Iterator[None]:
         raise UserError("the adapter is merged into the model; call rwkv_miss.unmerge(model) first")
     if any(map(is_sharded, trained.values())):
         raise UserError(f"{min(trained)} is sharded, and its first value is not; load the base a second time")
-    shadowed = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = layer.base_forward
-    replaced = put_parameters(model, first)
+    here = _disabled_here()  # whichever thread ends the block
+    torch._C._stash_obj_in_tls(_KEY, here)
+    with _SWITCHING:
+        if first and not injection.blocks:
+            injection.replaced = put_parameters(model, first)
+        if first:
+            injection.blocks += 1
+        _switch(layers, here, 1)
     try:
         yield
     finally:
-        put_parameters(model, replaced)
-        for layer, before in zip(layers, shadowed, strict=True):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
+        with _SWITCHING:
+            _switch(layers, here, -1)
+            if first:
+                injection.blocks -= 1
+            if first and not injection.blocks:
+                replaced, injection.replaced = injection.replaced, {}
+                put_parameters(model, replaced)

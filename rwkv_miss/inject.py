@@ -83,6 +83,9 @@ class Injection:
     half_merged: bool = False  # a merge without the base's weights has failed
     # of a merged model: what unmerge() puts back, by name, whole tensors as parameters; None: not merged
     kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+    # inside disabled(): how many blocks are open, and the whole tensors that the last one puts back
+    blocks: int = dataclasses.field(default=0, repr=False)
+    replaced: dict[str, nn.Parameter | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def line(self) -> str:
         """Describe linears, whole tensors, trainable parameters and their share of the base in one line."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -312,6 +313,16 @@ def _unmade(form: type, cls: type) -> nn.Module:
     return made.__new__(made)
 
 
+class Changed(threading.local):
+    """Weights that a thread has computed, by the id of the module in whose forward it is."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, dict[str, Tensor]] = {}
+
+
+_CHANGED = Changed()
+
+
 class ReadsChanged:
     """Module whose parameters read as the weights with their changes; within a forward each is computed once.
 
@@ -323,20 +334,20 @@ class ReadsChanged:
         return _changed(self, name) if held is not None and name in held else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get("changed")  # of a forward that calls itself
-        self.__dict__["changed"] = {}
+        before = _CHANGED.of.get(id(self))  # of a forward that calls itself
+        _CHANGED.of[id(self)] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
             if before is None:
-                del self.__dict__["changed"]
+                del _CHANGED.of[id(self)]
             else:
-                self.__dict__["changed"] = before
+                _CHANGED.of[id(self)] = before
 
 
 def _changed(owner: nn.Module, leaf: str) -> Tensor:
     """Compute a parameter with the changes of its layers."""
-    cache = owner.__dict__.get("changed", {})
+    cache = _CHANGED.of.get(id(owner), {})
     if leaf not in cache:
         stored, adapted = owner._parameters[leaf], owner._modules[HOLDER][leaf]
         if is_sharded(stored):  # FSDP2 looks for its own parameter between two forwards

@@ -6,11 +6,15 @@ import copy
 import dataclasses
 import functools
 import math
+import pickle
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rwkv_miss
 from rwkv_miss import functional
@@ -183,6 +187,102 @@ def test_a_disabled_adapter_leaves_the_base(method, options, version):
         raise ZeroDivisionError
     assert torch.equal(model(ids)[0], tuned)
     assert not any("forward" in layer.__dict__ for layer in adapted_linears(model).values())
+
+
+def in_another_thread(function):
+    """Return the result of a function, called in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def adapted_pair(method="pissa"):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    rwkv_miss.inject(model, method, targets=["0", "1"], rank=2)
+    return filled(model)
+
+
+def test_a_disabled_adapter_is_off_in_its_own_thread_only():
+    model, x = adapted_pair(), torch.randn(3, 8)
+    tuned = model(x)
+    entered, left = threading.Event(), threading.Event()
+
+    def longer_block():
+        with rwkv_miss.disabled(model):
+            entered.set()
+            assert left.wait(60)
+            return model(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        with rwkv_miss.disabled(model):
+            base = model(x)
+            assert not torch.allclose(base, tuned, rtol=1e-3)
+            assert torch.equal(in_another_thread(lambda: model(x)), tuned)
+            copied = in_another_thread(lambda: pickle.loads(pickle.dumps(copy.deepcopy(model))))
+            others = pool.submit(longer_block)
+            assert entered.wait(60)
+        assert torch.equal(model(x), tuned) and torch.equal(copied(x), tuned)
+        left.set()
+        assert torch.equal(others.result(), base)
+    assert torch.equal(model(x), tuned)
+    assert not any("forward" in layer.__dict__ for layer in adapted_linears(model).values())
+
+
+def test_whole_tensors_come_back_after_blocks_that_overlap():
+    model = rwkv()
+    rwkv_miss.inject(model, "miss", rank=8, train_parts="ln")
+    trained = model.ln_out.weight
+    first, second = rwkv_miss.disabled(model), rwkv_miss.disabled(model)
+    first.__enter__()
+    in_another_thread(second.__enter__)
+    first.__exit__(None, None, None)
+    assert model.ln_out.weight is not trained
+    second.__exit__(None, None, None)
+    assert model.ln_out.weight is trained
+
+
+def test_a_backward_in_other_threads_computes_disabled_layers_again():
+    """Deep in a backward torch goes on in a thread of its own, as it does for a GPU."""
+    model, seen = adapted_pair(), set()
+    model[0].register_forward_hook(lambda *_: seen.add(threading.get_ident()))
+    x = torch.randn(3, 8, requires_grad=True)
+    nested = model
+    for _ in range(65):
+        nested = functools.partial(checkpoint, nested, use_reentrant=True, preserve_rng_state=False)
+    with rwkv_miss.disabled(model):
+        want = torch.autograd.grad(model(x).sum(), x)[0]
+        nested(x).sum().backward()
+    assert len(seen) > 1 and torch.equal(x.grad, want)
+
+
+def test_a_replica_does_what_its_layer_did_where_it_was_made():
+    """DataParallel makes replicas in its caller's thread, and runs each in one of its own."""
+    model, x = adapted_pair("lora"), torch.randn(3, 8)
+
+    def replica():
+        made = model[0]._replicate_for_data_parallel()
+        for name, p in model[0].named_parameters():
+            setattr(made, name, torch.zeros_like(p) if name in ("weight", "bias") else p.detach())
+        return made
+
+    with rwkv_miss.disabled(model):
+        off, on = replica(), in_another_thread(replica)
+        assert not in_another_thread(lambda: off(x)).any() and in_another_thread(lambda: on(x)).any()
+    rwkv_miss.merge(model.eval())
+    assert not replica()(x).any()
+
+
+def test_a_compiled_model_is_one_graph_in_a_disabled_block_too():
+    model, x = adapted_pair("miss"), torch.randn(3, 8)
+    tuned = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        close("enabled", compiled(x), tuned, 1e-6)
+        with rwkv_miss.disabled(model):
+            base = model(x)
+            close("disabled", compiled(x), base, 1e-6)
+            close("elsewhere", in_another_thread(lambda: compiled(x)), tuned, 1e-6)
+    close("enabled again", compiled(x), tuned, 1e-6)
 
 
 @each_case

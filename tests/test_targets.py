@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import rwkv_miss
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.inject import find_targets
 from rwkv_miss.quantised import quantise_
+from rwkv_miss.targets import _CHANGED
 
 from .conftest import close
 from .test_adapters import filled
@@ -238,7 +241,7 @@ def test_a_read_weight_is_computed_once_a_forward_and_comes_back_after_an_error(
     assert calls == [1]
     with pytest.raises(RuntimeError):
         model.experts(torch.ones(1, 3))
-    assert "changed" not in model.experts.__dict__
+    assert not _CHANGED.of
     del layer.lora_B
     with pytest.raises(AttributeError, match="lora_B"):
         model.experts.up  # noqa: B018
@@ -253,7 +256,34 @@ def test_a_module_that_reads_a_weight_may_call_itself():
     want = model(x)
     rwkv_miss.inject(model, "lora", targets=["up", "mix"], rank=2)
     close("a fresh adapter", model(x), want, 1e-6)
-    assert "changed" not in model.__dict__
+    assert not _CHANGED.of
+
+
+def test_a_thread_reads_no_weight_that_another_one_has_computed():
+    both_begun, base_read, tuned_read = threading.Barrier(2, timeout=60), threading.Event(), threading.Event()
+
+    class InTurn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x, is_base):
+            both_begun.wait()
+            assert is_base or base_read.wait(60)
+            y = x @ self.up.mT
+            (base_read if is_base else tuned_read).set()
+            assert tuned_read.wait(60)
+            return y
+
+    model, x = InTurn(), torch.randn(3, 8)
+    want = x @ model.up.detach().mT
+    rwkv_miss.inject(model, "lora", targets=["up"], rank=2)
+    filled(model)
+    with ThreadPoolExecutor(1) as pool:
+        tuned = pool.submit(model, x, is_base=False)
+        with rwkv_miss.disabled(model):
+            close("base", model(x, is_base=True), want, 1e-6)
+        assert not torch.allclose(tuned.result(), want, rtol=1e-3)
 
 
 def test_weights_and_rows_are_changed_in_fp32_also_under_autocast():
