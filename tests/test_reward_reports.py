@@ -141,7 +141,7 @@ def finished(tmp_path, metrics, history, drawn=()):
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
-    judged = verdict(config, metrics, 10, history, False)
+    judged = verdict(config, metrics, 10, history)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), judged)
     state = run_end._state(20, 20, history, config.early_stop, by_loss=False)
     said = run_end._last_words(config, state, summary, history, judged)
@@ -218,7 +218,7 @@ def test_a_lost_run_offers_no_file_and_says_what_to_do(tmp_path):
     assert told.startswith(
         "verdict:   made worse: the reward on held-out questions fell from 0.5 to 0; right answers"
     )
-    assert told.count("a lower --lr_init") == 1 == told.count("starting again") and "best.pth" not in told
+    assert told.count("--lr_init") == 1 == told.count("starting again") and "best.pth" not in told
     assert "No evaluated state is better than the model before the training." in card
     assert "best:      the base, validation reward 0.5000; at the end 0.0000" in said
     assert said[-1] == "keep:      the base; a.pth is not worth using"

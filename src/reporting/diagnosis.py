@@ -19,7 +19,7 @@ from ..config.schema import CHOSEN, PUBLISHED
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..training.validation_log import base_wins
-from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest
+from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest, steps_text
 
 LEARNT, STILL, BY_HEART = "learnt", "still learning", "learnt by heart"
 COLLAPSED, WORSE, NOTHING = "answers collapsed", "made worse", "nothing learnt"
@@ -44,7 +44,7 @@ RULES = (
     Rule(
         "solved before",
         NOTHING,
-        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.asked >= FEW,
+        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.asked >= FEW and not f.is_better,
         lambda f: f"the {f.score}{f.right_text}: the base knew the task already",
         lambda f: ["rows that the base does not answer right"],
     ),
@@ -142,6 +142,15 @@ RULES = (
         LEARNT,
         lambda f: f.is_better or f.more_right > 2,
         lambda f: f"the {f.score}{f.then}{f.right_text}{f.far_text}",
+    ),
+    Rule(
+        "reward rose",
+        LEARNT,
+        lambda f: f.rise is not None and f.mean("cut") <= CUT,
+        lambda f: (
+            f"the reward of drawn answers rose from {f.rise[0]:.3g} in {steps_text(f.lines[:WINDOW])} to"
+            f" {f.rise[1]:.3g} in {f.steps}; the {f.score}{f.right_text}"
+        ),
     ),
     Rule(
         "cut",  # before what comes of it
@@ -331,7 +340,7 @@ def advice(rule: Rule, facts: Facts) -> str:
 
 def lower_rate(f: Facts) -> str:
     """Advise a lower rate; if no state of a run on rewards was better than its base, also a new start."""
-    rate = f"a lower --lr_init than {f.config.lr_init:g}"
+    rate = f"--lr_init {f.config.lr_init / 3:.2g}, a third of {f.config.lr_init:g}"
     if f.by_loss or not base_wins(f.history):
         return rate
     return f"starting again in a new --proj_dir with {rate} (without it: the chosen one)"

@@ -57,6 +57,7 @@ class Facts:
         self.last = lines[-WINDOW:]
         self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
         self.range = None if self.by_loss else bounds(config.rewards)  # of a reward
+        self.step = step
         self.is_enough = step is not None or len(lines) >= WINDOW
         ends = evaluation_at(history, 0), evaluation_at(history, step)
         if not all(ends) or not self.by_loss and any(line["reward"] is None for line in ends):
@@ -272,8 +273,8 @@ class Facts:
     @property
     def is_no_more_right(self) -> bool:
         """True if a run by loss has no more right answers than before, of questions that are not few; or none
-        of the fewest that are held out."""
-        if not self.by_loss or self.rights is None:
+        of the fewest that are held out. Where nearly all were right before, more can't be."""
+        if not self.by_loss or self.rights is None or min(self.rights) >= SOLVED:
             return False
         fewest = FEW if self.rights[1] else FEWEST
         return self.rights[1] <= self.rights[0] and self.asked >= fewest
@@ -385,6 +386,16 @@ class Facts:
         if first is not None and first - now > max(STANDARD_ERRORS * error * math.sqrt(WINDOW), 2 * least):
             return first, f"step {self.lines[0]['step']}"
         return None
+
+    @functools.cached_property
+    def rise(self) -> tuple[float, float] | None:
+        """(first reward, last reward) of drawn answers, if it rose over a whole run by more than chance."""
+        if self.by_loss or self.step is None or len(self.lines) < 2 * WINDOW:
+            return None
+        first, now = (mean_and_error(known(w, "reward")) for w in (self.lines[:WINDOW], self.last))
+        least = TENTH * (self.range[1] - self.range[0] if self.range else abs(first[0]))
+        is_rise = now[0] - first[0] > max(STANDARD_ERRORS * math.hypot(first[1], now[1]), least)
+        return (first[0], now[0]) if is_rise else None
 
     @property
     def failed(self) -> float:

@@ -364,6 +364,7 @@ export const CHINESE = {
   "rule dead": "没有学到：各组回答的奖励几乎都相同。",
   "rule fallen": "变差了：奖励下降。",
   "rule few questions": "无法判断：验证的问题太少，差别可能是偶然的。",
+  "rule reward rose": "学到了：训练中抽样回答的奖励明显上升。",
   "rule lower reward": "变差了：奖励比训练前低。请降低学习率。",
   "rule preferred before": "没有学到：底模原本就偏好所选的回答。",
   "rule blind": "没有学到：训练损失几乎没有变化。",
