@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from .loss_mask import trains_by_marker
 from .preferences import Preferences, fit_examples
 from .rwkv_template import DEFAULT
 from .token_cache import tokenise
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -109,8 +111,11 @@ class Documents(Examples):
 
     @functools.cached_property
     def _counted(self) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(self.items, FileDocuments) and self.items.is_mask:
+            counts, _ = self.items.trained()
+            return counts, counts
         counts, sums = np.empty(len(self.items), np.int32), np.empty(len(self.items))
-        for i, document in enumerate(self._watched("counting trained tokens")):
+        for i, document in enumerate(self._watched("counting trained tokens", self.items)):
             counts[i], sums[i] = document.targets, document.weight
         return counts, counts if np.array_equal(counts, sums) else sums
 
@@ -137,25 +142,32 @@ class Documents(Examples):
 
         Weights of 0 and 1 are hashed as one byte each.
         """
-        digest = hashlib.sha256()
-        for document in self._watched("hashing the tokens"):
+        digest, doing = hashlib.sha256(), "hashing the tokens"
+        if isinstance(self.items, FileDocuments) and self.items.is_mask:
+            for tokens, part in self._watched(doing, self.items.places()):
+                digest.update(tokens.ids[part])
+                digest.update(tokens.weights[part] != 0)
+            return digest.hexdigest()
+        for document in self._watched(doing, self.items):
             digest.update(document.ids)
             trained = document.weights != 0
             digest.update(trained if np.array_equal(document.weights, trained) else document.weights)
         return digest.hexdigest()
 
     def inputs(self) -> Iterable[np.ndarray]:
-        return (document.ids[:-1] for document in self.items)
+        return (ids[:-1] for ids in self.contents())
 
     def contents(self) -> Iterable[np.ndarray]:
+        if isinstance(self.items, FileDocuments):
+            return (tokens.ids[part] for tokens, part in self.items.places())
         return (document.ids for document in self.items)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
         """Yield contents(): equal documents are held out together."""
         return self.contents()
 
-    def _watched(self, doing: str) -> Iterable[Document]:
-        return progress(self.items, doing, unit="documents", shown=is_first_process())
+    def _watched(self, doing: str, items: Iterable[T]) -> Iterable[T]:
+        return progress(items, doing, len(self.items), unit="documents", shown=is_first_process())
 
     @property
     def tokens(self) -> int:

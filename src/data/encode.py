@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -18,6 +19,8 @@ from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
 from .thoughts import thought_spans, within
 from .tokenizer import Tokenizer
+
+BLOCK = 1 << 20  # weights that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Tokens:
     @property
     def records(self) -> int:
         return int(np.count_nonzero(self.begins))
+
+    @functools.cached_property
+    def is_mask(self) -> bool:
+        """Tell whether all weights are 0 or 1."""
+        blocks = (self.weights[at : at + BLOCK] for at in range(0, len(self.weights), BLOCK))
+        return all(((block == 0) | (block == 1)).all() for block in blocks)
 
     def documents_of(self, records: np.ndarray) -> np.ndarray:
         """Return the places of the documents of these records, which are numbers from 0 on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -56,6 +56,22 @@ class FileDocuments(Sequence):
         tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
         return Document(tokens.ids[part], tokens.weights[part])
 
+    def __iter__(self) -> Iterator[Document]:
+        return (Document(tokens.ids[part], tokens.weights[part]) for tokens, part in self.places())
+
+    def places(self) -> Iterator[tuple[Tokens, slice]]:
+        """Yield (the file, the part of its arrays) for each document."""
+        for at in range(0, len(self), BLOCK):
+            # lists, because a number of an array takes ten times as long
+            columns = (column[at : at + BLOCK].tolist() for column in (self.of, self.starts, self.lengths))
+            for of, start, length in zip(*columns, strict=True):
+                yield self.files[of], slice(start, start + length)
+
+    @property
+    def is_mask(self) -> bool:
+        """Tell whether all weights in the files are 0 or 1."""
+        return all(tokens.is_mask for tokens in self.files)
+
     def line(self, i: int) -> int:
         """Return the number of the line or row of its file that document i comes from."""
         tokens = self.files[self.of[i]]
@@ -76,7 +92,7 @@ class FileDocuments(Sequence):
                 first = int(begins[0])
                 trained = np.append(np.flatnonzero(tokens.weights[first : int(ends.max())]) + first, first)
                 before = np.searchsorted(trained[:-1], begins)
-                counts[block] = np.searchsorted(trained[:-1], ends) - before
+                counts[block] = np.maximum(np.searchsorted(trained[:-1], ends) - before, 0)  # of no token: 0
                 places[block] = trained[before] - self.starts[block]
         return counts, places
 
