@@ -100,6 +100,7 @@ def figures(metrics: list[dict], summary: dict, plan: dict) -> dict:
         "evaluation_share": round(plan["evaluation_seconds"] / plan["seconds"], 3),
         "first_step_seconds": round(summary["command_to_first_step_seconds"], 1),
         "peak_memory_bytes": summary["peak_memory_bytes"],
+        "mapped_file_bytes": summary["mapped_file_bytes"],
     }
 
 
@@ -144,7 +145,8 @@ def main() -> None:
             print(
                 f"training in {name}: {found['tokens_per_second']:,.0f} tokens/s; all rows once"
                 f" {found['minutes']:.1f} min; first step after {found['first_step_seconds']:.0f} s;"
-                f" peak memory {found['peak_memory_bytes'] / 1e9:.1f} GB",
+                f" peak memory {found['peak_memory_bytes'] / 1e9:.1f} GB, beside"
+                f" {found['mapped_file_bytes'] / 1e9:.1f} GB of mapped files",
                 flush=True,
             )
         answers = {name: chat(base, name == "int8", args.tokens) for name in ("bf16", "int8")}

@@ -330,6 +330,7 @@ def do_steps(
             "fit_seconds": time.perf_counter() - begun,
             "command_to_first_step_seconds": report.first_step_seconds,
             "peak_memory_bytes": report.peak_memory,
+            "mapped_file_bytes": report.mapped_files,
         }
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result

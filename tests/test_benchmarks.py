@@ -74,7 +74,7 @@ def test_a_first_run_has_the_steps_of_a_whole_pass(tmp_path):
 
 def test_a_first_runs_figures_leave_out_the_first_step():
     metrics = [{"seconds": s, "tokens_per_second": 100 / s} for s in (50.0, 2.0, 4.0, 3.0)]
-    summary = {"command_to_first_step_seconds": 60.04, "peak_memory_bytes": 5}
+    summary = {"command_to_first_step_seconds": 60.04, "peak_memory_bytes": 5, "mapped_file_bytes": 7}
     plan = {"steps": 40, "tokens": 4000, "seconds": 200, "evaluation_seconds": 10}
     assert laptop.figures(metrics, summary, plan) == {
         "tokens_per_second": 33.3,
@@ -85,6 +85,7 @@ def test_a_first_runs_figures_leave_out_the_first_step():
         "evaluation_share": 0.05,
         "first_step_seconds": 60.0,
         "peak_memory_bytes": 5,
+        "mapped_file_bytes": 7,
     }
 
 

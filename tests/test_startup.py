@@ -264,6 +264,24 @@ print(resident() - before)
     assert int(grown) < 120_000, f"{grown} kB"
 
 
+def test_the_peak_of_memory_is_without_mapped_files(tmp_path):
+    """200 MB are mapped, and 300 MB of its own are given back."""
+    code = """
+import sys, torch
+from src.common.device import mapped_files, peak_memory
+def measured():
+    return peak_memory(torch.device("cpu")), mapped_files()
+before = measured()
+file = torch.from_file(sys.argv[1], size=200_000_000, dtype=torch.uint8)
+file[::4096].sum()
+torch.ones(300_000_000, dtype=torch.uint8)
+print(*(after - b for after, b in zip(measured(), before)))
+"""
+    (tmp_path / "file").write_bytes(bytes(200_000_000))
+    private, mapped = map(int, run(["-c", code, tmp_path / "file"], stdout=subprocess.PIPE).stdout.split())
+    assert 290e6 < private < 360e6 and 190e6 < mapped < 260e6, (private, mapped)
+
+
 def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     code = (
         "import os\nfrom src.common.startup import importing\nwith importing():"

@@ -82,10 +82,23 @@ def gpu_has_bf16() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes of the GPU, or of main memory, that this process has held; 0 if unknown."""
+    """Return the most bytes of the GPU, or of main memory, that this process has held; 0 if unknown.
+
+    Of main memory these are its private bytes, without mapped_files(). Linux only keeps the peak of both
+    together. So what is mapped now is taken off; a file that was unmapped since the peak counts as private.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return status_bytes("/proc/self/status", "VmHWM")
+    now = status_bytes("/proc/self/status", "RssAnon")
+    return max(status_bytes("/proc/self/status", "VmHWM") - mapped_files(), now)
+
+
+def mapped_files() -> int:
+    """Count the bytes of mapped files, such as libraries and the base, that are in main memory; 0 if unknown.
+
+    Linux shares them between processes, and drops them when memory is scarce.
+    """
+    return status_bytes("/proc/self/status", "RssFile")
 
 
 def cuda_of_driver() -> int:

@@ -29,7 +29,7 @@ def card(
 ) -> str:
     """Write the text of run_card.md: what was run, its results, and what it changed."""
     described, metrics = objective_of(config).metrics, log.metrics
-    seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
+    seconds = sum(line["seconds"] for line in metrics)
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
     kept = summary.get("best_step", summary["steps"])
@@ -42,7 +42,7 @@ def card(
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
         ),
-        "peak memory": f"{memory / 2**20:,.0f} MiB, of the process that had most" if memory else NOT_MEASURED,
+        "peak memory": _memory(summary),
         "output": f"`{summary['output']}`",
     }
     parts = [
@@ -62,6 +62,15 @@ def card(
         *_forgetting(config.load_model, summary),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _memory(summary: dict) -> str:
+    """Tell the peak of memory, and the mapped files, which an older run.json does not have."""
+    if not (peak := summary.get("peak_memory_bytes")):
+        return NOT_MEASURED
+    mapped = summary.get("mapped_file_bytes")
+    beside = f", beside {mapped / 2**20:,.0f} MiB of mapped files" if mapped else ""
+    return f"{peak / 2**20:,.0f} MiB{beside}, of the process that had most"
 
 
 def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict]) -> str:

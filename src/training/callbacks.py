@@ -24,7 +24,7 @@ from rwkv_miss.files.mapped import ChangedFile, change_of_mapped
 from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
-from ..common.device import peak_memory
+from ..common.device import mapped_files, peak_memory
 from ..common.files import append_line, read_lines, write_lines
 from ..common.late_reading import Moment, Numbers
 from ..config import Config
@@ -110,7 +110,8 @@ class StepReport(Callback):
         self.inner_steps = 1  # steps on the same drawn answers
         self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
-        self.peak_memory = 0  # of the rank with the most, in bytes; 0 if unknown
+        # of the rank with the largest peak, in bytes; 0 if unknown
+        self.peak_memory = self.mapped_files = 0
 
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
@@ -337,9 +338,11 @@ class StepReport(Callback):
 
     def on_train_end(self, trainer, module) -> None:
         # one slot for each rank, so that a sum is enough
-        memory = torch.zeros(trainer.world_size, dtype=torch.float64, device=module.device)
-        memory[trainer.global_rank] = peak_memory(module.device)
-        self.peak_memory = int(trainer.strategy.reduce(memory, reduce_op="sum").max())
+        memory = torch.zeros(trainer.world_size, 2, dtype=torch.float64, device=module.device)
+        memory[trainer.global_rank, 0] = peak_memory(module.device)
+        memory[trainer.global_rank, 1] = mapped_files()
+        of_ranks = trainer.strategy.reduce(memory, reduce_op="sum").long().tolist()
+        self.peak_memory, self.mapped_files = max(of_ranks)
         self._close(failed=False)
 
     def on_exception(self, trainer, module, exception) -> None:
