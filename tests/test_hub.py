@@ -94,7 +94,9 @@ NO_NAMES = """
 """
 
 
-@pytest.mark.parametrize("text", [*NO_NAMES.split(), "hf://o n/m", "hf://o/n/a\\b"])
+@pytest.mark.parametrize(
+    "text", [*NO_NAMES.split(), "hf://o n/m", "hf://o/n/a\\b", "hf://o/n/a\0", "hf://o/n/" + "a" * 256]
+)
 def test_what_is_no_name_is_refused(text):
     assert "expected hf://OWNER/NAME/FILE@REVISION" in refused(text)
 

@@ -238,6 +238,10 @@ def test_an_upload_never_overwrites_and_leaves_nothing_if_it_fails(served):
     assert send("../a b.jsonl", b"one").json()["path"] == str(data / "a-b.jsonl")
     assert send("a b.JSONL", b"two").json()["name"] == "data/a-b-2.jsonl"
     assert (data / "a-b.jsonl").read_bytes() == b"one"
+    four = "\U00010400"  # bytes, and a name has at most 255
+    long = send(four * 80 + ".jsonl", b"long")
+    assert long.status_code == 200 and long.json()["name"] == f"data/{four * 50}.jsonl"
+    os.remove(long.json()["path"])
     assert send("a.jsonl", b"x" * 1001).status_code == 413
     assert send("a.jsonl", iter([b"x" * 600, b"x" * 600])).status_code == 413  # without its length
     for name, body in (
@@ -370,7 +374,7 @@ def test_a_second_start_in_a_folder_is_refused_with_the_reason(served):
     (served.folder / "runs/old/studio.json").write_text('{"started": 1, "stopped": 2}')
     assert served.get("/studio/runs/runs/old")["state"] == "stopping"
     assert "is in use by a run" in served.refused("/studio/runs/runs/old/resume", 409)
-    for name in ("", "../a", "a/b", ".a", "a" * 90):
+    for name in ("", "../a", "a/b", ".a", "a" * 90, "\U00010400" * 80):
         assert (
             served.client.post("/studio/runs", json={"name": name, "settings": settings}).status_code == 400
         )
@@ -408,6 +412,35 @@ def test_children_that_outlive_their_run_are_stopped(served):
     (run / "studio.json").write_text(json.dumps({"pid": leader.pid}))
     served.post("/studio/runs/a/stop")
     eventually(lambda: not served.get("/studio/runs/a")["can_stop"])
+
+
+@pytest.mark.parametrize("room", [0, 300, None])
+def test_a_full_disk_starts_no_run_and_leaves_nothing(served, monkeypatch, room):
+    """None: the disk is full as soon as the process has started."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit of a file's size")
+    limits, started = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def full(room):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+
+    def start(words, *log):
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        full(0)
+        return started[0]
+
+    monkeypatch.setattr(jobs, "start", start)
+    (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    settings = {"load_model": BASE, "data_file": "rows.jsonl"}
+    try:
+        if room is not None:
+            full(room)
+        said = served.refused("/studio/runs", 507, name="a", settings=settings)
+    finally:
+        full(limits[0])
+    assert "runs/a was not started: " in said and "File too large" in said
+    assert not (served.folder / "runs/a").exists()
+    assert [process.wait(20) for process in started] == ([-9] if room is None else [])
+    assert served.get("/studio/runs") == []
 
 
 def test_runs_of_another_server_count(served, monkeypatch):
@@ -659,6 +692,13 @@ def test_jobs_are_bounded_end_and_are_no_zombies(served, monkeypatch):
     assert ended["state"] == "failed" and ended["error"] == "ended with -15" and ended["result"] is None
     served.get("/studio/jobs/nothing", 404)
     assert "expected hf://" in served.refused("/studio/jobs", 400, kind="fetch", name="/etc/passwd")
+    for name in ("hf://a/b/\0.pth", "hf://a", "hf://a/b/../c.pth", f"hf://a/b/{'x' * 300}.pth"):
+        assert "expected hf://" in served.refused("/studio/jobs", 400, kind="fetch", name=name)
+    run = made_run(served.folder / "a")
+    (run / "adapter.pth").write_bytes(b"tensors")
+    (run / "config.yaml").write_text('load_model: "hf://a/b/\\0.pth"\n')
+    said = served.refused("/studio/jobs", 400, kind="merge", run="a")
+    assert "no command line can have" in said
     served.studio.jobs.close()
 
 

@@ -118,7 +118,10 @@ def parse(text: str, repo_type: str = MODEL) -> HubName:
     parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
     fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
     places = [*parts, *(revision.split("/") if at else ())]  # the cache has a folder or a file for each
-    inside = all(part not in ("", ".", "..") and "\\" not in part for part in places)
+    inside = all(
+        part not in ("", ".", "..") and "\\" not in part and part.isprintable() and len(part) < 256
+        for part in places
+    )
     known_revision = re.fullmatch(r"[\w./+-]+", revision) if at else True
     if not fits or not inside or not known_revision or ".." in revision:
         raise UserError(f"{text} is no name of the Hugging Face hub; expected {FORM}")

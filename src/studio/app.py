@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import is_hub_name, recorded
+from rwkv_miss.files.hub_names import parse as parse_hub_name
 from rwkv_miss.version import VERSION
 
 from ..config.parse import parse
@@ -163,6 +164,7 @@ class Studio:
             if not is_hub_name(name):
                 raise wrong("name", f"got {name[:80]!r}, expected hf://OWNER/NAME/FILE")
             repo_type = fields.choice("type", ("model", "dataset")) or "model"
+            parse_hub_name(name, repo_type)
             return self.jobs.start(kind, ["fetch", name, repo_type])
         if kind not in ("merge", "export"):
             raise wrong("kind", "is missing, expected preview, plan, fetch, merge or export")

@@ -32,6 +32,7 @@ DEPTH, MOST_FOLDERS, MOST = 3, 10_000, 1000  # folders below each other and in a
 UPLOADS, FORGOTTEN = ".upload-", 3600  # files on their way, and after how many seconds one is left over
 TO_DROP = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")  # that one is of two files
 NAME = re.compile(r"\w[\w.-]{0,79}")
+NAME_BYTES = 200  # of a new file or folder: systems allow 255, and a suffix may come
 
 
 class Folders:
@@ -106,8 +107,10 @@ class Folders:
         """Return (name, folder) of a run to be, which is in runs/."""
         name = name.removeprefix(f"{RUNS}/")
         folder = os.path.join(self.work, RUNS, name)
-        if not NAME.fullmatch(name) or os.path.realpath(folder) != folder:
-            raise wrong("name", f"got {name[:80]!r}, expected letters, digits, - and _, such as first-try")
+        fits = NAME.fullmatch(name) and len(name.encode()) <= NAME_BYTES
+        if not fits or os.path.realpath(folder) != folder:
+            expected = f"expected up to 80 letters, digits, - and _, of {NAME_BYTES} bytes, such as first-try"
+            raise wrong("name", f"got {name[:80]!r}, {expected}")
         return f"{RUNS}/{name}", folder
 
     def _is_run(self, folder: str) -> bool:
@@ -203,7 +206,7 @@ class Folders:
     async def receive(self, request: Request, name: str, most: int, patience: float) -> dict:
         """Write a request's body into a new file of the data. A failure raises Refused and leaves nothing."""
         base, suffix = os.path.splitext(os.path.basename(name.replace("\\", "/")))
-        base = re.sub(r"[^\w-]+", "-", base).strip("-")[:80]
+        base = re.sub(r"[^\w-]+", "-", base).strip("-")[:80].encode()[:NAME_BYTES].decode(errors="ignore")
         if suffix.lower() not in TO_DROP or not base or not may_have_records(base + suffix.lower()):
             expected = f"{name[:80]!r} is no file of data, which ends with {', '.join(TO_DROP)}"
             raise Refused(400, expected, "name", "invalid_value")

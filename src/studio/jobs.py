@@ -21,6 +21,7 @@ from .folders import ROOT
 
 AT_ONCE, KEPT = 4, 32  # running jobs, and jobs that are remembered
 LINES, TAIL = 50, 1 << 16  # of the output that is shown
+UNFIT = re.compile("[\0\ud800-\udfff]")  # for a command line
 PROGRESS = re.compile(r"(?P<text>.+?): +\d+%, (?P<done>[\d,]+) of (?P<total>[\d,]+)")
 
 
@@ -105,7 +106,12 @@ class Jobs:
         ended = [name for name, job in self.by_id.items() if not job.is_running]
         for name in itertools.islice(ended, max(0, len(self.by_id) + 1 - KEPT)):
             del self.by_id[name]
-        job = Job(kind, words, result)
+        if any(map(UNFIT.search, words)):
+            raise Refused(400, "a name has a character that no command line can have", code="invalid_value")
+        try:
+            job = Job(kind, words, result)
+        except OSError as error:
+            raise Refused(507, f"the job could not be started: {error.strerror}", code="no_room") from None
         self.by_id[job.id] = job
         return {"id": job.id}
 

@@ -11,11 +11,13 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
+from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.bounded_files import NUMBER, open_regular, read_object, read_objects
@@ -297,16 +299,35 @@ class Runs:
         work = self.folders.work
         if sum(is_started(os.path.join(work, other)) for other in self.folders.runs()) >= AT_ONCE:
             raise Refused(429, f"{AT_ONCE} runs are going; wait for one, or stop it", code="too_many_runs")
-        os.makedirs(folder, exist_ok=True)
-        log = lock_log(folder)
-        if log is None:
-            raise Refused(409, f"{name} is in use by a run; choose another name", "name", "folder_in_use")
-        with log:
-            said = {"started": time.time(), "settings": dict(typed), "words": words}
+        try:
+            os.makedirs(folder, exist_ok=True)
+            log = lock_log(folder)
+            if log is None:
+                raise Refused(409, f"{name} is in use by a run; choose another name", "name", "folder_in_use")
+            with log:
+                self._start_locked(folder, log, words, typed)
+        except (OSError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Refused(507, f"{name} was not started: {reason}", code="no_room") from None
+
+    def _start_locked(self, folder: str, log: IO, words: list[str], typed: Mapping[str, Any]) -> None:
+        """Start a run whose log is locked. A failure to write leaves no process, and no new folder."""
+        is_new, process = os.listdir(folder) == [LOG], None
+        said = {"started": time.time(), "settings": dict(typed), "words": words}
+        path = os.path.join(folder, STARTED)
+        try:
+            write_text(path, json.dumps(said))
             log.write(f"$ {settings.command(words)}\n".encode())  # what comes after it is of this start
             log.flush()
             process = jobs.start([os.path.join(ROOT, "train.py"), *words], log, log)
-            write_text(os.path.join(folder, STARTED), json.dumps({**said, "pid": process.pid}))
+            write_text(path, json.dumps({**said, "pid": process.pid}))
+        except BaseException:
+            if process:
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    os.killpg(process.pid, signal.SIGKILL)
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def stop(self, name: str) -> dict[str, str]:
         """Let a run save and end. Before its first step it ends at once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from rwkv_miss.errors import did_you_mean
 from ..config.schema import FIELDS, type_of
 from ..serving.errors import wrong
 from .folders import Folders
+from .jobs import UNFIT
 
 # shown before the others
 COMMON = (
@@ -64,7 +64,7 @@ def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str,
         if FIELDS[name].metadata["file"]:
             named = folders.named_data if name in ("data_file", "eval_file") else folders.named
             text = named(name, text)
-        if re.search("[\0\ud800-\udfff]", text) or len(text) > MOST:
+        if UNFIT.search(text) or len(text) > MOST:
             raise wrong(name, f"has a character that no command line can have, or more than {MOST:,}")
         words.append(f"--{name}={text}")
     if sum(map(len, words)) > MOST:
