@@ -20,6 +20,7 @@ import pydantic
 
 from rwkv_miss import UserError
 from src.data.rwkv_template import RwkvTemplate
+from src.inference import constraint
 from src.inference.constraint import GrammarCompiler
 from src.serving.limits import Limits
 from src.serving.request_parsing import Defaults
@@ -163,6 +164,19 @@ def test_a_call_that_has_begun_is_held_to_a_tool(style):
         )
         stop = template.stops[0]
         assert answers == [(("A <tool> is\n\nUser: x").partition(stop)[0], [], "stop")]
+
+
+def test_a_form_past_its_deadline_is_an_error_of_the_request(monkeypatch):
+    monkeypatch.setattr(constraint, "DEADLINE", 0.0)
+    with random_model() as server:
+        url, asked = f"{server.url}/v1/chat/completions", {"messages": HI, "guided_regex": "a*", "n": 2}
+        reply = httpx.post(url, json=asked)
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert "ask for a simpler form" in error["message"] and error["type"] == "invalid_request_error"
+        *_, last = httpx.post(url, json={**asked, "stream": True}).text.split("data: ")[:-1]
+        assert json.loads(last)["error"]["type"] == "invalid_request_error"
+        assert "error" not in httpx.post(url, json={"messages": HI, "max_tokens": 2}).json()
 
 
 def test_without_llguidance_a_form_is_refused(monkeypatch):

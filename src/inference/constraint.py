@@ -34,6 +34,10 @@ SEARCH = 0.5  # seconds to find the wrong part of a schema
 DEADLINE = 60.0
 
 
+class TooSlow(UserError):
+    """Error of a form that takes more time than a request may have, which is the request's own fault."""
+
+
 class Constraint(Protocol):
     """Constraint of one answer, which takes its tokens one after another."""
 
@@ -167,9 +171,9 @@ class GrammarForm:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the time of this block to `spent`. Raises UserError at its beginning if that is too much."""
+        """Add the time of this block to `spent`. Raises TooSlow at its beginning if that is too much."""
         if self.spent > DEADLINE:
-            raise UserError(
+            raise TooSlow(
                 f"the form of this request took {self.spent:.0f} s of the processor so far, expected at most"
                 f" {DEADLINE:g} s; ask for a simpler form, for fewer answers or for fewer tokens"
             )

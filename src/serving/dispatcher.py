@@ -120,6 +120,8 @@ class RunningRequest:
                     self.left -= 1
                     self.dispatcher.open -= 1
                 if piece.finish == "error":
+                    if piece.status == 400:
+                        raise Refused(400, piece.error, code="form_too_slow")
                     raise failed(piece.error)
                 if piece.finish == "cancelled":
                     raise Refused(503, "the server stopped before the answer was complete", code="stopping")

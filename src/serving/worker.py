@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.files.mapped import ChangedFile
 
+from ..inference.constraint import TooSlow
 from ..inference.engine import Answer, Engine, Request
 from ..model import State
 
@@ -36,6 +37,7 @@ class Piece(NamedTuple):
     prompt_logprobs: Sequence[Any] = ()  # with the answer's first piece, if asked for
     stop: str = ""  # the stop that ended it
     state: State | None = None  # after the prompt, if the request is for that
+    status: int = 500  # of an error
 
 
 class Job:
@@ -200,6 +202,7 @@ class Worker:
             () if tokens else answer.prompt_logprobs,
             answer.stop,
             state=answer.state if answer.request.keep_state else None,
+            status=400 if isinstance(answer.error, TooSlow) else 500,
         )
         self.sent[key] = len(answer.text), len(answer.tokens)
         if finish:
