@@ -24,7 +24,7 @@ from benchmarks.serve_fuzz import mutated, sent
 from demo import serve
 from src.data.tokenizer import load_tokenizer
 from src.inference.engine import Engine
-from src.serving import program
+from src.serving import app, duty, program
 from src.serving.limits import Limits
 from src.serving.listener import bound
 from src.serving.served_models import ServedModels
@@ -246,6 +246,41 @@ def test_a_tool_of_another_type_is_refused_by_its_name():
             reply = httpx.post(f"{server.url}/v1/{path}", json=body)
             said = reply.json()["error"]["message"]
             assert reply.status_code == 400 and "custom" in said and "apply_patch" in said
+
+
+def test_work_past_its_deadline_ends_its_request_and_others_are_answered(monkeypatch):
+    go, begun = threading.Event(), []
+
+    def stuck(reader, fields):
+        begun.append(threading.current_thread())
+        go.wait(60)
+        return {}, []
+
+    monkeypatch.setattr(app, "read_tokenize", stuck)
+    monkeypatch.setattr(app, "READING", 0.3)
+    monkeypatch.setattr(duty, "MOST_LEFT", 2)
+    try:
+        with scripted() as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
+
+            def asked(path):
+                return httpx.post(server.url + path, json={"prompt": "Q"}, timeout=20)
+
+            for number in (1, 2):
+                slow = pool.submit(asked, "/tokenize")
+                until(lambda: len(begun) == number)  # noqa: B023
+                if number == 1:
+                    assert asked("/v1/completions").status_code == 200
+                assert slow.result().status_code == 503 and slow.result().headers.get("connection") != "close"
+                said = slow.result().json()["error"]["message"]
+                assert "it took more than 0.3 seconds, and may still go on" in said
+            assert "2 others take too long" in asked("/v1/completions").json()["error"]["message"]
+            go.set()
+            for thread in begun:
+                thread.join(20)
+            assert asked("/v1/completions").status_code == 200
+            assert asked("/tokenize").status_code == 200
+    finally:
+        go.set()
 
 
 def test_300_damaged_requests_leave_nothing_behind(caplog, capfd):

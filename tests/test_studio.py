@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -474,6 +475,37 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(served, name):
         if name == "train.log":
             with pytest.raises(Refused, match="train.log can't be written: .*; remove it"):
                 runs.lock_log(str(run))
+
+
+def test_a_folder_that_does_not_answer_ends_its_request_and_no_other(served, monkeypatch):
+    """As a disk of another machine does. A terminal's run is read again by the next request."""
+    made_run(served.folder / "a")
+    names, go = served.studio.folders.runs, threading.Event()
+    served.studio.duty.seconds = 0.3
+    monkeypatch.setattr(served.studio.folders, "runs", lambda: go.wait(60) and names())
+    try:
+        assert "it took more than 0.3 seconds" in served.get("/studio/runs", 503)["error"]["message"]
+        monkeypatch.setattr(served.studio.folders, "runs", names)
+        assert [run["name"] for run in served.get("/studio/runs")] == ["a"]
+        assert served.get("/studio/runs/a")["step"] == 20
+    finally:
+        go.set()
+
+
+def test_a_run_is_read_by_one_request_at_a_time(served, monkeypatch):
+    run = runs.Run("a", str(made_run(served.folder / "a")))
+    begun, go, update = threading.Event(), threading.Event(), run.metrics.update
+    monkeypatch.setattr(run.metrics, "update", lambda: (begun.set(), go.wait(20), update()))
+    with open(run.metrics.path, "a") as file:
+        file.write('{"step": 21, "loss": 0.1}\n')
+    slow = threading.Thread(target=run.update)
+    slow.start()
+    assert begun.wait(20)
+    run.update()  # it has nothing new
+    assert run.step == 20
+    go.set()
+    slow.join(20)
+    assert run.step == 21 and len(run.metrics.thinned(100, 0, 99)["loss"]) == 21
 
 
 @contextlib.contextmanager

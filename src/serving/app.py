@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -25,6 +23,7 @@ from ..data.rwkv_template import MODES
 from ..inference.engine import Engine
 from .anthropic_api import AnthropicReply, read_anthropic
 from .dispatcher import Dispatcher, answer
+from .duty import Duty
 from .errors import Refused, failed
 from .fields import Fields, read_object
 from .guard import Guard, GuardMiddleware
@@ -43,6 +42,7 @@ from .think_modes import efforts_of, modes_of
 from .token_requests import TokensReply, read_detokenize, read_tokenize, tokenizer_info
 from .worker import Worker
 
+READING = 10.0  # seconds that the body of a request may take
 PAGE = pathlib.Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 # the page loads only its own files and talks only with its own server
@@ -70,8 +70,8 @@ class Routes:
 
     def __init__(self, dispatcher: Dispatcher, reader: RequestReader, describe: dict[str, Any]):
         self.dispatcher, self.reader, self.describe = dispatcher, reader, describe
-        # one thread: a client with large requests does not take all cores from the engine
-        self.readers = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        # one at a time: a client with large requests does not take all cores from the engine
+        self.readers = Duty("reader", READING)
         self.renderer = Renderer()
 
     def all(self) -> list[Route]:
@@ -104,7 +104,6 @@ class Routes:
         ]
 
     async def close(self) -> None:
-        self.readers.shutdown(wait=False)
         await self.renderer.close()
 
     def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET"):
@@ -214,8 +213,7 @@ class Routes:
     async def _asked(self, request: Request, read: Callable[[RequestReader, dict], Any]) -> Any:
         """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.readers, lambda: read(self.reader, read_object(body)))
+        return await self.readers.run(lambda: read(self.reader, read_object(body)))
 
     async def adapters(self, request: Request) -> Response:
         entries = self.dispatcher.served.entries.values()
@@ -271,8 +269,7 @@ class Routes:
 
             return highlight_css()
 
-        loop = asyncio.get_running_loop()
-        text = "" if self.renderer.missing else await loop.run_in_executor(self.readers, rules)
+        text = "" if self.renderer.missing else await self.readers.run(rules)
         return Response(text, headers=PAGE_HEADERS, media_type=KINDS[".css"])
 
     async def render(self, request: Request) -> Response:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import math
 import os
 import pathlib
@@ -22,6 +20,7 @@ from rwkv_miss.version import VERSION
 from ..config.parse import parse
 from ..serving.app import PAGE as CHAT_PAGE
 from ..serving.app import page_file
+from ..serving.duty import Duty
 from ..serving.errors import Refused, wrong
 from ..serving.fields import Fields, read_object
 from ..serving.replies import error_reply, ignored_header, json_reply, read_body
@@ -35,18 +34,19 @@ from .trial import Trial
 PAGE = pathlib.Path(__file__).parent / "page"
 SAMPLES = 10  # rows that a preview shows
 UPLOADS = 4  # at once
+WORKING = 30.0  # seconds that a request may take in the thread
 MOST_POINTS = 5000  # of a curve
 EXPORTS = {"gguf": "merged.gguf", "safetensors": "merged.safetensors", "ai00": "merged.st"}
 
 
 class Studio:
-    """Endpoints of all routes. Those without `await` run one after another in a thread."""
+    """Endpoints of all routes. Those without `await` run one after another beside the event loop."""
 
     def __init__(self, folders: Folders, operators: dict[str, str], trial: Trial, upload_bytes: int):
         self.folders, self.operators, self.trial = folders, operators, trial
         self.upload_bytes, self.uploads = upload_bytes, 0
         self.jobs, self.runs = Jobs(), Runs(folders, operators)
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, "studio")
+        self.duty = Duty("studio", WORKING)
 
     def all(self) -> list[Route]:
         run = "/studio/runs/{name:path}"
@@ -82,8 +82,7 @@ class Studio:
         async def in_thread(request: Request) -> Response:
             body = await read_body(request, self.trial.limits) if method == "POST" else b""
             fields = Fields(read_object(body or b"{}"))
-            loop = asyncio.get_running_loop()
-            value = await loop.run_in_executor(self.thread, endpoint, request, fields)
+            value = await self.duty.run(lambda: endpoint(request, fields))
             if isinstance(value, Response):
                 return value
             return json_reply(value, status, ignored_header(fields.ignored()))
@@ -106,7 +105,6 @@ class Studio:
 
     async def close(self) -> None:
         self.jobs.close()
-        self.thread.shutdown(wait=False)
         await self.trial.close()
 
     async def page(self, request: Request) -> Response:
@@ -228,8 +226,7 @@ class Studio:
             trained = run.trained()
             return (trained, None) if run.leaves_models else (self._base(run), trained)
 
-        loop = asyncio.get_running_loop()
-        model, adapter = await loop.run_in_executor(self.thread, files)
+        model, adapter = await self.duty.run(files)
         return self.trial.start(name_of(request), model, adapter)
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
@@ -97,6 +98,7 @@ class Run:
         self.name, self.folder = name, folder
         self.metrics = Metrics(os.path.join(folder, METRICS))
         self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read, or None)
+        self.updating = threading.Lock()
         self.update()
 
     def path(self, name: str) -> str:
@@ -117,7 +119,15 @@ class Run:
         return otherwise if found is None else found
 
     def update(self) -> None:
-        """Read what is new in the folder."""
+        """Read what is new in the folder, unless a request that was given up still does so."""
+        if not self.updating.acquire(blocking=False):
+            return
+        try:
+            self._update()
+        finally:
+            self.updating.release()
+
+    def _update(self) -> None:
         self.metrics.update()
         self.holder, self.started = running(self.folder), self._object(STARTED, STARTED_KINDS)
         self.running_json = self.holder or self._object(RUNNING, RUNNING_KINDS)
