@@ -540,6 +540,38 @@ def test_replies_and_model_cards_have_the_version_of_what_answers(files, letters
         ServedModels("a", served.adapters, records(engine.tokenizer), 1.0, None)
 
 
+def test_clients_may_load_as_many_adapters_as_the_limit_allows(files, letters):  # noqa: F811
+    """The operator's three do not count; one that was deleted does as long as an answer uses it."""
+    engine, served = loaded(files, letters, 2, str(files / "adapters"))
+    with running(engine, served, limits=Limits(adapters=2, finishing=5)) as server:
+
+        def post(name):
+            return httpx.post(f"{server.url}/v1/adapters", json={"name": name, "file": "d.pth"})
+
+        async def all_at_once():
+            async with httpx.AsyncClient() as client:
+                bodies = [{"name": f"d{number}", "file": "d.pth"} for number in range(6)]
+                posts = [client.post(f"{server.url}/v1/adapters", json=body) for body in bodies]
+                return await asyncio.gather(*posts)
+
+        replies = asyncio.run(all_at_once())
+        assert sorted(reply.status_code for reply in replies) == [200] * 2 + [400] * 4
+        errors = [reply.json()["error"] for reply in replies if reply.status_code == 400]
+        assert {error["code"] for error in errors} == {"too_many_adapters"}
+        assert "at most 2 adapters (--limit_adapters); DELETE /v1/adapters/NAME" in errors[0]["message"]
+        used, other = (name for name in served.entries if name.startswith("d"))
+        create, delete = client_of(server).chat.completions.create, f"{server.url}/v1/adapters/"
+        with create(model=used, messages=HI, max_tokens=4000, stream=True) as stream:
+            next(stream)
+            assert httpx.delete(delete + used).status_code == 200
+            assert post("e").status_code == 400 and [*served.entries] == [*"abc", other]
+        deadline = time.monotonic() + 10
+        while post("e").status_code == 400 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert httpx.delete(delete + other).status_code == 200 == post("f").status_code
+        assert post("g").status_code == 400 and [*served.entries] == [*"abcef"]
+
+
 def test_of_many_who_load_a_name_at_once_one_does(files, letters):  # noqa: F811
     engine, served = loaded(files, letters, 1, str(files / "adapters"))
     with running(engine, served) as server:

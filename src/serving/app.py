@@ -223,7 +223,9 @@ class Routes:
         fields = Fields(read_object(await read_body(request, self.dispatcher.limits)))
         of_vllm = request.url.path == "/v1/load_lora_adapter"
         name, file = fields.required(*(("lora_name", "lora_path") if of_vllm else ("name", "file")))
-        entry = await self.dispatcher.served.add(name, file, self.dispatcher.worker)
+        served = self.dispatcher.served
+        served.check_room(self.dispatcher.limits.adapters)
+        entry = await served.add(name, file, self.dispatcher.worker)
         return json_reply(entry.description, headers=ignored_header(fields.ignored()))
 
     async def drop_adapter(self, request: Request) -> Response:

@@ -28,6 +28,7 @@ LIMITS = {
     "limit_answers": ("answers", "the most answers to one request"),
     "limit_waiting": ("waiting", "the most answers that may wait; others are told to try again"),
     "limit_states": ("states", "the most states that clients may keep"),
+    "limit_adapters": ("adapters", "the most adapters that clients may load"),
     "limit_connections": ("connections", "the most connections"),
     "limit_receiving": ("receiving", "seconds until a request has arrived"),
     "limit_finishing": ("finishing", "seconds that running answers have after SIGTERM"),
@@ -174,7 +175,7 @@ def check(args: argparse.Namespace) -> None:
     args.adapter = named(args.adapter)
     check_shared(args)
     least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}
-    least["limit_waiting"] = least["limit_states"] = 0
+    least["limit_waiting"] = least["limit_states"] = least["limit_adapters"] = 0
     for flag, low in least.items():
         if getattr(args, flag) < low:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected {low} or more")

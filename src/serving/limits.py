@@ -15,6 +15,7 @@ class Limits:
     answers: int = 32  # of one request: n, times the prompts of a completion
     waiting: int = 128  # answers that wait for a row
     states: int = 32  # that clients keep
+    adapters: int = 32  # that clients have loaded
     connections: int = 256
     receiving: float = 30.0  # until a request has arrived
     finishing: float = 30.0  # after SIGTERM, until running answers are finished

@@ -16,7 +16,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.version import VERSION
 
-from ..common.formatting import short
+from ..common.formatting import counted, short
 from ..data.chat_template import Template
 from ..inference.adapters import Adapters, Applied
 from ..model import State
@@ -44,7 +44,6 @@ class ServedAdapter:
     own: bool  # the operator's, by --adapter, which clients can't delete
     created: int  # when it was loaded, in seconds
     users: int = 0  # requests that run with it
-    dropped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ class ServedModels:
         self.created = int(time.time())
         self.used_names: set[str] = set()
         self.coming: set[str] = set()  # names of adapters that are being loaded
+        self.leaving: set[str] = set()  # internal names of dropped adapters that requests still use
         for internal, adapter in adapters.by_name.items():
             self.used_names.add(internal)
             if internal in adapters.used:
@@ -199,6 +199,17 @@ class ServedModels:
         except UserError as error:
             raise wrong("file", self._without_paths(str(error), path, file)) from None
 
+    def check_room(self, most: int) -> None:
+        """Raise Refused if clients have `most` adapters already; the operator's do not count."""
+        loaded = sum(not entry.own for entry in self.entries.values())
+        if loaded + len(self.coming) + len(self.leaving) >= most:
+            raise Refused(
+                400,
+                f"this server loads at most {counted(most, 'adapter')} (--limit_adapters); DELETE"
+                " /v1/adapters/NAME first; one that answers use goes with the last of them",
+                code="too_many_adapters",
+            )
+
     async def add(self, name: str, file: str, worker: Worker) -> ServedAdapter:
         """Load an adapter while others answer. Raises Refused."""
         if not NAME.fullmatch(name):
@@ -263,11 +274,12 @@ class ServedModels:
                 403, f"adapter {name} is the operator's, by --adapter; it stays", "name", "not_deletable"
             )
         del self.entries[name]
-        entry.dropped = True
+        self.leaving.add(entry.internal)
         self._leave_if_unused(entry, worker)
 
     def _leave_if_unused(self, entry: ServedAdapter, worker: Worker) -> None:
-        if entry.dropped and not entry.users:
+        if entry.internal in self.leaving and not entry.users:
+            self.leaving.discard(entry.internal)
             worker.post(lambda: self._unload(entry.internal, worker))
 
     def _unload(self, internal: str, worker: Worker) -> None:
