@@ -1,5 +1,6 @@
 """The training page's server, without a browser: paths, uploads, settings, runs, jobs, the chat of a run."""
 
+import asyncio
 import contextlib
 import faulthandler
 import fcntl
@@ -256,6 +257,37 @@ def test_an_upload_never_overwrites_and_leaves_nothing_if_it_fails(served):
         assert send(name, body).status_code == 400, name
     assert sorted(os.listdir(data)) == ["a-b-2.jsonl", "a-b.jsonl"]
     assert [file["bytes"] for file in served.get("/studio/data")] == [3, 3]
+
+
+def trickling(parts):
+    """A request whose body comes in parts of `bytes` after `seconds`."""
+
+    async def stream():
+        for size, seconds in parts:
+            await asyncio.sleep(seconds)
+            yield b"x" * size
+
+    return types.SimpleNamespace(headers={}, stream=stream)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[(1, 0.05)] * 40, [(100_000, 0)] + [(1, 0.05)] * 40, [(1, 0), (1, 9)]],
+    ids=["drops", "a burst, then drops", "silence"],
+)
+def test_an_upload_that_trickles_is_closed(tmp_path, parts):
+    """Each byte gave it new time, so a few slow clients held all places."""
+    began = time.monotonic()
+    with pytest.raises(Refused, match="too slowly: at least 16 KiB a second after 0.5 seconds") as error:
+        asyncio.run(Folders(str(tmp_path)).receive(trickling(parts), "a.jsonl", 1 << 20, 0.5))
+    assert (error.value.status, error.value.headers) == (408, {"Connection": "close"})
+    assert time.monotonic() - began < 1.8 and not os.listdir(tmp_path / "data")
+
+
+def test_an_upload_that_keeps_coming_may_take_long(tmp_path):
+    parts = [(8192, 0.1)] * 10  # each has half a second's bytes
+    sent = asyncio.run(Folders(str(tmp_path)).receive(trickling(parts), "a.jsonl", 1 << 20, 0.5))
+    assert sent["bytes"] == 81920
 
 
 def test_lists_have_each_file_once_and_none_that_cannot_be_read(served):

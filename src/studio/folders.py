@@ -30,6 +30,7 @@ STARTED = "studio.json"  # of a run that the page has started
 DATA, RUNS = "data", "runs"
 DEPTH, MOST_FOLDERS, MOST = 3, 10_000, 1000  # folders below each other and in all, files in a list
 UPLOADS, FORGOTTEN = ".upload-", 3600  # files on their way, and after how many seconds one is left over
+SLOWEST = 16 << 10  # bytes a second of a file on its way, on average
 TO_DROP = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")  # that one is of two files
 NAME = re.compile(r"\w[\w.-]{0,79}")
 NAME_BYTES = 200  # of a new file or folder: systems allow 255, and a suffix may come
@@ -220,17 +221,21 @@ class Folders:
         os.makedirs(folder, exist_ok=True)
         if declared.isdecimal() and int(declared) > shutil.disk_usage(folder).free:
             raise Refused(507, "the disk has no room for the file", code="no_room", headers=close)
-        parts = request.stream()
+        parts, loop = request.stream(), asyncio.get_running_loop()
+        until = loop.time() + patience
         with temporary(folder) as (file, path):
             try:
-                while part := await asyncio.wait_for(anext(parts, b""), patience):
+                while part := await asyncio.wait_for(anext(parts, b""), until - loop.time()):
                     size += len(part)
+                    # a burst earns no more than `patience`: a client can't save up time to hold its place
+                    until = min(loop.time() + patience, until + len(part) / SLOWEST)
                     if size > most:
                         raise refused
                     file.write(part)
                 file.close()
             except asyncio.TimeoutError:
-                late = f"nothing of the file arrived for {patience:g} seconds"
+                least = f"at least {SLOWEST >> 10} KiB a second after {patience:g} seconds"
+                late = f"the file comes too slowly: {least}; send it anew over a faster line"
                 raise Refused(408, late, code="request_timeout", headers=close) from None
             except ClientDisconnect:
                 raise Refused(400, "the client left before its file was complete") from None
