@@ -682,11 +682,13 @@ def test_only_files_below_the_folder_can_be_named(tmp_path):
     (folder / "up").symlink_to(tmp_path)
     (folder / "in.pth").symlink_to(folder / "a.pth")
     root = str(folder.resolve())
-    assert inside(root, "a.pth") == f"{root}/a.pth" == inside(root, "in.pth") == inside(root, "sub/../a.pth")
+    assert inside(root, "a.pth") == f"{root}/a.pth" == inside(root, "in.pth")
     assert inside(root, "sub/b.pth") == f"{root}/sub/b.pth"
     messages = set()
-    names = "../secret.pth ../absent.pth out.pth up/secret.pth sub . absent.pth hf://a/b"
-    for name in (*names.split(), str(outside), f"{root}/a.pth", "a.pth\0", "x" * 9999):
+    names = "../secret.pth ../absent.pth out.pth up/secret.pth sub . absent.pth hf://a/b sub/../a.pth"
+    # ".." after a link leads to another place than after a folder, so it would tell which of them is there
+    over = "../adapters/a.pth ../absent/../adapters/a.pth up/../a.pth sub/.."
+    for name in (*names.split(), *over.split(), str(outside), f"{root}/a.pth", "a.pth\0", "x" * 9999):
         with pytest.raises(Refused) as caught:
             inside(root, name)
         assert (caught.value.status, caught.value.param) == (400, "file")

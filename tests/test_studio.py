@@ -158,6 +158,19 @@ def test_only_files_in_the_named_folders_may_be_named(served, name, text):
     assert not (served.folder / "runs").exists()
 
 
+def test_no_answer_tells_whether_something_is_outside(served, tmp_path):
+    """Links before .. were followed, those outside too."""
+    (served.folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    for name, status in (("work/a.jsonl", 200), ("a.jsonl", 400)):
+        replies = set()
+        for outside in ("absent", "link", "far"):
+            reply = served.post("/studio/command", status, settings={"data_file": f"../{outside}/../{name}"})
+            replies.add(json.dumps(reply).replace(f"../{outside}/..", ""))
+        assert len(replies) == 1
+
+
 def test_a_model_that_is_named_alone_is_looked_at(served):
     assert served.post("/studio/models", name=BASE) == {"path": str(ROOT / "demo" / BASE)}
     assert served.post("/studio/models", name="hf://a/b") == {"path": "hf://a/b"}

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -291,7 +292,7 @@ class ServedModels:
 def inside(folder: str, file: str) -> str:
     """Return the real path of a file below `folder`. Raises Refused, always in the same words, for others."""
     refused = wrong("file", f"got {short(file)}, {OUTSIDE}")
-    if not file or "\0" in file or os.path.isabs(file):
+    if not file or "\0" in file or os.path.isabs(file) or ".." in pathlib.PurePath(file).parts:
         raise refused
     try:
         path = os.path.realpath(os.path.join(folder, file))

@@ -57,7 +57,8 @@ class Folders:
     def allowed(self, path: str) -> str | None:
         """Return the path without links if it is there and in one of the folders, else None."""
         try:
-            real = os.path.realpath(path)
+            # .. goes first: after a link it leads elsewhere, which would tell of links outside
+            real = os.path.realpath(os.path.normpath(path))
             is_inside = any(os.path.commonpath([real, root]) == root for root in (self.work, *self.others))
             return real if is_inside and os.path.exists(real) else None
         except ValueError:  # a NUL character, or another drive
