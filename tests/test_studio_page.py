@@ -367,6 +367,22 @@ def others_are_longer(visitor, url):
     expect(page.get_by_role("slider")).to_have_attribute("aria-valuemax", "20")
 
 
+def test_a_file_is_linked_whatever_its_name(browser, tmp_path):
+    run = made_run(tmp_path / "runs/a", verdict=VERDICT)
+    name = "adapter #1? 100%.pth"
+    (run / "adapter.pth").write_bytes(b"others")
+    (run / name).write_bytes(b"its bytes")
+    with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Fa") as visitor:
+        visitor.press("Try the model")
+        link = visitor.page.get_by_role("link", name=name)
+        expect(link).to_be_visible()
+        with visitor.page.expect_download() as download:
+            link.click()
+        assert download.value.suggested_filename.startswith("adapter #1")
+        with open(download.value.path(), "rb") as file:
+            assert file.read() == b"its bytes"
+
+
 def test_a_job_is_followed_over_an_outage(browser, tmp_path):
     states = iter([None, {"state": "running"}, None, {"state": "done", "result": 7}])
 

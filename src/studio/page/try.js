@@ -25,7 +25,8 @@ export function showTry() {
   if (now === shown) return; // a link keeps the focus
   shown = now;
   const rows = files.map(({ name, bytes }) => {
-    const link = make("a", { href: `${pathOf(run.name)}/files/${name}`, download: name, textContent: name });
+    const href = `${pathOf(run.name)}/files/${encodeURIComponent(name)}`;
+    const link = make("a", { href, download: name, textContent: name });
     link.addEventListener("click", (event) => readKey() && fetchFile(event, link));
     return make("li", {}, link, make("small", { textContent: `${bytesText(bytes)} · ${about(name)}` }));
   });
