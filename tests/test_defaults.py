@@ -182,7 +182,7 @@ def length_of(config):
         (99, True, {}, (6, 100, AUTO, 29)),
         (14, True, {}, (43, 100, AUTO, 30)),
         (1, True, {}, (600, 100, AUTO, 30)),
-        (60, False, {}, (10, AUTO, AUTO, 30)),
+        (60, False, {}, (1, AUTO, AUTO, 3)),
         (99, True, {"inner_steps": 7}, (6, 105, AUTO, 29)),
         (60, True, {"epoch_steps": 30}, (1, AUTO, AUTO, 1)),
         # what is given stays, and brings nothing that was not asked for
@@ -191,13 +191,14 @@ def length_of(config):
         (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, AUTO, AUTO, 3)),
         (60, True, {"warmup_steps": 0}, (10, 100, AUTO, 0)),
         (60, True, {"eval_steps": 20, "early_stop": 5}, (10, 20, 5, 30)),
-        (60, True, {"eval_steps": 0}, (10, 0, AUTO, 30)),
-        (60, True, {"loss": "grpo"}, (3, AUTO, AUTO, 9)),
+        # nothing would tell what more passes do
+        (60, True, {"eval_steps": 0}, (1, 0, AUTO, 3)),
+        (60, True, {"loss": "grpo", "rewards": {"exact": 1.0}}, (3, AUTO, AUTO, 9)),
     ],
 )
 def test_few_data_are_read_for_about_600_steps(steps, held_out, settings, length):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, held_out)
+    choose_length(draft, steps, 480, held_out)
     assert length_of(draft.config) == length
     assert not draft.config.origins.keys() & settings.keys()
     assert draft.config.lr_schedule == "cos"
@@ -213,8 +214,17 @@ def test_few_data_are_read_for_about_600_steps(steps, held_out, settings, length
 )
 def test_the_number_of_passes_has_its_reason(steps, settings, reason):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, True)
+    choose_length(draft, steps, 480, True)
     assert draft.config.origins["epoch_count"] == f"chosen: {reason}"
+
+
+def test_few_documents_of_which_none_is_held_out_are_repeated():
+    lengths = []
+    for documents, loss in ((19, "sft"), (20, "sft"), (19, "grpo")):
+        draft = Draft(Config(loss=loss, rewards={"exact": 1.0}))
+        choose_length(draft, 3, documents, False)
+        lengths.append(length_of(draft.config))
+    assert lengths == [(200, AUTO, AUTO, 30), (1, AUTO, AUTO, 0), (1, AUTO, AUTO, 0)]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +372,7 @@ def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, True)
+    choose_length(draft, 60, 480, True)
     assert length_of(draft.config) == length
 
 
@@ -370,7 +380,7 @@ def test_a_plateau_keeps_its_evaluations_in_a_run_of_another_length():
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=3, lr_schedule="plateau")
     draft = Draft(Config(**FILES, epoch_steps=300))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, True)
+    choose_length(draft, 60, 480, True)
     choose_no_evaluations(draft)
     assert length_of(draft.config) == (1, 60, 0, 15) and draft.config.lr_schedule == "plateau"
 
@@ -379,7 +389,7 @@ def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
     draft = Draft(Config(**FILES))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, True)
+    choose_length(draft, 60, 480, True)
     assert length_of(draft.config) == (1, 0, 0, 0)
 
 

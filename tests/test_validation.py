@@ -356,12 +356,15 @@ def length(proj_dir):
     return [saved[name] for name in ("epoch_count", "eval_steps", "early_stop", "warmup_steps")]
 
 
-def test_passes_that_were_chosen_end_when_the_held_out_loss_rises(files, tmp_path):
+EARLY_STOP = "--epoch_count 40 --eval_steps 24 --early_stop 3 --lr_schedule plateau".split()
+
+
+def test_passes_end_when_the_held_out_loss_rises(files, tmp_path):
     """What is held out is unlike what is trained, and gets worse with every pass."""
     proj_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
     rows = [{"prompt": f"{n}?", "completion": "ca" * 3} for n in range(5)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    slowly = ["--epoch_count", "0", "--lr_init", "1e-3", "--eval_samples", "0"]
+    slowly = [*EARLY_STOP, "--lr_init", "1e-3", "--eval_samples", "0"]
     output = succeed(start(files, proj_dir, *slowly, "--eval_file", str(other)))
     assert (
         "at most 240 steps of 4 rows (micro_bsz 4 x accumulate 1 x devices 1), 40 passes over the data: one"
@@ -384,7 +387,9 @@ def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
     """Nothing is held out, and the mean training loss of a pass decides, also after a stop and on a GPU."""
     rows, whole, proj_dir = tmp_path / "rows.jsonl", tmp_path / "whole", tmp_path / "run"
     rows.write_text("".join((files / "rows.jsonl").read_text().splitlines(True)[:4]))
-    flags = ["--data_file", str(rows), "--epoch_count", "0", "--micro_bsz", "2", "--train_parts", "emb,head"]
+    flags = f"""
+        --data_file {rows} --epoch_count 40 --early_stop 1 --eval_split 0 --micro_bsz 2 --train_parts emb,head
+    """.split()
     output = succeed(start(files, whole, *flags))
     said = "at most 80 steps of 2 rows .* 40 passes .*; ends when the data are known by heart;"
     assert re.search(said, output) and "evaluation none" in output
@@ -403,9 +408,9 @@ def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
+def test_passes_with_an_early_stop_go_on_after_a_stop(files, tmp_path):
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
-    flags = ["--epoch_count", "0", "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
+    flags = [*EARLY_STOP, "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
     # better up to step 48
     script = functools.partial(scripted, [10.0 - step // 24 for step in range(72)] + [9.0] * 169)
     succeed(start(files, whole, *flags, sabotage=script))

@@ -143,7 +143,8 @@ class Config(LossSettings):
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: as many passes over the data as make about 600 steps, at least one",
+        "number of epochs. 0: as many passes over the data as make about 600 steps, at least one; one pass"
+        " if no evaluation tells what more of them do",
         alias=("epochs",),
         automatic=True,
         words={"auto": 0},

@@ -85,26 +85,31 @@ def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -
     return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
 
-def passes(steps: int, wanted: int) -> tuple[int, str]:
+def passes(steps: int, wanted: int, can_tell: bool) -> tuple[int, str]:
     """Choose (epoch_count, why): as many passes of `steps` steps as make about `wanted`, at least one."""
     reason = f"one pass makes {counted(steps, 'step')}"
+    if not can_tell:
+        return 1, f"{reason}; no evaluation would tell what more of them do"
     if steps >= wanted:
         return 1, reason
     return round(wanted / steps), f"{reason}, and few data are read for about {wanted:,}"
 
 
-def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
+def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: bool) -> None:
     """Fill in epoch_count, lr_schedule and warmup_steps, and eval_steps where passes are chosen.
 
-    Those of a run on rewards follow from what they cost.
+    Those of a run on rewards follow from what they cost. Few documents, of which none is held out, are
+    repeated, too.
     """
-    config = draft.config
+    config, by_loss = draft.config, objective_of(draft.config).metrics.by_loss
     if config.is_automatic("epoch_count"):
+        evaluates = held_out and (config.is_automatic("eval_steps") or config.eval_steps > 0)
+        can_tell = evaluates or by_loss and not held_out and documents < UNDIVIDED
         count, reason = 1, "--epoch_steps is given"
         if not config.epoch_steps:
-            count, reason = passes(steps_per_pass, objective_of(config).usual_steps)
+            count, reason = passes(steps_per_pass, objective_of(config).usual_steps, can_tell)
         draft.choose("epoch_count", count, reason)
-        if count > 1 and held_out and objective_of(config).metrics.by_loss:
+        if count > 1 and held_out and by_loss:
             between = -(-BETWEEN // config.inner_steps) * config.inner_steps  # it falls between two draws
             draft.choose("eval_steps", between, "several passes are chosen")
     draft.choose("lr_schedule", "cos", "the run's length is known")

@@ -332,7 +332,7 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
     config = draft.config
     schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
-    choose_length(draft, schedule.steps_per_pass, bool(data.held_out))
+    choose_length(draft, schedule.steps_per_pass, len(data.documents), bool(data.held_out))
     if config.save_steps < 0:
         of_passes = -config.save_steps * schedule.steps_per_pass
         draft.put(save_steps=-(-of_passes // config.inner_steps) * config.inner_steps)
