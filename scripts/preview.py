@@ -138,6 +138,8 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
     for path, found in report.files.items():
         if found.bad:
             lint.note("bad row", found.reasons[0], found.bad)
+        if found.joined:
+            lint.note("rows in a cell", found.joined, found.rows_in_cells)
         left_out = sum(count for count, _ in found.left_out.values())
         if left_out and left_out >= used[path]:
             lint.note("left out", next(places[0] for _, places in found.left_out.values()), left_out)

@@ -25,6 +25,10 @@ TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 # finding -> its meaning
 MEANINGS = {
     "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
+    "rows in a cell": (
+        "a cell of CSV between double quotes holds lines that look like rows; close its quote where it ends,"
+        ' or write "" for a quote in a cell'
+    ),
     "empty answer": "there are no words to learn, so the row is left out",
     "blank line": (
         "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a"

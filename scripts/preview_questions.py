@@ -100,6 +100,8 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     for file in report.files.values():
         if file.bad:
             lint.note("bad row", file.reasons[0], file.bad)
+        if file.joined:
+            lint.note("rows in a cell", file.joined, file.rows_in_cells)
         for count, places in file.left_out.values():
             lint.note("nothing asked", places[0], count)
     if config.eval_file:

@@ -303,6 +303,51 @@ def test_a_cell_may_hold_anything(read):
     assert read("text\n中文\n", "rows.csv") == [{"text": "中文"}]
 
 
+QUOTE = 'question,answer\nq1,a1\nq2,"a2\nq3,a3\nq4,a 5"\nq5,a5\n'
+
+
+@pytest.mark.parametrize("marks", [",", "\t"])
+def test_rows_that_a_quote_swallowed_are_named(read, tmp_path, marks):
+    """The rows are read, as cells may have lines, and named; also if the tokens come from the cache."""
+    content, report = QUOTE.replace(",", marks), Report()
+    assert len(read(content, "r.csv", report)) == 3
+    warning = "2 lines in cells between double quotes look like rows, first in r.csv, line 3: close the quote"
+    (said,) = report.joined_texts()
+    assert said.startswith(warning) and f"warning    {said}" in report.lines()
+    again = SourceFindings.from_json(json.loads(json.dumps(report.files["r.csv"].to_json())))
+    assert again == report.files["r.csv"]
+    tokens = Report()
+    load_documents("r.csv", load_tokenizer("bytes", 256), 64, report=tokens)
+    assert tokens.joined_texts() == [said]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        'q,"a poem,\nof two lines,\nb"',
+        'q,"print(\n  a, b\n)"',
+        '"q\nr\ns",a',
+        'q,"a\n\nb,c\n\nd"',
+        'q,"a ""b,c""\nd"',
+    ],
+)
+def test_lines_in_cells_that_are_no_rows(read, cells):
+    report = Report()
+    assert len(read(f"question,answer\n{cells}\nq,a\n", "r.csv", report)) == 2
+    assert report.joined_texts() == []
+
+
+@pytest.mark.parametrize("last, reason", [('"a4"', "',' expected after '\"'"), ('x",a4', "3 cells")])
+def test_rows_within_a_bad_row_are_bad_too(read, last, reason):
+    content = f'question,answer\nq1,a1\nq2,"a2\nq3,a3\nq4,{last}\nq5,a5\n'
+    said = mistake(read, content, "r.csv")
+    assert said.startswith("r.csv, line 3: ") and reason in said
+    assert "; a double quote makes lines 3 to 5 one row: close it" in said
+    report = Report("skip")
+    assert len(read(content, "r.csv", report)) == 2 and report.bad == 3
+    assert report.files["r.csv"].reasons[1] == "r.csv, line 4: it was read as a part of line 3"
+
+
 def test_names_that_are_no_text(read):
     """Those of columns that are not used, too: the plan shows them."""
     report = Report()

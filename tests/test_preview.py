@@ -165,6 +165,7 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
+    together |= {"rows in a cell"}  # of CSV, in test_formats.py
     together |= {"too long", "bare question", "left out"}  # of preferences, below
     # of questions, in test_preview_questions.py
     together |= {"nothing asked", "long answer", "unrewarded", "other answer"}

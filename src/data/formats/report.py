@@ -31,6 +31,12 @@ class SourceFindings:
     reasons: list[str] = dataclasses.field(default_factory=list)  # of the first bad ones
     # rows that teach nothing: reason -> (their number, the places of the first)
     left_out: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
+    rows_in_cells: int = 0  # lines within cells of CSV that look like rows
+    joined: str = ""  # the place of the first of these cells
+
+    def join(self, where: str, rows: int) -> None:
+        self.rows_in_cells += rows
+        self.joined = self.joined or where
 
     def leave_out(self, where: str, reason: LeftOut) -> None:
         count, places = self.left_out.get(str(reason), (0, []))
@@ -81,6 +87,8 @@ class SourceFindings:
             "bad": self.bad,
             "reasons": self.reasons,
             "left_out": self.left_out,
+            "rows_in_cells": self.rows_in_cells,
+            "joined": self.joined,
         }
 
     @classmethod
@@ -89,7 +97,10 @@ class SourceFindings:
         for name, used, columns, count in record["kinds"]:
             kinds[name, tuple(used), tuple(columns)] = count
         left_out = {reason: (count, places) for reason, (count, places) in record["left_out"].items()}
-        return cls(record["format"], record["place"], kinds, record["bad"], record["reasons"], left_out)
+        same = {
+            name: record[name] for name in ("format", "place", "bad", "reasons", "rows_in_cells", "joined")
+        }
+        return cls(**same, kinds=kinds, left_out=left_out)
 
 
 @dataclasses.dataclass
@@ -132,7 +143,17 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return lines about the sources, and about all rows that are not used."""
-        return [*self.source_lines(), *self.bad_lines(), *self.left_out_lines()]
+        joined = [encodable(f"warning    {text}") for text in self.joined_texts()]
+        return [*self.source_lines(), *joined, *self.bad_lines(), *self.left_out_lines()]
+
+    def joined_texts(self) -> list[str]:
+        """Say for each source whether cells hold rows, and where the first of them are."""
+        return [
+            f"{counted(found.rows_in_cells, 'line')} in cells between double quotes look like rows, first in"
+            f' {found.joined}: close the quote, or write "" for a quote in a cell'
+            for found in self.files.values()
+            if found.rows_in_cells
+        ]
 
     def bad_lines(self) -> list[str]:
         """Return lines about rows that cannot be used."""

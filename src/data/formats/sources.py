@@ -22,6 +22,7 @@ from ...config.loss_settings import LOSSES
 from ...config.schema import FIELDS
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
+from .report import SourceFindings
 from .text import MB
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".bin")
@@ -92,13 +93,19 @@ class DataSource:
         """Bytes; 0 for a data set of the hub."""
         return sum(os.path.getsize(file) for file in self.files)
 
-    def watched(self, eod: Sequence[int], doing: str) -> Iterator[tuple[str, Any]]:
-        """Read with a bar that says what is being done."""
+    def watched(
+        self, eod: Sequence[int], doing: str, report: SourceFindings | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Read with a bar that says what is being done. The report gets cells of CSV that hold rows."""
+        mark = next((mark for mark, name in DELIMITERS.items() if name == self.format), "")
         position = text.Position()
         total, unit = (self.size / 1e6, "MB") if self.size else (100, "%")
         with Progress(f"{doing} {self.path}", total, unit, is_first_process()) as bar:
             for number, found in enumerate(self.read(eod, position)):
                 yield found
+                where, record = found
+                if report and mark and isinstance(record, dict) and (rows := text.rows_within(record, mark)):
+                    report.join(where, rows)
                 if number % WATCHED == 0:
                     bar.update(total * position.share() - bar.done)
 

@@ -170,8 +170,10 @@ def delimited(path: str, position: Position, largest: int, delimiter: str) -> It
 
     A cell may hold line breaks between double quotes. An empty cell counts as absent. Nothing is read after a
     row of more than `largest` bytes, because a double quote that is never closed makes one of the whole rest.
+    Rows that lie within a bad one are bad, too.
     """
     left = largest
+    lines_of_row: list[str] = []
 
     def lines() -> Iterator[str]:
         nonlocal left
@@ -182,6 +184,7 @@ def delimited(path: str, position: Position, largest: int, delimiter: str) -> It
                     f"{where}: the row has more than {largest:,} bytes; close its double quotes, split it, or"
                     f" give a --largest_row above {largest // MB}"
                 )
+            lines_of_row.append(line)
             yield line
 
     csv.field_size_limit(FIELD_LIMIT)
@@ -190,7 +193,9 @@ def delimited(path: str, position: Position, largest: int, delimiter: str) -> It
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         while True:
             left = largest
-            where = f"{path}, line {reader.line_num + 1}"
+            lines_of_row.clear()
+            begin = reader.line_num + 1
+            where = f"{path}, line {begin}"
             try:
                 cells = next(reader)
             except StopIteration:
@@ -201,20 +206,62 @@ def delimited(path: str, position: Position, largest: int, delimiter: str) -> It
                         f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end"
                         " with one"
                     ) from None
-                yield where, UserError(f"not valid CSV ({error})")
+                cells = []
+                record: dict[str, Any] | UserError = UserError(f"not valid CSV ({error})")
+            else:
+                if not header:
+                    if problem := undecoded("\n".join(cells)):
+                        raise UserError(f"{where}: the header is {problem}")
+                    header = [name.strip() for name in cells]
+                    twice = [name for name in header if header.count(name) > 1]
+                    if twice:
+                        raise UserError(f"{where}: the header has the column {short(twice[0])} twice")
+                    continue
+                if not cells:
+                    continue
+                record = _cells(header, cells)
+            if len(cells) == len(header) or len(lines_of_row) == 1:
+                yield where, record
                 continue
-            if not header:
-                if problem := undecoded("\n".join(cells)):
-                    raise UserError(f"{where}: the header is {problem}")
-                header = [name.strip() for name in cells]
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise UserError(f"{where}: the header has the column {short(twice[0])} twice")
-            elif cells:
-                yield where, _cells(header, cells)
+            yield (
+                where,
+                UserError(
+                    f"{record}; a double quote makes lines {begin} to {reader.line_num} one row: close it, or"
+                    ' write "" for a quote in a cell'
+                ),
+            )
+            *between, last = lines_of_row[1:]
+            is_row = last.count(delimiter) >= len(header) - 1 > 0
+            if is_row and all(_is_row(line, len(header), delimiter) for line in between):
+                for number in range(begin + 1, reader.line_num + 1):
+                    yield f"{path}, line {number}", UserError(f"it was read as a part of line {begin}")
 
 
 def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | UserError:
     if len(cells) != len(header):
         return UserError(f"the row has {len(cells)} cells, the header {len(header)}")
     return undecoded("\n".join(cells)) or {name: cell or None for name, cell in zip(header, cells)}
+
+
+def rows_within(record: dict[str, Any], delimiter: str) -> int:
+    """Count the rows that a double quote, opened and not closed, has put into a cell of a CSV record.
+
+    These are its lines where all but the first are complete rows; the last one may end within the row.
+    """
+    for column, cell in enumerate(record.values()):
+        if cell and "\n" in cell and len(record) > 1:
+            *between, last = cell.split("\n")[1:]
+            is_last = _is_row(last, column + 1, delimiter)
+            if (
+                is_last
+                and (between or column)
+                and all(_is_row(line, len(record), delimiter) for line in between)
+            ):
+                return len(between) + 1
+    return 0
+
+
+def _is_row(line: str, columns: int, delimiter: str) -> bool:
+    """Tell whether a line has so many cells, none of them empty or after a space, as in prose."""
+    cells = line.rstrip("\r\n").split(delimiter)
+    return len(cells) == columns and all(cell and not cell[0].isspace() for cell in cells)
