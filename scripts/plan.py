@@ -145,7 +145,11 @@ def shown(found: Needs) -> list[str]:
     plan, cost = found.plan, found.cost
     config, device, data = plan.settings, plan.device, plan.data
     objective = objective_of(config)
-    warnings = objective.warnings(data.documents, plan.tokenizer)
+    warnings = [
+        *data.found.warnings(),
+        *data_text.cut_warnings(data.documents, config.ctx_len),
+        *objective.warnings(data.documents, plan.tokenizer),
+    ]
     bound = "estimated, at most" if cost.provided else "estimated"
     slow = slow_line(plan)
     return [
@@ -160,10 +164,7 @@ def shown(found: Needs) -> list[str]:
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}",
         *plan_text.chosen(plan),
-        *(
-            f"warning    {line}"
-            for line in [*data_text.cut_warnings(data.documents, config.ctx_len), *warnings]
-        ),
+        *(f"warning    {line}" for line in warnings),
         f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}",
         # less than a byte is nothing
         *(f"           {name:<12} {size_text(size):>10}" for name, size in found.memory.items() if size >= 1),

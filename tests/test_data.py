@@ -22,6 +22,7 @@ from src.data import dataset
 from src.data.batches import Batches, Schedule, pack
 from src.data.chat_template import Segment
 from src.data.collate import collate, trained_tokens
+from src.data.contradictions import contradictions
 from src.data.dataset import Document, Documents, load_documents
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
@@ -590,3 +591,38 @@ def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
     )
     assert (texts.texts, twice.texts, mixed.texts) == (5, 10, 0)  # the bytes, and the end as a target
     assert (texts.longest, twice.longest, mixed.longest) == (3, 3, 3)
+
+
+def asked(question, answer, **more):
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
+    }
+
+
+ASKED = [asked("fox", "foxes"), asked("box", "boxes"), {"text": "fox"}, {"prompt": "fox", "completion": " a"}]
+OTHER_TALK = {"messages": [*ASKED[0]["messages"], *asked("why?", "so")["messages"]]}
+UNTAUGHT = {"messages": [*asked("fox", "?", weight=0)["messages"], *asked("no", "foxes")["messages"]]}
+
+
+@pytest.mark.parametrize(
+    "rows, count, first",
+    [
+        ([asked("fox", "foxeszz"), asked("fox", "foxes"), asked("box", "b")], 2, 5),
+        ([{"prompt": "fox", "completion": "b"}], 1, 5),
+        ([ASKED[0], OTHER_TALK, asked("fox", "foxeszz")], 1, 7),
+        ([asked("fox", "<think>hm</think>foxes"), UNTAUGHT, {"text": "fox and"}, {"text": "fox"}], 0, 0),
+        ([{"prompt": "fox", "completion": "a"}], 0, 0),
+    ],
+)
+@pytest.mark.parametrize("bos, block", [((), 1 << 16), ((0,), 2)])
+def test_other_answers_to_one_question(tmp_path, monkeypatch, raw, rows, count, first, bos, block):
+    """Thoughts, an answer without a weight, running text and blanks around an answer are none."""
+    monkeypatch.setattr("src.data.contradictions.BLOCK", block)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ASKED, *rows]))
+    found = contradictions(dataset.load(f"{path}:2", Encoder(raw, bos=bos)))
+    have = "has" if count == 1 else "have"
+    assert found.startswith(f"{count} row{'' if count == 1 else 's'} {have} another answer") == bool(count)
+    assert (f" first {path}, line {first};" in found) == bool(count) and bool(found) == bool(count)
+    preferences = dataset.Loaded("", None, [], [], [], "pairs")
+    assert contradictions(preferences) == ""

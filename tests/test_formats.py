@@ -312,13 +312,13 @@ def test_rows_that_a_quote_swallowed_are_named(read, tmp_path, marks):
     content, report = QUOTE.replace(",", marks), Report()
     assert len(read(content, "r.csv", report)) == 3
     warning = "2 lines in cells between double quotes look like rows, first in r.csv, line 3: close the quote"
-    (said,) = report.joined_texts()
+    (said,) = report.warnings()
     assert said.startswith(warning) and f"warning    {said}" in report.lines()
     again = SourceFindings.from_json(json.loads(json.dumps(report.files["r.csv"].to_json())))
     assert again == report.files["r.csv"]
     tokens = Report()
     load_documents("r.csv", load_tokenizer("bytes", 256), 64, report=tokens)
-    assert tokens.joined_texts() == [said]
+    assert tokens.warnings() == [said]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_rows_that_a_quote_swallowed_are_named(read, tmp_path, marks):
 def test_lines_in_cells_that_are_no_rows(read, cells):
     report = Report()
     assert len(read(f"question,answer\n{cells}\nq,a\n", "r.csv", report)) == 2
-    assert report.joined_texts() == []
+    assert report.warnings() == []
 
 
 @pytest.mark.parametrize("last, reason", [('"a4"', "',' expected after '\"'"), ('x",a4', "3 cells")])

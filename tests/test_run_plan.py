@@ -125,7 +125,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
             (files / "rows.jsonl").read_text()
             + '{"prompt": 1}\n{"prompt": "q", "completion": "'
             + "long " * 20
-            + '"}\n'
+            + '"}\n{"prompt": "q", "completion": "short"}\n'
         )
     more = ["--data_file", f"{files}/bad.jsonl"]
     more += "--on_bad_row skip --ctx_len 40 --warmup_steps 99 --resume auto".split()
@@ -136,6 +136,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
         "no checkpoint in",
         "cut at --ctx_len 40",
         "1 row cannot be used and is left out",
+        f"1 row has another answer than an earlier row with the same question, first {more[1]}, line 51;",
         "the warm-up, 99 steps",
     ):
         assert sum(text in line for line in lines) == 1, text

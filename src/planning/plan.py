@@ -20,10 +20,12 @@ from ..common.device import choose_accelerator, choose_precision
 from ..common.formatting import counted
 from ..common.moments import adamw_of_8_bits
 from ..config import Config
-from ..config.launcher import local_rank
+from ..config.launcher import is_first_process, local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.bos import bos_ids
 from ..data.chat_template import Template
+from ..data.contradictions import contradictions
+from ..data.dataset import Loaded
 from ..data.encode import Encoder
 from ..data.examples import Examples
 from ..data.formats import Reading, Report, sources
@@ -230,6 +232,8 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     bos = bos_ids(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
     loaded = objective_of(config).load(config.data_file, encoder, found)
+    if isinstance(loaded, Loaded) and is_first_process():
+        found.contradictions = contradictions(loaded)
     for choice in objective_of(config).defaults_by_data(loaded, tokenizer):
         draft.choose(*choice)
     longest, texts, word = objective_of(draft.config).longest(loaded)

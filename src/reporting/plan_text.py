@@ -234,7 +234,7 @@ def warnings(run: Plan, cost: Cost) -> list[str]:
     """List what in the data, the device or the settings is probably not intended."""
     config, device, documents = run.settings, run.device, run.data.documents
     of_loss = objective_of(config).warnings(documents, run.tokenizer)
-    texts = [*run.data.found.joined_texts(), *cut_warnings(documents, config.ctx_len), *of_loss]
+    texts = [*run.data.found.warnings(), *cut_warnings(documents, config.ctx_len), *of_loss]
     if bad := run.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")

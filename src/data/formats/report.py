@@ -111,6 +111,7 @@ class Report:
     hint: str = ""  # end of an error that leaving out the record would avoid
     files: dict[str, SourceFindings] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    contradictions: str = ""  # rows with different answers to one question
 
     def begin(self, source: DataSource) -> SourceFindings:
         """Start the findings of a new reading of the source; a file may be named twice."""
@@ -143,17 +144,18 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return lines about the sources, and about all rows that are not used."""
-        joined = [encodable(f"warning    {text}") for text in self.joined_texts()]
-        return [*self.source_lines(), *joined, *self.bad_lines(), *self.left_out_lines()]
+        warnings = [encodable(f"warning    {text}") for text in self.warnings()]
+        return [*self.source_lines(), *warnings, *self.bad_lines(), *self.left_out_lines()]
 
-    def joined_texts(self) -> list[str]:
-        """Say for each source whether cells hold rows, and where the first of them are."""
-        return [
+    def warnings(self) -> list[str]:
+        """Say what in rows that are used is probably not intended."""
+        joined = [
             f"{counted(found.rows_in_cells, 'line')} in cells between double quotes look like rows, first in"
             f' {found.joined}: close the quote, or write "" for a quote in a cell'
             for found in self.files.values()
             if found.rows_in_cells
         ]
+        return [*joined, *filter(None, [self.contradictions])]
 
     def bad_lines(self) -> list[str]:
         """Return lines about rows that cannot be used."""
