@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 
 import pytest
 import torch
@@ -755,7 +756,12 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     done = recorded_settings(str(tmp_path / "still" / "config.yaml")).settings
     run_end.finish(done, [], 12, 12, {"forgetting": {"all": 4.7}})
     assert json.loads((tmp_path / "still" / "run.json").read_text())["verdict"]["forgotten"] == 4.7
-    assert "forgotten: KL to the base 4.7 per token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(
+        "\nverdict: .*\nforgotten: .*KL 4.7 per token.*; to keep more, mix rows of that into", said
+    )
+    card = (tmp_path / "still" / "run_card.md").read_text()
+    assert "besides may be lost; to keep more, mix rows of that into the data" in card
     run_end.finish(config, [], 4, 12)
     stopped = capsys.readouterr().out
     assert stopped.startswith("stopped, go on with --resume auto") and "verdict" not in stopped

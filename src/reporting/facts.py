@@ -28,12 +28,13 @@ LATE = 0.8  # a score that gets better after this part of the run has not stoppe
 ENOUGH = 200  # steps that are worth trying
 FAR = 0.5  # a training loss that ends above the base's by this share has risen
 JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
+VERY_LARGE = "very large"
 # nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
 KL_IN_WORDS = {
     0.01: "small",
     0.1: "moderate",
     1.0: "large",
-    math.inf: "very large",
+    math.inf: VERY_LARGE,
 }
 
 

@@ -12,10 +12,13 @@ from ..objectives.loss_metrics import LossMetrics, loss_text, percent
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
 from .diagnosis import Verdict
-from .facts import bounds, kl_in_words, questions_of, right_share
+from .facts import VERY_LARGE, bounds, kl_in_words, questions_of, right_share
 from .run_log import RunLog
 
 CARD = "run_card.md"
+KEEPS_MORE = (
+    'to keep more, mix rows of that into the data (docs/first-data.md, "My model forgot what it could do")'
+)
 NOT_MEASURED = "not measured: the run was killed after its last step"
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
@@ -189,6 +192,7 @@ def _forgetting(load_model: str, summary: dict) -> list[str]:
         return ["The tokenizer has no tokens for the fixed text, `src/evaluation/forgetting.txt`."]
     measured = summary["forgetting"].items()
     rows = [[name, f"{kl:.4f}", perplexity(kl), kl_in_words(kl)] for name, kl in measured]
+    is_far = kl_in_words(summary["forgetting"].get("all", 0.0)) == VERY_LARGE
     return [
         (
             "How far the model of the last step has moved from its base on a fixed text,"
@@ -201,6 +205,7 @@ def _forgetting(load_model: str, summary: dict) -> list[str]:
             " the base: 1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from"
             " which it is very large."
         ),
+        *([f"What the base could do besides may be lost; {KEEPS_MORE}."] if is_far else []),
     ]
 
 

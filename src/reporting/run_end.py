@@ -20,8 +20,9 @@ from ..training.run_folder import MERGED, METRICS, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_known_by_heart, is_over
 from .curves import draw_pictures
 from .diagnosis import Verdict, verdict
+from .facts import VERY_LARGE, kl_in_words
 from .model_card import write_model_card
-from .run_card import CARD, card, held_out_words, training_score
+from .run_card import CARD, KEEPS_MORE, card, held_out_words, training_score
 from .run_log import RunLog
 
 STOPPED = "stopped, go on with --resume auto"
@@ -160,11 +161,6 @@ def _last_words(
     elif last and (known := described.evaluation_text(history[-1])):
         when = "" if last == summary["steps"] else f"at step {last} "
         lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
-    if moved := _forgotten(summary):
-        lines.append(
-            f"forgotten: KL to the base {moved:.3g} per token on a fixed text, which is very large: what the"
-            " base could do besides may be lost"
-        )
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     else:
@@ -177,6 +173,11 @@ def _last_words(
     if judged is None:
         return lines if base_wins(history) else [*lines, _next_command(config, trained)]
     lines.append(f"verdict:   {judged.sentence}")
+    if moved := _forgotten(summary):
+        lines.append(
+            "forgotten: what the base could do besides may be lost, as the two differ on other text"
+            f" (KL {moved:.3g} per token); {KEEPS_MORE}"
+        )
     if judged.offered:
         return [*lines, _next_command(config, trained)]
     return [*lines, f"keep:      the {base}; {trained} is not worth using"]
@@ -202,7 +203,7 @@ def _best_line(described: LossMetrics, summary: dict, history: list[dict], base:
 def _forgotten(summary: dict) -> float | None:
     """Return the KL to the base per token if it is very large."""
     moved = (summary.get("forgetting") or {}).get("all", 0.0)
-    return moved if moved >= 1 else None
+    return moved if kl_in_words(moved) == VERY_LARGE else None
 
 
 def _next_command(config: Config, trained: str) -> str:
