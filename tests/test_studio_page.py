@@ -406,8 +406,44 @@ def test_every_word_is_there_in_both_languages(browser, tmp_path):
         assert visitor.page.evaluate(counted) == "1 row, 11 tokens, 1 of them trained"
     # what the program says in English itself
     messages = {f"rule {rule.name}" for rule in RULES} | {f"finding {name}" for name in MEANINGS}
+    remedies = {name for name in chinese if name.startswith("remedy ")}
+    source = (ROOT / "src" / "reporting" / "diagnosis.py").read_text()
+    assert [name for name in remedies if name.removeprefix("remedy ") not in source] == []
+    messages |= remedies
     assert set(chinese) == set(english) | messages
     for name, text in english.items():
         assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name])), name
     scripts = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.js"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", scripts)
+
+
+def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(browser, tmp_path):
+    poor = {
+        "name": "answers collapsed",
+        "rule": "collapsed",
+        "numbers": {"loss": [1.5, 0.75], "right_answers": [0.5, 0.0], "steps": 20},
+        "remedy": f"a lower --lr_init than {0.01:g}",
+        "offered": False,
+        "reason": "every answer is 'abc'",
+    }
+    run = made_run(tmp_path / "runs" / "poor", verdict=poor)
+    base = shutil.copy(BASE, tmp_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows(20))
+    (run / "config.yaml").write_text(f"load_model: {base}\ndata_file: {data}\nlr_init: 0.01\n")
+    (run / "adapter.pth").touch()
+    with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Fpoor") as visitor:
+        page = visitor.page
+        expect(page.locator("#verdict")).to_contain_text("The adapter is not worth using")
+        visitor.press("Try the model")
+        expect(visitor.step("Try")).to_contain_text("The adapter is not worth using")
+        merge = visitor.button("Merge into one model")
+        assert "main" not in (merge.get_attribute("class") or "").split()
+        visitor.press("中文")
+        expect(page.locator("#verdict")).to_contain_text("可尝试：更低的学习率：--lr_init 小于 0.01。")
+        expect(page.locator("#verdict")).not_to_contain_text("lower")
+        visitor.press("English")
+        visitor.step("Run").get_by_role("button").first.click()
+        visitor.press("Train again with 0.003")
+        assert page.locator("#set-lr_init").input_value() == "0.003"
+        expect(page.get_by_label("Name", exact=True)).to_have_value("rows")

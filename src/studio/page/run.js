@@ -145,10 +145,25 @@ function row(texts, step) {
   });
 }
 
+/** A remedy in the reader's language; "" where it has none for it. The words are the program's own. */
+function remedyText(remedy) {
+  const [number = ""] = /\d[\d.e+-]*$/.exec(remedy) ?? [];
+  const text = said(`remedy ${remedy.slice(0, remedy.length - number.length)}`, "");
+  return text ? `${text}${number}` : state.language === "zh" ? "" : remedy;
+}
+
+/** A third of the rate that the verdict finds too high; "" where it says nothing of the kind. */
+export function lowerRate() {
+  const rate = /a lower --lr_init than ([\d.e-]+)/.exec(run?.verdict?.remedy)?.[1];
+  return rate ? String(Number((rate / 3).toPrecision(1))) : "";
+}
+
 /** The verdict in the reader's language, with what was measured, and what the program would try. */
 function showVerdict() {
   const { verdict } = run;
   byId("verdict").hidden = !verdict || goes();
+  byId("again").hidden = !lowerRate();
+  byId("again").textContent = word("again", { rate: lowerRate() });
   if (!verdict) return;
   const figures = Object.entries(TEXTS).map(([name, text]) => {
     const ends = verdict.numbers?.[name] ?? [null];
@@ -156,11 +171,13 @@ function showVerdict() {
   });
   const rule = said(`rule ${verdict.rule}`, "");
   const told = rule ? [rule, figures.filter(Boolean).join(" · ")] : [`${verdict.name}: ${verdict.reason}.`];
-  if (run.best_step) told.push(word("best", { step: run.best_step }));
+  if (!verdict.offered) told.push(word("not_worth"));
+  else if (run.best_step) told.push(word("best", { step: run.best_step }));
   const { forgotten } = verdict;
   if (forgotten) told.push(word("forgotten", { kl: forgotten.toPrecision(3) }));
   byId("verdict").classList.toggle("poor", !verdict.offered);
-  if (verdict.remedy) told.push(word("remedy", verdict));
+  const remedies = (verdict.remedy ?? "").split(", or ").map(remedyText).filter(Boolean);
+  if (remedies.length) told.push(word("remedy", { remedy: remedies.join(word("or")) }));
   byId("verdict").replaceChildren(make("b", { textContent: word("verdict") }), ` ${told.join(" ")}`);
 }
 

@@ -6,7 +6,7 @@ import { complain, get, pause } from "./jobs.js";
 import { listenToModel, showModels } from "./model.js";
 import { closePanel, listenToPanels, togglePanel } from "./panels.js";
 import { listenToPlan, plan, showCopy, showPlan, showSettings, start } from "./plan.js";
-import { goes, hear, heardOf, listenToRun, run, shortName, showBeside, showRuns } from "./run.js";
+import { goes, hear, heardOf, listenToRun, lowerRate, run, shortName, showBeside, showRuns } from "./run.js";
 import { readAddress, restore, save, state } from "./state.js";
 import { keepKey, readKey } from "./store.js";
 import { byId } from "./text.js";
@@ -59,7 +59,8 @@ function show() {
   byId("model").querySelector(".main").disabled = !state.model;
   byId("data").querySelector(":scope > .body > .main").disabled = !state.ready;
   byId("plan").querySelector(".main").disabled = !plan?.fits || !state.name;
-  byId("run").querySelector(":scope > .body > .main").disabled = Boolean(missing.try());
+  byId("run").querySelector("[data-word=try_it]").disabled = Boolean(missing.try());
+  byId("run").querySelector("[data-word=try_it]").classList.toggle("main", run?.verdict?.offered !== false);
   if (run && !missing.try()) showTry();
   save();
 }
@@ -199,7 +200,13 @@ function listen() {
     await changed();
     open("run");
   });
-  mains("run").addEventListener("click", () => open("try"));
+  byId("run").querySelector(":scope > .body > [data-word=try_it]").addEventListener("click", () => open("try"));
+  byId("again").addEventListener("click", () => {
+    adopt();
+    state.settings.lr_init = lowerRate();
+    showSettings(settings, show);
+    open("plan");
+  });
   byId("new").addEventListener("click", () => {
     Object.assign(state, { run: "", name: "", settings: {}, rows: 0, data: "", ready: false });
     hear("");

@@ -33,7 +33,10 @@ export function showTry() {
   byId("downloads").replaceChildren(...rows);
   byId("merged").hidden = !merged;
   byId("merged").textContent = merged ? word("merged", { size: bytesText(merged.bytes) }) : "";
-  step.querySelector("button.main").hidden = Boolean(whole);
+  const isPoor = run.verdict?.offered === false;
+  byId("not-worth").hidden = !isPoor;
+  byId("merge").classList.toggle("main", !isPoor);
+  byId("merge").hidden = Boolean(whole);
 }
 
 function about(name) {
@@ -96,7 +99,7 @@ async function write(kind, changed, isRunning) {
 }
 
 export function listenToTry(changed) {
-  step.querySelector("button.main").addEventListener("click", () => write("merge", changed));
+  byId("merge").addEventListener("click", () => write("merge", changed));
   byId("export").addEventListener("click", () => write("export", changed));
   byId("chat").addEventListener("click", openChat);
   for (const kind of Object.keys(WRITES)) if (state.jobs[kind]) write(kind, changed, true);
