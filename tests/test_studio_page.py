@@ -426,7 +426,9 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
         "offered": False,
         "reason": "every answer is 'abc'",
     }
-    run = made_run(tmp_path / "runs" / "poor", verdict=poor)
+    run = made_run(tmp_path / "runs" / "poor", planned_steps=55, verdict=poor)
+    held_out = [{"step": step, "loss": loss} for step, loss in ((0, 1.5), (15, 0.75), (20, 0.9))]
+    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
     base = shutil.copy(BASE, tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text(rows(20))
@@ -435,6 +437,11 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
     with serving(tmp_path) as url, visiting(browser, f"{url}/#run=runs%2Fpoor") as visitor:
         page = visitor.page
         expect(page.locator("#verdict")).to_contain_text("The adapter is not worth using")
+        expect(page.locator("#run-list .chat small")).to_have_text(
+            "Done · 20/55 · held out 0.7500 · right answers 0 %"
+        )
+        bar = page.locator("#run-body > .progress progress")
+        assert bar.evaluate("bar => bar.position") == 1  # it has ended early
         visitor.press("Try the model")
         expect(visitor.step("Try")).to_contain_text("The adapter is not worth using")
         merge = visitor.button("Merge into one model")

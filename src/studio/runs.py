@@ -189,6 +189,7 @@ class Run:
             "started": self.started.get("started") or self.running_json.get("started") or self._written(),
             "peft": typed.get("peft", config.peft),
             "model": typed.get("load_model", ""),
+            "verdict": self.summary.get("verdict") if state == "done" else None,
             "can_stop": self.is_alive,
             "can_resume": state in ("stopped", "failed"),
         }
@@ -213,7 +214,6 @@ class Run:
             ],
             "best_step": kept,
             "has_checkpoint": bool(list_checkpoints(self.path(CHECKPOINTS))),
-            "verdict": self.summary.get("verdict") if self.state == "done" else None,
             "log": self.log(),
             "command": settings.command(words) if words else full_command(config),
             "chosen": {

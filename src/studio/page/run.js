@@ -9,7 +9,7 @@ import { said, word } from "./words.js";
 const POINTS = 400;
 const TEXTS = {
   loss: (value) => value.toFixed(4),
-  reward: (value) => value.toPrecision(3),
+  reward: (value) => String(Number(value.toPrecision(4))),
   right_answers: (share) => `${Math.round(100 * share)} %`,
 };
 const step = byId("run");
@@ -77,7 +77,8 @@ export async function showBeside() {
 function showRun() {
   const place = run.steps && word("step_of", run);
   const text = [word(`state_${run.state}`), place, timeLeft()].filter(Boolean).join(" · ");
-  showProgress(step, text, { done: run.step, total: run.steps || 1 });
+  const total = run.steps || 1; // a run that has ended early is done, too
+  showProgress(step, text, { done: run.state === "done" ? total : run.step, total });
   if (run.state === "starting") step.querySelector("progress").removeAttribute("value");
   byId("stop-run").hidden = !run.can_stop;
   byId("resume-run").hidden = !run.can_resume;
@@ -222,10 +223,17 @@ export function showRuns(runs, choose) {
 /** A run in the folder that all of the page's are in is called by its own name. */
 export const shortName = (name) => name.replace(/^runs\//, "");
 
-function figure({ loss, reward, held_out: held }) {
-  if (typeof reward === "number") return `${word("reward")} ${reward.toPrecision(3)}`;
-  if (typeof held === "number") return `${word("held_out")} ${held.toPrecision(3)}`;
-  return typeof loss === "number" ? `${word("loss")} ${loss.toPrecision(3)}` : "";
+/** What a run has come to: the verdict's own numbers, and before its end the newest ones. */
+function figure({ verdict, loss, reward, held_out: held }) {
+  const ends = Object.entries(TEXTS).map(([name, text]) => {
+    const value = verdict?.numbers?.[name]?.[1];
+    const title = word(name === "loss" ? "held_out" : name);
+    return Number.isFinite(value) ? `${title} ${text(value)}` : "";
+  });
+  if (ends.some(Boolean)) return ends.filter(Boolean).join(" · ");
+  if (typeof reward === "number") return `${word("reward")} ${TEXTS.reward(reward)}`;
+  if (typeof held === "number") return `${word("held_out")} ${TEXTS.loss(held)}`;
+  return typeof loss === "number" ? `${word("loss")} ${TEXTS.loss(loss)}` : "";
 }
 
 export function listenToRun(changed) {
