@@ -198,6 +198,7 @@ def prepare(visitor):
     assert re.match(r" \w{3}", page.text_content("#samples mark"))
     visitor.press("Use this data")
     page.get_by_label("Name", exact=True).fill("letters")
+    page.get_by_text("The settings that matter most").click()
     page.get_by_label("Learning rate lr_init").fill("fast")
     expect(page.locator(".field", has_text="lr_init").get_by_role("alert")).to_contain_text(
         "expected a number"
@@ -454,3 +455,33 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
         visitor.press("Train again with 0.003")
         assert page.locator("#set-lr_init").input_value() == "0.003"
         expect(page.get_by_label("Name", exact=True)).to_have_value("rows")
+
+
+def test_pairs_choose_their_loss_and_bad_rows_are_left_out_by_a_button(browser, tmp_path):
+    shutil.copy(BASE, tmp_path)
+    (tmp_path / "data").mkdir()
+    pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)]
+    (tmp_path / "data" / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "data" / "rows.jsonl").write_text(rows(20) + '{"x": 1}\n{"y": 1}\n')
+    with serving(tmp_path) as url, visiting(browser, url) as visitor:
+        page = visitor.page
+        visitor.press("Use this model")
+        page.get_by_label("pairs.jsonl").check()
+        expect(visitor.step("Data")).to_contain_text("The rows are pairs, so the loss is dpo")
+        expect(page.locator("#samples li").first).to_contain_text("good")
+        assert "good" in page.locator("#samples mark").first.inner_text()
+        assert "bad" in page.locator("#samples del").first.inner_text()
+        assert page.locator("#samples mark", has_text="bad").count() == 0
+        assert page.locator("#set-loss").input_value() == "dpo"
+        page.get_by_label("rows.jsonl", exact=False).last.check()
+        expect(visitor.button("Leave out these 2 rows")).to_be_visible()
+        assert page.locator("#set-loss").input_value() == "" and page.locator("#pairs").is_hidden()
+        visitor.press("Use this data")
+        expect(visitor.button("Leave out rows that cannot be used")).to_be_visible()
+        expect(page.locator("#plan .problem").first).not_to_contain_text("--on_bad_row")
+        assert not page.locator("#others").is_visible() and not page.locator("#common").is_visible()
+        visitor.press("Leave out rows that cannot be used")
+        expect(page.locator("#needs")).to_contain_text("It fits")
+        assert page.locator("#set-on_bad_row").input_value() == "skip"
+        visitor.step("Data").get_by_role("button").first.click()
+        expect(visitor.step("Data")).to_contain_text("These rows are left out")

@@ -4,9 +4,12 @@ import { ServerError, ask } from "./api.js";
 import { attempt, bytesText, choices, complain, get, showProgress, work } from "./jobs.js";
 import { asked, save, state } from "./state.js";
 import { byId, make } from "./text.js";
+import { set } from "./plan.js";
 import { said, word } from "./words.js";
 
 const step = byId("data");
+const FEW = 4; // findings that are shown at once
+const PAIRS = "a row with a chosen and a rejected answer is for --loss dpo";
 let limits = { upload_bytes: Infinity };
 let seen = ""; // what the shown preview is about
 let controller = null;
@@ -31,11 +34,21 @@ async function look(path, changed) {
   seen = about();
   changed();
   for (const id of ["preview", "other-rows"]) byId(id).hidden = true;
+  if (state.paired && state.paired !== path) {
+    if (state.settings.loss === "dpo") set("loss", "");
+    state.paired = "";
+  }
+  byId("pairs").hidden = !state.paired;
   const result = await attempt(step, () => {
     showProgress(step, word("looking"));
     return work("preview", { settings: asked() }, null, mine.signal);
   });
   if (mine !== controller) return;
+  if (!result && !state.settings.loss && step.querySelector(".problem").textContent.includes(PAIRS)) {
+    set("loss", "dpo");
+    state.paired = path;
+    return look(path, changed);
+  }
   if (result) showPreview(result);
   else seen = ""; // what is wrong is told again
   byId("other-rows").hidden = Boolean(result);
@@ -55,8 +68,25 @@ function showPreview(result) {
     const place = word("finding", { count: count.toLocaleString(), first: placeOf(first) });
     return make("li", {}, make("b", { textContent: place }), ` ${said(`finding ${name}`, meaning ?? name)}`);
   });
-  byId("findings").replaceChildren(...(findings.length ? findings : [make("li", {}, word("no_findings"))]));
+  const all = findings.length ? findings : [make("li", {}, word("no_findings"))];
+  byId("findings").replaceChildren(...all.slice(0, FEW));
+  byId("more-findings").querySelector("ul").replaceChildren(...all.slice(FEW));
+  showSkipped(result.findings.find(({ name }) => name === "bad row")?.count ?? 0);
   byId("samples").replaceChildren(...(result.samples ?? []).map(sample));
+  byId("rejected").hidden = !byId("samples").querySelector("del");
+}
+
+/** Offer to leave out rows that cannot be used, or say that they are. */
+function showSkipped(bad) {
+  const isSkipped = state.settings.on_bad_row === "skip";
+  byId("skip-rows").hidden = !bad || isSkipped;
+  byId("skip-rows").textContent = word("skip_rows", { count: bad.toLocaleString() });
+  byId("skip-rows").onclick = () => {
+    set("on_bad_row", "skip");
+    seen = about(); // the preview is the same
+    showSkipped(bad);
+  };
+  byId("skipped").hidden = !bad || !isSkipped;
 }
 
 /** "folder/rows.jsonl, line 3" without its folders, in the reader's language. */
@@ -68,7 +98,8 @@ const placeOf = (first) =>
 function sample(parts) {
   const shown = parts.map(([text, weight]) => {
     const textContent = text.replace(/[\0␀]/g, "∎");
-    return weight ? make("mark", { textContent, className: weight < 0 ? "rejected" : "" }) : textContent;
+    if (weight < 0) return make("del", { textContent });
+    return weight ? make("mark", { textContent }) : textContent;
   });
   return make("li", {}, make("pre", {}, ...shown));
 }

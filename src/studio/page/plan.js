@@ -116,6 +116,7 @@ export async function showPlan(changed) {
   controller?.abort(new DOMException("", "AbortError"));
   const mine = (controller = new AbortController());
   complain(step);
+  byId("skip-bad").hidden = true;
   for (const { wrong } of Object.values(fields)) wrong.hidden = true;
   const command = await attempt(step, () => post("studio/command", body));
   if (mine !== controller) return;
@@ -141,12 +142,22 @@ export async function showPlan(changed) {
   changed();
 }
 
-/** Show an error beside the field that it names, else above all. */
+/** Set a setting as if it was typed; "" leaves it to the program. */
+export function set(name, value) {
+  if (value === "") delete state.settings[name];
+  else state.settings[name] = value;
+  if (fields[name]) fields[name].input.value = value;
+  save();
+}
+
+/** Show an error beside the field that it names, else above all; a bad row beside a button. */
 function blame(problem) {
   const named = /(?:--|^)(\w+)/.exec(problem)?.[1];
   const field = fields[named];
-  complain(step, problem); // beside the button that it holds
-  if (!field) return;
+  const hint = "; --on_bad_row skip leaves such rows out";
+  complain(step, problem.replace(hint, "")); // beside the button that it holds
+  byId("skip-bad").hidden = !problem.includes(hint);
+  if (!field || problem.includes(hint)) return;
   field.row.closest("details").open = true;
   field.wrong.textContent = problem;
   field.wrong.hidden = false;
@@ -180,14 +191,15 @@ function showNeeds() {
 export function listenToPlan(changed) {
   byId("search").addEventListener("input", filter);
   byId("fix").addEventListener("click", () => {
-    for (const [name, value] of Object.entries(plan?.fix ?? {})) {
-      state.settings[name] = textOf(value);
-      if (fields[name]) fields[name].input.value = state.settings[name];
-    }
+    for (const [name, value] of Object.entries(plan?.fix ?? {})) set(name, textOf(value));
     showPlan(changed);
   });
-  byId("run-name").addEventListener("keydown", ({ key, target }) => {
-    if (key === "Enter") target.nextElementSibling.click();
+  byId("skip-bad").addEventListener("click", () => {
+    set("on_bad_row", "skip");
+    showPlan(changed);
+  });
+  byId("run-name").addEventListener("keydown", ({ key, target, isComposing }) => {
+    if (key === "Enter" && !isComposing) target.nextElementSibling.click();
   });
   byId("run-name").addEventListener("input", ({ target }) => {
     state.name = target.value.trim();

@@ -9,6 +9,7 @@ export const state = {
   data: "",
   rows: 0, // of the data, once they were looked at
   ready: false, // whether a run can have the data
+  paired: "", // the data whose pairs have set the loss
   settings: {}, // what was typed: name -> text
   name: "", // of the run to be started
   offered: "", // its name if nobody types one

@@ -79,6 +79,8 @@ function open(name) {
 function preparePlan() {
   if (!state.name || state.name === state.offered) state.name = state.offered = freeName();
   byId("run-name").value = state.name;
+  const common = byId("common");
+  common.parentElement.open ||= Boolean(common.querySelector(".typed")); // what was chosen is seen
   showPlan(show);
 }
 
