@@ -202,7 +202,7 @@ function listen() {
     await changed();
     open("run");
   });
-  byId("run").querySelector(":scope > .body > [data-word=try_it]").addEventListener("click", () => open("try"));
+  byId("run").querySelector("[data-word=try_it]").addEventListener("click", () => open("try"));
   byId("again").addEventListener("click", () => {
     adopt();
     state.settings.lr_init = lowerRate();
