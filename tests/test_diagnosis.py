@@ -210,7 +210,7 @@ CASES = {
         WORSE,
         answered(0.6, 0.1),
         "from 4.0000 to 3.0000; right answers 24 to 4 of 40",
-        "--lr_init 3.3e-05, a third of 0.0001",
+        "a third of the rate: --lr_init 3.3e-05",
         [answered(0.6, 0.5), answered(0.6, 0.1, asked=4)],
     ),
     "failed": (
@@ -225,7 +225,7 @@ CASES = {
         dpo(logp=-37.5),
         "log p of a chosen answer is 7.5 lower on held-out data than before the training, while the accuracy"
         " is 90 %",
-        "--lr_init 0.00067, a third of 0.002",
+        "a third of the rate: --lr_init 0.00067",
         [dpo(logp=-30.5), dpo(logp=-37.5, accuracy=0.5), pairs_answered(0.0, 0.1, logp=-37.5)]
         + [so_far(falling(*case)) for case in ((4.0,), (-12.0, 0.5), (-0.5,), (-50.0, 0.98, 9))],
     ),
@@ -234,7 +234,7 @@ CASES = {
         WORSE,
         sft(0.0816, 2.775, steps=[0.08] + [3.0] * 10 + [2.46] * 9),
         "the training loss rose from 0.0800 in the first step to 2.4600",
-        "--lr_init 3.3e-05, a third of 0.0001",
+        "a third of the rate: --lr_init 3.3e-05",
         # of easier rows, and a loss that fell
         [sft(0.5, 0.6, steps=(3.0, 3.1, 3.2)), sft(4.0, 3.0, steps=(0.1, 2.0))],
     ),
@@ -340,7 +340,7 @@ CASES = {
         WORSE,
         so_far(course(reward=(1.2, 0.1))),
         "the reward fell from 1.0",
-        "--lr_init 0.001, a third of 0.003, or --beta 0.04, a KL to the base",
+        "a third of the rate: --lr_init 0.001, or --beta 0.04, a KL to the base",
         [so_far(course(9, seed, noise=0.2)) for seed in range(5)]
         + [so_far(course(300, seed, noise=0.1)) for seed in range(5)]
         + [so_far(course(reward=(1.0, 0.95), noise=0.0)), so_far(course(9, reward=(1.2, 0.1)))],
@@ -362,7 +362,7 @@ CASES = {
         WORSE,
         rewarded(0.5, 0.25),
         "the reward on held-out questions fell from 0.5 to 0.25",
-        "starting again in a new --proj_dir with --lr_init 0.001, a third of 0.003",
+        "starting again in a new --proj_dir with a third of the rate: --lr_init 0.001",
         [rewarded(0.5, 0.49), sft(4.0, 5.0)],
     ),
     "preferred before": (
@@ -492,7 +492,7 @@ def test_more_passes_are_no_advice_where_they_did_harm():
     [
         (answered(0.0, 0.0), SFT, GIVEN, UNTRIED),
         (answered(0.0, 0.0), SFT, BY_METHOD, "a larger rank (--peft_config)"),
-        (answered(0.0, 0.0, same=40), SFT, BY_METHOD, "--lr_init 3.3e-05, a third of 0.0001"),
+        (answered(0.0, 0.0, same=40), SFT, BY_METHOD, "a third of the rate: --lr_init 3.3e-05"),
         (answered(0.0, 0.0, steps=[4.0] * 100 + [1.0, 1.1] * 150), SFT, BY_METHOD, "more rows"),
         (
             answered(0.0, 0.0, steps=[4.0] * 20 + [2.9, 3.0] * 10),
@@ -606,7 +606,7 @@ def test_a_run_on_rewards_is_judged_by_its_held_out_reward():
     found = judged(run, GRPO)
     assert found.name == COLLAPSED and found.reason.startswith("9 of 10 answers do not end; the reward on")
     assert found.remedy.startswith(
-        "starting again in a new --proj_dir with --lr_init 0.001, a third of 0.003"
+        "starting again in a new --proj_dir with a third of the rate: --lr_init 0.001"
     )
     # a reward that fell late, where an earlier state is offered
     lines = course(20, reward=0.5, noise=0.0) + course(20, reward=0.0, cut=1.0, noise=0.0)
@@ -704,7 +704,7 @@ def test_each_warning_is_said_once_also_over_a_resume_and_undone_steps_do_not_co
     assert WINDOW <= step < 40 and name == "lost", "while the run can still be stopped"
     text = Warnings(DPO, falling(-12.0)[: step - 1])(falling(-12.0)[step - 1])
     assert text.startswith("WARNING: log p of a chosen answer is ")
-    assert "\nTry --lr_init 0.00067, a third of 0.002." in text
+    assert "\nTry a third of the rate: --lr_init 0.00067" in text
 
 
 @pytest.mark.parametrize(

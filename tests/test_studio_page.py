@@ -423,7 +423,7 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
         "name": "answers collapsed",
         "rule": "collapsed",
         "numbers": {"loss": [1.5, 0.75], "right_answers": [0.5, 0.0], "steps": 20},
-        "remedy": f"a lower --lr_init than {0.01:g}",
+        "remedy": "a third of the rate: --lr_init 0.0033",
         "offered": False,
         "reason": "every answer is 'abc'",
     }
@@ -448,12 +448,12 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
         merge = visitor.button("Merge into one model")
         assert "main" not in (merge.get_attribute("class") or "").split()
         visitor.press("中文")
-        expect(page.locator("#verdict")).to_contain_text("可尝试：更低的学习率：--lr_init 小于 0.01。")
-        expect(page.locator("#verdict")).not_to_contain_text("lower")
+        expect(page.locator("#verdict")).to_contain_text("可尝试：三分之一的学习率：--lr_init 0.0033。")
+        expect(page.locator("#verdict")).not_to_contain_text("third")
         visitor.press("English")
         visitor.step("Run").get_by_role("button").first.click()
-        visitor.press("Train again with 0.003")
-        assert page.locator("#set-lr_init").input_value() == "0.003"
+        visitor.press("Train again with 0.0033")
+        assert page.locator("#set-lr_init").input_value() == "0.0033"
         expect(page.get_by_label("Name", exact=True)).to_have_value("rows")
 
 

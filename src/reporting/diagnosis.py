@@ -340,7 +340,7 @@ def advice(rule: Rule, facts: Facts) -> str:
 
 def lower_rate(f: Facts) -> str:
     """Advise a lower rate; if no state of a run on rewards was better than its base, also a new start."""
-    rate = f"--lr_init {f.config.lr_init / 3:.2g}, a third of {f.config.lr_init:g}"
+    rate = f"a third of the rate: --lr_init {f.config.lr_init / 3:.2g}"
     if f.by_loss or not base_wins(f.history):
         return rate
     return f"starting again in a new --proj_dir with {rate} (without it: the chosen one)"

@@ -153,10 +153,9 @@ function remedyText(remedy) {
   return text ? `${text}${number}` : state.language === "zh" ? "" : remedy;
 }
 
-/** A third of the rate that the verdict finds too high; "" where it says nothing of the kind. */
+/** The lower rate that the verdict advises; "" where it advises none. */
 export function lowerRate() {
-  const rate = /a lower --lr_init than ([\d.e-]+)/.exec(run?.verdict?.remedy)?.[1];
-  return rate ? String(Number((rate / 3).toPrecision(1))) : "";
+  return /a third of the rate: --lr_init ([\d.e-]+)/.exec(run?.verdict?.remedy)?.[1] ?? "";
 }
 
 /** The verdict in the reader's language, with what was measured, and what the program would try. */

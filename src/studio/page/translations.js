@@ -364,7 +364,7 @@ export const CHINESE = {
   "finding held out": "验证数据的行也在训练数据中，已从训练中去掉",
   "finding known prompt": "验证数据的行所问的问题在训练数据中出现过",
 
-  "remedy a lower --lr_init than ": "更低的学习率：--lr_init 小于 ",
+  "remedy a third of the rate: --lr_init ": "三分之一的学习率：--lr_init ",
   "remedy more passes: --epoch_count ": "更多遍数：--epoch_count ",
   "remedy more steps: --epoch_steps ": "更多步数：--epoch_steps ",
   "remedy more rows": "更多数据",
