@@ -50,6 +50,8 @@ def main() -> None:
             f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before,"
             f" {after:.1%} after"
         )
+        print(f"next: chat with it, python -m demo.chat --model {args.merged}")
+        print('      train on your own data, README.md, "Your model in four commands"; figures for programs:')
         result = {
             "accuracy_before": before,
             "accuracy_after": after,

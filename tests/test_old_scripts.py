@@ -164,7 +164,9 @@ def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, 
     # what changes nothing is in the run's folder
     assert "--data_type is ignored" not in output
     assert "\n--data_type is ignored" in (tmp_path / "run/script_notes.txt").read_text()
-    assert f" over the data, or {passes} with --packing 0" in output, "a row was a document there"
+    assert f" over the data ({passes} if each row had one document, --packing 0)" in output, (
+        "a row was a document there"
+    )
     merge(files, 6, checkpoint, tmp_path / "run/adapter.pth", tmp_path / "merged.pth")
 
 

@@ -287,7 +287,8 @@ def steps(run: Plan) -> str:
     passes, objective = total / schedule.steps_per_pass, objective_of(config)
     length = ""
     if config.epoch_steps and documents > len(schedule.rows):
-        length = f", or {total * schedule.rows_per_step / documents:.3g} with --packing 0"
+        passes_alone = total * schedule.rows_per_step / documents
+        length = f" ({passes_alone:.3g} if each row had one document, --packing 0)"
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     most = ""

@@ -339,6 +339,7 @@ export const CHINESE = {
   "set wkv": "WKV 内核",
 
   "finding bad row": "无法使用；训练会在此停止，除非把 on_bad_row 设为 skip",
+  "finding rows in a cell": "未闭合的引号可能把后面的行并入了一个单元格；请检查引号",
   "finding empty answer": "没有可学的内容，此行会被略去",
   "finding blank line": "非助手的话里有空行，会变成单个换行，因为空行表示一轮结束",
   "finding flower": "非助手的话里有轮次结束符，会被替换",
