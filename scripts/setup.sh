@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 setup() {
-    local extra="${1:-}" python="" candidate wanted
+    local extra="${1:-}" python="" candidate wanted cuda
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             python="$candidate"
@@ -22,7 +22,11 @@ setup() {
     source .venv/bin/activate
     wanted="$(cat requirements.txt pyproject.toml | cksum) $extra"
     if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
-        echo "installing the requirements into .venv (a minute or two with a fast network; torch with CUDA is a download of about 3 GB)"
+        cuda="" # pip takes torch with CUDA on Linux on x86_64, unless it is told an index of torch for CPUs
+        if [ "$(uname -sm)" = "Linux x86_64" ] && [[ "$(python -m pip config list)" != */whl/cpu* ]]; then
+            cuda="; torch with CUDA is a download of about 3 GB"
+        fi
+        echo "installing the requirements into .venv (a minute or two with a fast network$cuda)"
         pip_install --requirement requirements.txt && pip_install --editable ".${extra:+[$extra]}" &&
             find_nvcc "$extra" && echo "$wanted" >> .venv/installed
     fi
@@ -34,9 +38,9 @@ pip_install() {
 }
 
 # Say what pip does, whose lines come in, and for how long. $1 is said until its first line. On a terminal it
-# is one line that changes, elsewhere a line every five seconds at most.
+# is one line that changes, elsewhere a line every five seconds at most, and every minute if it is the same.
 narrate() {
-    local doing="$1" line text there begun=$SECONDS said=$SECONDS
+    local doing="$1" line text there last="" begun=$SECONDS said=$SECONDS
     while true; do
         line=""
         # 128 and more: no line in this second. 1: the end
@@ -52,8 +56,9 @@ narrate() {
         text="${text#"${text%%[! ]*}"}, $((SECONDS - begun)) s"
         if [ -t 1 ]; then
             printf '\r\033[K%s' "${text:0:78}"
-        elif [ $((SECONDS - said)) -ge 5 ]; then
+        elif [ $((SECONDS - said)) -ge $([ "$doing" = "$last" ] && echo 60 || echo 5) ]; then
             echo "$text"
+            last="$doing"
             said=$SECONDS
         fi
     done

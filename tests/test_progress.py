@@ -139,6 +139,30 @@ def test_an_installation_says_what_it_does():
     assert (piped.stdout, piped.stderr) == ("code 3\n", "")
 
 
+@pytest.mark.parametrize(
+    "machine, index, said",
+    [
+        ("Linux x86_64", "pypi.org/simple", True),
+        ("Linux x86_64", "x/whl/cpu", False),
+        ("Darwin arm64", "", False),
+    ],
+)
+def test_the_download_of_cuda_is_told_where_there_is_one(tmp_path, machine, index, said):
+    setup = (ROOT / "scripts" / "setup.sh").read_text().rpartition("\nsetup ")[0]
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/setup.sh").write_text(
+        f"{setup}\npython() {{ echo \"global.index-url='{index}'\"; }}\nuname() {{ echo {machine}; }}\n"
+        "pip_install() { true; }\nfind_nvcc() { true; }\nsetup\n"
+    )
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    done = subprocess.run(["bash", tmp_path / "scripts/setup.sh"], capture_output=True, text=True)
+    assert ("about 3 GB" in done.stdout) == said and "installing the requirements" in done.stdout, done
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that is set by hand, and stderr as a pipe."""
