@@ -62,7 +62,6 @@ PROGRAM_CASES = [
     "gpu_budget",
 ]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
-SEARCH_CASES = ["train.py with a search of the rate"]
 SEVERAL_CASES = ["two GPUs: ddp", *(f"two GPUs: ZeRO {stage}" for stage in STAGES)]
 ZERO_MEMORY_CASES = [f"memory two GPUs: none ZeRO {stage}" for stage in STAGES]
 ALL = (
@@ -73,7 +72,6 @@ ALL = (
     + READING_CASES
     + PROGRAM_CASES
     + RUN_CASES
-    + SEARCH_CASES
     + SEVERAL_CASES
     + ZERO_MEMORY_CASES
 )

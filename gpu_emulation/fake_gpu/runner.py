@@ -29,11 +29,9 @@ from src.objectives.estimates import Speed
 from src.objectives.kinds import objective_of
 from src.planning import memory as planned_memory
 from src.planning import throughput
-from src.planning.defaults import SHORTEST_SEARCHED
 from src.planning.step_memory import StepBytes, step_bytes
-from src.training import forgetting, rate_search
+from src.training import forgetting
 from src.training.optimizer import parameter_groups
-from src.training.run_folder import RATE_SEARCH
 from src.training.trainer import FineTuning
 
 from . import cases
@@ -59,7 +57,6 @@ def records(names: list[str]) -> dict[str, dict]:
         *((merged, (peft, 7)) for peft in cases.MERGED),
         (budget, (7,)),
         *((train, (flags,)) for flags in cases.RUNS.values()),
-        (search, ()),
         (ddp, (7,)),
         *((zero, (stage, 7)) for stage in cases.STAGES),
         *((zero_memory, (stage, 7)) for stage in cases.STAGES),
@@ -200,25 +197,6 @@ def counted_steps(gpu: FakeGpu):
         FineTuning.on_train_batch_start = begin
 
 
-@contextlib.contextmanager
-def counted_trials(gpu: FakeGpu):
-    """Context; yields a list with a list for each trial of a search: the counts after each of its steps."""
-    seen = []
-    train = rate_search.train
-
-    def train_counted(*arguments):
-        seen.append([])
-        for loss in train(*arguments):
-            seen[-1].append(gpu.counts())
-            yield loss
-
-    rate_search.train = train_counted
-    try:
-        yield seen
-    finally:
-        rate_search.train = train
-
-
 def run_quietly(flags: list[str]) -> str:
     """train.py with these flags; what it prints is returned, and shown where it fails."""
     output = io.StringIO()
@@ -244,28 +222,6 @@ def train(flags: str) -> dict:
         "waits of the run": sorted(gpu.waits),
         "copies of the run": sorted(gpu.copies),
     }
-
-
-class SearchIsOver(Exception):
-    """Ends a run whose search is all that a case is about."""
-
-
-def search() -> dict:
-    """The search for a rate in a run of train.py, which ends where its first step would begin.
-
-    Counted are the second step of the last trial, and what is between the last two trials.
-    """
-    with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
-        with (
-            counted_trials(gpu) as trials,
-            mock.patch.object(FineTuning, "on_train_batch_start", side_effect=SearchIsOver),
-            contextlib.suppress(SearchIsOver),
-        ):
-            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0 --eval_docs 2", 1)
-        found = json.loads(pathlib.Path(folder, "out", RATE_SEARCH).read_text())
-    *_, before, last = trials
-    assert [len(trial) for trial in trials] == [found["steps"]] * len(found["trials"])
-    return _between(*last[:2]) | {"between two trials": _between(before[-1], last[0]), "KiB": gpu.peak // KIB}
 
 
 def _longest_section(tokenizer) -> dict[str, list[int]]:

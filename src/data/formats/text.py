@@ -262,6 +262,6 @@ def rows_within(record: dict[str, Any], delimiter: str) -> int:
 
 
 def _is_row(line: str, columns: int, delimiter: str) -> bool:
-    """Tell whether a line has so many cells, none of them empty or after a space, as in prose."""
+    """Tell whether a line has that many columns, none of them empty or after a space, as in prose."""
     cells = line.rstrip("\r\n").split(delimiter)
     return len(cells) == columns and all(cell and not cell[0].isspace() for cell in cells)
