@@ -17,6 +17,7 @@ from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
 from src.config.loss_rules import OF_LOSSES
 from src.config.parse import Recorded
 from src.config.schema import CHOSEN
+from src.objectives.base import Objective
 from src.planning.defaults import (
     choose_batch,
     choose_length,
@@ -461,15 +462,20 @@ def files(tmp_path_factory):
     return folder
 
 
+def few_steps(rank):
+    """A run with the defaults is long. 24 rows of 256 tokens, two in a step, are read five times."""
+    Objective.usual_steps = 60
+
+
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):
     flags = f"""
         --load_model {files}/base.pth --data_file {files}/rows.jsonl --tokenizer bytes --peft_config r=5
     """.split()
-    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"], counted=True))
+    words = [*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]
+    output = succeed(program.run(words, few_steps, counted=True))
     assert " ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.083: 10 documents of 120" in output
     assert ": from method, rank and widths" in output
-    # 24 rows of 256 tokens make less than 600 steps, with two rows each
     assert "micro_bsz 2, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone

@@ -114,7 +114,7 @@ def test_a_target_is_met_where_every_seed_reaches_it():
     }
     found = table(lines).records()
     assert [row["met by seeds"] for row in found] == ["", "2 of 2", "1 of 2", "0 of 1", "", ""]
-    assert found[1]["right answers"] == "80.0 % (70 to 90)" and found[1]["found rates"] == "0.003 0.003"
+    assert found[1]["right answers"] == "80.0 % (70 to 90)" and found[1]["rates"] == "0.003 0.003"
     assert found[0]["objective"] == "base" and not found[0]["reward accuracy"]
     assert list(groups(lines, *NAMED))[-1] == ("result", "dpo", "miss")
     from matplotlib.figure import Figure

@@ -207,7 +207,7 @@ def test_full_training_begins_with_no_adapter(files):
 
 
 @pytest.mark.parametrize(
-    "given, factors", [((), {"emb": 0.1, "head": 0.1}), (["--train_parts", "emb,head"], {})]
+    "given, factors", [((), {"emb": 0.2, "head": 0.2}), (["--train_parts", "emb,head"], {})]
 )
 def test_embedding_and_head_of_the_file_have_rates_of_their_own(files, adapters, given, factors):
     """Unless they were asked for, as in the run that chose to train them."""

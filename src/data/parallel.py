@@ -109,7 +109,7 @@ def parts_of(convert: Converter, report: Report, doing: str) -> Iterator[Part]:
     """
     source = convert.source
     found = report.begin(source)
-    chunks = _chunks(source.watched(convert.encoder.tokenizer.eod, doing, found))
+    chunks = _chunks(source.watched(convert.encoder.tokenizer.eod, doing, found.join))
     is_large = source.size >= LARGE and source.format != BINIDX
     processes = min(available_cores(), PROCESSES) if is_large else 1
     with contextlib.ExitStack() as stack:

@@ -33,7 +33,7 @@ def read_source(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the records of one source."""
     found = report.begin(source)
-    for where, raw in source.watched(eod, "reading", found):
+    for where, raw in source.watched(eod, "reading", found.join):
         try:
             kind, record = read_record(raw, source, reading)
         except LeftOut as left_out:

@@ -22,7 +22,6 @@ from ...config.loss_settings import LOSSES
 from ...config.schema import FIELDS
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
-from .report import SourceFindings
 from .text import MB
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".bin")
@@ -94,9 +93,10 @@ class DataSource:
         return sum(os.path.getsize(file) for file in self.files)
 
     def watched(
-        self, eod: Sequence[int], doing: str, report: SourceFindings | None = None
+        self, eod: Sequence[int], doing: str, join: Callable[[str, int], None] | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Read with a bar that says what is being done. The report gets cells of CSV that hold rows."""
+        """Read with a bar that says what is being done. `join` gets the place of a CSV row that holds others,
+        and their number."""
         mark = next((mark for mark, name in DELIMITERS.items() if name == self.format), "")
         position = text.Position()
         total, unit = (self.size / 1e6, "MB") if self.size else (100, "%")
@@ -104,8 +104,8 @@ class DataSource:
             for number, found in enumerate(self.read(eod, position)):
                 yield found
                 where, record = found
-                if report and mark and isinstance(record, dict) and (rows := text.rows_within(record, mark)):
-                    report.join(where, rows)
+                if join and mark and isinstance(record, dict) and (rows := text.rows_within(record, mark)):
+                    join(where, rows)
                 if number % WATCHED == 0:
                     bar.update(total * position.share() - bar.done)
 
