@@ -43,7 +43,6 @@ with importing():
     from src.objectives.base import Objective
     from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
-    from src.planning.defaults import chosen_rate
     from src.planning.plan import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
@@ -152,8 +151,6 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     config = dataclasses.replace(
         plan.settings, warmup_steps=given.warmup_steps, lr_schedule=given.lr_schedule
     )
-    if config.is_automatic("lr_init"):
-        config = dataclasses.replace(config, lr_init=chosen_rate(config, plan.arch))
     steps = steps_of_a_training(ours, config, plan.steps)
     rates = ours.rates or grid(config.state_learning_rate if ours.setting == "state_lr" else config.lr_init)
     torch.manual_seed(config.random_seed)

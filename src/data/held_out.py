@@ -105,12 +105,6 @@ def in_hash_order(held_out: Examples, seed: int) -> np.ndarray:
     return places[np.argsort(keys, kind="stable")]
 
 
-def affordable(held_out: Examples, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
-    """Count the documents, from the first in `order`, that each of `evaluations` may read; at least one."""
-    costs = FORWARD * (held_out.lengths[order] - 1)
-    return paid_for(costs, EVALUATION * trained_tokens / evaluations)
-
-
 def paid_for(costs: np.ndarray, budget: float) -> int:
     """Count the items, from the first on, of these costs (n,) that a budget pays for; at least one."""
     return max(1, int(np.searchsorted(np.cumsum(costs), budget, side="right")))
