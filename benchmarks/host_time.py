@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from src.common.batch import Batch
 from src.data.collate import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss
 
@@ -32,7 +33,7 @@ def main() -> None:
     model = random_model(args.version, args.n_layer, args.n_embd, 256, args.rank)
     ids = torch.zeros(1, args.tokens, dtype=torch.int64)
     trained = trained_tokens(ids.numpy(), torch.ones(ids.shape).numpy())
-    batch = {"ids": ids, "reset": torch.zeros(ids.shape, dtype=torch.bool), **trained}
+    batch = Batch(ids=ids, reset=torch.zeros(ids.shape, dtype=torch.bool), **trained)
 
     def seconds() -> tuple[float, float]:
         begun = time.process_time()

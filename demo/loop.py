@@ -27,8 +27,9 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from rwkv_miss.progress import progress, say
     from src import ops
+    from src.common.batch import Batch
     from src.data.batches import pack
-    from src.data.collate import collate, to_device
+    from src.data.collate import collate
     from src.data.dataset import Documents, load
     from src.data.encode import Encoder
     from src.data.recorded_tokenizer import recorded_tokenizer
@@ -92,7 +93,7 @@ def train(args: argparse.Namespace) -> list[float]:
         batch = batch_of(documents, [rows[row] for row in chosen], device)
 
         # The loss: the mean over the trained tokens. Its gradient is clipped to a norm of 1.
-        loss = summed_loss(model, batch) / batch["step_weight"]
+        loss = summed_loss(model, batch) / batch.step_weight
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr_init * rate_factor(step, args.epoch_steps)
@@ -114,17 +115,17 @@ def train(args: argparse.Namespace) -> list[float]:
     return losses
 
 
-def batch_of(documents: Documents, rows: list[list[int]], device: torch.device) -> dict:
+def batch_of(documents: Documents, rows: list[list[int]], device: torch.device) -> Batch:
     """Return the tensors of these rows, each a list of document numbers, and `step_weight`, their weight."""
     of_rows = [[documents[i] for i in row] for row in rows]
     weight = math.fsum(document.weight for row in of_rows for document in row)
-    return to_device(collate(of_rows, weight), device)
+    return collate(of_rows, weight).to(device)
 
 
-def summed_loss(model: RWKV, batch: dict) -> torch.Tensor:
+def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
     """Return the weighted cross entropy, summed. `where` are the places whose next token is trained."""
-    features, _ = model.features(batch["ids"], None, batch["reset"], batch["where"])
-    return model.loss(features, batch["targets"], batch["weights"])
+    features, _ = model.features(batch.ids, None, batch.reset, batch.where)
+    return model.loss(features, batch.targets, batch.weights)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 from rwkv_miss.errors import UserError
+from src.common.batch import Batch
 from src.config import Config
 from src.data.collate import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss
@@ -23,7 +24,7 @@ from .tables import talk
 
 def loss_of(model, rows, chunks, **options):
     trained = trained_tokens(rows["targets"].numpy(), rows["weights"].numpy(), chunks.size)
-    return batch_loss(model, rows | trained, chunks, **options)
+    return batch_loss(model, Batch(ids=rows["ids"], reset=rows["reset"], **trained, **options), chunks)
 
 
 def results(model, rows, chunks, **options):

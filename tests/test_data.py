@@ -327,9 +327,9 @@ def test_collate_pads_on_the_right_and_never_trains_the_padding():
     long = Document(np.array([5, 6, 7, 8], np.int32), np.array([1, 0, 1, 1], bool))
     short = Document(np.array([3, 4], np.int32), np.array([1, 1], bool))
     batch = collate([[long], [short]], 9)
-    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [7, 8, 4]
-    assert batch["where"].tolist() == [1, 2, 3]
-    assert batch["step_weight"] == 9
+    assert batch.ids.tolist() == [[5, 6, 7], [3, 0, 0]] and batch.targets.tolist() == [7, 8, 4]
+    assert batch.where.tolist() == [1, 2, 3]
+    assert batch.step_weight == 9
     assert {batch[name].dtype for name in ("ids", "where", "targets")} == {torch.int64}
 
 
@@ -337,7 +337,7 @@ def test_no_rows_are_one_masked_row():
     end_only = Document(np.array([0], np.int32), np.array([True]))
     for rows in ([], [[end_only]]):
         batch = collate(rows, 3)
-        assert batch["ids"].shape == (1, 1) and not len(batch["where"]) and not len(batch["targets"])
+        assert batch.ids.shape == (1, 1) and not len(batch.where) and not len(batch.targets)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 5, 6, 7, 13, 20])
@@ -370,7 +370,7 @@ def test_batches_begin_at_any_step():
 
     def ids(rank, first_step=0):
         batches = Batches(documents, schedule, 5, rank, first_step)
-        found = [batch["ids"].tolist() for batch in batches]
+        found = [batch.ids.tolist() for batch in batches]
         assert len(found) == len(batches) == 2 * (5 - first_step)
         return found
 
@@ -458,10 +458,10 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     for rank in range(world):
         batches = Batches(documents, module.schedule, 4, rank, step)
         for batch in itertools.islice(batches, accumulate):
-            rows, width = batch["ids"].shape
-            batch["ids"] = torch.cat([batch["ids"], torch.randint(1, 67, (rows, padding))], 1)
-            batch["where"] = batch["where"] + batch["where"] // width * padding
-            assert batch["reset"] is None or batch["ids"].shape[1] <= packed
+            rows, width = batch.ids.shape
+            batch.ids = torch.cat([batch.ids, torch.randint(1, 67, (rows, padding))], 1)
+            batch.where = batch.where + batch.where // width * padding
+            assert batch.reset is None or batch.ids.shape[1] <= packed
             (module.training_step(batch, 0) / (accumulate * world)).backward()
     return module.step_loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -522,10 +522,10 @@ def test_a_row_of_several_documents():
     b = Document(np.array([8, 9], np.int32), np.array([1, 1], bool))
     end_only = Document(np.array([0], np.int32), np.array([True]))
     batch = collate([[a, end_only, b, end_only], [b]], 3)
-    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [6, 9, 9]
-    assert batch["where"].tolist() == [0, 2, 3]
-    assert batch["reset"].tolist() == [[False, False, True], [False, False, False]]
-    assert collate([[a], [b]], 3)["reset"] is None and collate([[end_only, a]], 3)["reset"] is None
+    assert batch.ids.tolist() == [[5, 6, 8], [8, 0, 0]] and batch.targets.tolist() == [6, 9, 9]
+    assert batch.where.tolist() == [0, 2, 3]
+    assert batch.reset.tolist() == [[False, False, True], [False, False, False]]
+    assert collate([[a], [b]], 3).reset is None and collate([[end_only, a]], 3).reset is None
 
 
 def test_a_step_without_targets_is_zero_and_not_nan(model):

@@ -160,7 +160,7 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
         batch = documents.collator(chunk)([[documents[i] for i in row] for row in rows], 1.0)
         for kind in ("weights", "teacher"):
             batch[kind] = batch[kind].double()
-        sums = batch_distillation(model, batch, Chunks(chunk), 0, Teacher(batch["teacher"], 0.25, 1.5))
+        sums = batch_distillation(model, batch, Chunks(chunk), Teacher(batch.teacher, 0.25, 1.5))
         found[name] = [sums.detach(), *torch.autograd.grad(sums[0], trained)]
     for name in ("chunks", "alone"):
         for got, want in zip(found[name], found["whole"], strict=True):
@@ -192,7 +192,7 @@ def test_documents_that_are_taken_keep_their_values():
         assert len(taken[i].reference) == documents[place].targets
     assert documents.digest == Documents(documents.items).digest, "a checkpoint knows the data by them"
     empty = collate([], 1.0, reference=documents.reference.dtype)
-    assert empty["teacher"].shape == (0, 7)
+    assert empty.teacher.shape == (0, 7)
 
 
 @pytest.mark.parametrize("vocab", [1 << 16, (1 << 16) + 1])

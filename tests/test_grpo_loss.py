@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+from src.common.batch import Batch
 from src.config import Config, parse
 from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
 from src.objectives.kinds import objective_of
@@ -34,13 +35,13 @@ def make_batch(counts, seed=0, dtype=torch.float32, spread=0.3):
     def near(values, spread):
         return (values + spread * torch.randn(len(answer), generator=random)).to(dtype)
 
-    batch = {
-        "answer": answer,
-        "advantage": torch.randn(len(counts), generator=random).to(dtype),
-        "old": near(log_probs, spread),
-        "reference": near(log_probs, 0.5),
-    }
-    batch["drawn"] = near(batch["old"], 0.6)
+    batch = Batch(
+        answer=answer,
+        advantage=torch.randn(len(counts), generator=random).to(dtype),
+        old=near(log_probs, spread),
+        reference=near(log_probs, 0.5),
+    )
+    batch.drawn = near(batch.old, 0.6)
     return log_probs.to(dtype).requires_grad_(), batch
 
 
@@ -52,12 +53,12 @@ def by_the_formula(loss, log_probs, batch):
         "tokens": count,
         "kl_tokens": count,
     }
-    sizes = batch["answer"].tolist()
-    for i, answer in enumerate(batch["answer"].tolist()):
+    sizes = batch.answer.tolist()
+    for i, answer in enumerate(batch.answer.tolist()):
         p = log_probs[i].double().exp()
-        old = p.item() if batch["old"] is None else math.exp(batch["old"][i])
-        drawn, reference = math.exp(batch["drawn"][i]), math.exp(batch["reference"][i])
-        advantage, ratio = batch["advantage"][answer].item(), p / old
+        old = p.item() if batch.old is None else math.exp(batch.old[i])
+        drawn, reference = math.exp(batch.drawn[i]), math.exp(batch.reference[i])
+        advantage, ratio = batch.advantage[answer].item(), p / old
         gain = ratio * advantage
         if advantage > 0 and ratio > 1 + loss.clip_high:
             gain, sums["clipped"] = (1 + loss.clip_high) * advantage, sums["clipped"] + 1
@@ -81,7 +82,7 @@ def gradient(of, log_probs):
 @pytest.mark.parametrize("first", [True, False])
 def test_losses_gradients_and_sums_are_those_of_the_formula(name, counts, first):
     log_probs, batch = make_batch(counts, seed=len(counts))
-    batch |= {"old": None} if first else {}
+    batch = batch.having(old=None) if first else batch
     loss, sums = KINDS[name](log_probs, batch)
     wanted, of = by_the_formula(KINDS[name], log_probs, batch)
     assert loss.dtype == sums.dtype == torch.float64 and not sums.requires_grad
@@ -95,8 +96,8 @@ def test_losses_gradients_and_sums_are_those_of_the_formula(name, counts, first)
 def test_both_ends_of_the_clip_and_of_the_weights_are_tried_above():
     _, batch = make_batch([17, 2, 9, 1, 1, 11, 4, 8], seed=8)
     log_probs, _ = make_batch([17, 2, 9, 1, 1, 11, 4, 8], seed=8)
-    ratio, advantage = (log_probs.detach() - batch["old"]).exp(), batch["advantage"][batch["answer"]]
-    weight = (batch["old"] - batch["drawn"]).exp()
+    ratio, advantage = (log_probs.detach() - batch.old).exp(), batch.advantage[batch.answer]
+    weight = (batch.old - batch.drawn).exp()
     for some in (
         (ratio > 1.3) & (advantage > 0),
         (ratio > 1.3) & (advantage < 0),
@@ -123,12 +124,10 @@ def test_a_step_in_parts_is_the_step(name):
     whole, sums = loss(log_probs, batch)
     total, joined = 0.0, loss.sums()
     for of in ([0, 4], [3], [], [1, 2, 5]):
-        taken = torch.isin(batch["answer"], torch.tensor(of, dtype=torch.int64))
-        part = {key: batch[key][taken] for key in ("old", "reference", "drawn")}
-        part["answer"] = torch.tensor(
-            [of.index(i) for i in batch["answer"][taken].tolist()], dtype=torch.int64
-        )
-        part["advantage"] = batch["advantage"][of]
+        taken = torch.isin(batch.answer, torch.tensor(of, dtype=torch.int64))
+        part = Batch(old=batch.old[taken], reference=batch.reference[taken], drawn=batch.drawn[taken])
+        part.answer = torch.tensor([of.index(i) for i in batch.answer[taken].tolist()], dtype=torch.int64)
+        part.advantage = batch.advantage[of]
         each, of_part = loss(log_probs[taken], part)
         total, joined = total + each, loss.joined(joined, of_part)
     assert total.item() == pytest.approx(whole.item(), rel=1e-12)
@@ -150,9 +149,9 @@ def test_answers_without_an_advantage_change_nothing_without_a_kl(name):
     """Dead groups may be left out of the forward: their gradient is 0. With a KL they have one."""
     loss = KINDS[name]
     log_probs, batch = make_batch([3, 1, 13, 5], seed=4)
-    batch["advantage"][[1, 3]] = 0
+    batch.advantage[[1, 3]] = 0
     got = gradient(loss(log_probs, batch)[0], log_probs)
-    theirs = (batch["answer"] == 1) | (batch["answer"] == 3)
+    theirs = (batch.answer == 1) | (batch.answer == 3)
     assert bool(got[theirs].any()) == bool(loss.beta) and got[~theirs].any()
 
 
@@ -160,9 +159,9 @@ def test_answers_without_an_advantage_change_nothing_without_a_kl(name):
 def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
     weights = torch.ones(3, requires_grad=True)
     empty = torch.zeros(0)
-    batch = {"answer": empty.long(), **dict.fromkeys(("advantage", "old", "reference", "drawn"), empty)}
+    batch = Batch(answer=empty.long(), advantage=empty, drawn=empty)
     for old, reference in ((empty, empty), (None, None)):
-        loss, sums = KINDS[name](weights[:0] * 2, batch | {"old": old, "reference": reference})
+        loss, sums = KINDS[name](weights[:0] * 2, batch.having(old=old, reference=reference))
         assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
 
 
@@ -171,8 +170,8 @@ def over_all_tokens(loss, logits, drawn, reference, advantage):
     new, total = logits.log_softmax(0), 0.0
     for token, chance in enumerate(drawn):
         one = slice(token, token + 1)
-        batch = {"answer": torch.tensor([0]), "advantage": advantage[one], "old": None}
-        batch |= {"drawn": drawn[one].log(), "reference": reference[one].log()}
+        batch = Batch(answer=torch.tensor([0]), advantage=advantage[one], old=None)
+        batch = batch.having(drawn=drawn[one].log(), reference=reference[one].log())
         total = total + chance * loss(new[one], batch)[0]
     return total
 
@@ -212,7 +211,7 @@ def test_weights_make_up_for_an_engine_that_draws_with_other_probabilities():
 def test_a_kl_without_its_reference_is_told():
     log_probs, batch = make_batch([2])
     with pytest.raises(ValueError, match="has no `reference`"):
-        KINDS["grpo with KL"](log_probs, batch | {"reference": None})
+        KINDS["grpo with KL"](log_probs, batch.having(reference=None))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -223,20 +222,20 @@ def test_nothing_is_infinite_or_no_number_however_far_apart_the_models_are(name,
     became so much likelier and is bad is huge, for --grad_clip, and never 0: it is still pushed down.
     """
     log_probs, batch = make_batch([3, 2, 4], seed=5)
-    batch["advantage"] = torch.tensor([1.5, -1.5, 0.0])
+    batch.advantage = torch.tensor([1.5, -1.5, 0.0])
     log_probs = (log_probs.detach() - 90).requires_grad_()
     for key in ("old", "drawn", "reference"):
-        batch[key] = log_probs.detach() + (apart if key == of else 0)
+        setattr(batch, key, log_probs.detach() + (apart if key == of else 0))
     if of == "old":
-        batch["drawn"] = batch["old"]
+        batch.drawn = batch.old
     loss, sums = KINDS[name](log_probs, batch)
     got = gradient(loss, log_probs)
     assert loss.isfinite() and sums.isfinite().all() and got.isfinite().all() and got.norm().isfinite()
-    bad = got[batch["answer"] == 1]
+    bad = got[batch.answer == 1]
     if of == "old" and apart < 0:
         assert (bad > 1e7).all(), "-e^20"
     if of == "drawn" and apart < 0:
-        weighed = KINDS[name](log_probs, batch | {"drawn": log_probs.detach() - 1})[0]
+        weighed = KINDS[name](log_probs, batch.having(drawn=log_probs.detach() - 1))[0]
         assert loss.item() == pytest.approx(weighed.item(), rel=1e-9)
 
 
@@ -330,10 +329,11 @@ def test_losses_and_gradients_are_those_of_trl(case, name):
     each, total, found = len(counts) // case["micro_batches"], 0.0, []
     for begin in range(0, len(counts), each):
         part = slice(begin, begin + each)
-        batch = {key: flat(case[key][part]) for key in ("old", "drawn", "reference")}
-        batch |= {"answer": torch.repeat_interleave(torch.tensor(counts[part]))}
-        batch |= {"advantage": torch.tensor(case["advantage"][part])}
-        batch |= {} if settings["corrected"] else {"drawn": batch["old"]}
+        batch = Batch(**{key: flat(case[key][part]) for key in ("old", "drawn", "reference")})
+        batch = batch.having(answer=torch.repeat_interleave(torch.tensor(counts[part])))
+        batch = batch.having(advantage=torch.tensor(case["advantage"][part]))
+        if not settings["corrected"]:
+            batch.drawn = batch.old
         log_probs = flat(case["log_probs"][part]).requires_grad_()
         mean = loss(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
         found.append(gradient(mean, log_probs))

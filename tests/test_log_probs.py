@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.common.batch import Batch
 from src.data.collate import trained_tokens
 from src.model import loss as losses
 from src.model import rwkv
@@ -92,8 +93,9 @@ def test_an_adapted_head_has_those_of_its_logits(monkeypatch, method, rows):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
 
 
-def trained_batch(rows, chunks):
-    return rows | trained_tokens(rows["targets"].numpy(), rows["weights"].numpy(), chunks.size)
+def trained_batch(rows, chunks, **options):
+    trained = trained_tokens(rows["targets"].numpy(), rows["weights"].numpy(), chunks.size)
+    return Batch(ids=rows["ids"], reset=rows["reset"], **trained, **options)
 
 
 def results(model, rows, chunks, find=token_log_probs, **options):
@@ -101,12 +103,11 @@ def results(model, rows, chunks, find=token_log_probs, **options):
 
     The gradient of each token is another.
     """
-    batch = trained_batch(rows, chunks)
-    found = find(model, batch, chunks, **options)
+    found = find(model, trained_batch(rows, chunks, **options), chunks)
     wanted = rows["weights"] != 0
     place = torch.arange(wanted.numel()).view(wanted.shape)
     size = chunks.size or wanted.shape[1]
-    # the chunks one after the other, and through the rows of each: the order of batch["targets"]
+    # the chunks one after the other, and through the rows of each: the order of batch.targets
     order = torch.cat([p[w] for p, w in zip(place.split(size, 1), wanted.split(size, 1), strict=True)])
     generator = torch.Generator().manual_seed(5)
     scales = torch.randn(wanted.numel(), generator=generator).to(found.dtype)[order]
@@ -118,9 +119,9 @@ def results(model, rows, chunks, find=token_log_probs, **options):
 
 def of_all_logits(model, batch, chunks):
     """The specification: torch's log_softmax of the logits of whole rows."""
-    logits, _ = model(batch["ids"], None, batch["reset"])
-    chosen = logits.flatten(0, 1)[batch["where"]].log_softmax(-1)
-    return chosen.gather(1, batch["targets"][:, None])[:, 0]
+    logits, _ = model(batch.ids, None, batch.reset)
+    chosen = logits.flatten(0, 1)[batch.where].log_softmax(-1)
+    return chosen.gather(1, batch.targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("version", [6, 7])

@@ -119,8 +119,8 @@ def test_shared_prompts_rows_and_chunks_make_the_same_loss_and_gradients():
     for name, chunk, shared in (("shared", 0, True), ("rows", 0, False), ("chunks", 8, False)):
         batch = collate_answers(rows, 1.0, chunk, shared, GROUP)
         with torch.no_grad():
-            batch["teacher"] = token_features(other, batch, Chunks(chunk))
-        teacher = WholeTeacher(batch["teacher"], other.head.weight, 1.5)
+            batch.teacher = token_features(other, batch, Chunks(chunk))
+        teacher = WholeTeacher(batch.teacher, other.head.weight, 1.5)
         loss = batch_distillation(model, batch, Chunks(chunk), 0, teacher)
         found[name] = [loss.detach(), *torch.autograd.grad(loss, trained)]
     for name in ("rows", "chunks"):

@@ -296,8 +296,8 @@ def test_a_look_counts_right_answers_and_characters():
     assert exam.before.kl == 0 and exam.before.accuracy < answers
     asked = exam.task.held_out  # the base gets the letters wrong, and the end, 0, right
     batch = collate([[row] for row in asked], 1)
-    hits = forgetting.answered(exam.base, asked, True)[2].argmax(-1) == batch["targets"]
-    letters = hits[batch["targets"] != 0].double().mean()
+    hits = forgetting.answered(exam.base, asked, True)[2].argmax(-1) == batch.targets
+    letters = hits[batch.targets != 0].double().mean()
     assert forgetting.answered(exam.base, asked, False)[1] == pytest.approx(float(letters))
     assert letters != pytest.approx(float(hits.double().mean()))
     noisy = copy.deepcopy(exam.base)

@@ -86,13 +86,13 @@ def counted_in_training(config, rows, kernel):
     for row in rows:
         grouped.append(documents.items[place : place + len(row)])
         place += len(row)
-    batch = collate(grouped, 1, config.chunk_ctx) | {"width": 37}
+    batch = collate(grouped, 1, config.chunk_ctx).having(width=37)
     known = [
         *model.parameters(),
         *model.buffers(),
         *(p.grad for p in model.parameters() if p.grad is not None),
     ]
-    known += [t for t in batch.values() if torch.is_tensor(t)]
+    known += batch.tensors().values()
     with Live(known) as live:
         kept = live.after(model, "features")
         module.training_step(batch, 0).backward()

@@ -278,8 +278,8 @@ def test_reference_values_stay_with_their_tokens(read, kind):
         assert [part.tolist() for part in example.reference] == [part.tolist() for part in known[i].reference]
     batch = collate_answers([[taken[0], taken[2]], [taken[3]]], 3.0)
     wanted = [*taken[0].reference, *taken[2].reference, *taken[3].reference]
-    assert batch["reference"].tolist() == np.concatenate(wanted).tolist()
-    assert batch["reference"].dtype == torch.float32
+    assert batch.reference.tolist() == np.concatenate(wanted).tolist()
+    assert batch.reference.dtype == torch.float32
     with pytest.raises(ValueError, match="reference: expected"):
         preferences.with_reference(values[1:])
 
@@ -421,26 +421,26 @@ def loop(rows):
 
 def contexts(batch):
     """(answer, all tokens that were read, target) of each trained token, from a batch's tensors alone."""
-    ids, reset = batch["ids"], batch["reset"]
-    width, chunk = ids.shape[1], batch["chunk"] or ids.shape[1]
+    ids, reset = batch.ids, batch.reset
+    width, chunk = ids.shape[1], batch.chunk or ids.shape[1]
     found = []
-    starts = [0, *batch["ends"]]
+    starts = [0, *batch.ends]
     for part, (first, last) in enumerate(itertools.pairwise(starts)):
         size = min(chunk, width - part * chunk)
         for i in range(first, last):
-            row, column = divmod(int(batch["where"][i]), size)
+            row, column = divmod(int(batch.where[i]), size)
             column += part * chunk
             begin = 0
             if reset is not None and reset[row, : column + 1].any():
                 begin = int(torch.nonzero(reset[row, : column + 1])[-1])
             read = ids[row, begin : column + 1].tolist()
-            if "prompts" in batch and not (reset is not None and reset[row, 0]):
-                prompt = int(batch["prompt_of"][row])
+            if batch.prompts is not None and not (reset is not None and reset[row, 0]):
+                prompt = int(batch.prompt_of[row])
                 starts_at = 0
-                if batch["prompt_reset"] is not None and batch["prompt_reset"][prompt].any():
-                    [starts_at] = torch.nonzero(batch["prompt_reset"][prompt])[0].tolist()
-                read = batch["prompts"][prompt, starts_at:].tolist() + read
-            found.append((int(batch["answer"][i]), read, int(batch["targets"][i])))
+                if batch.prompt_reset is not None and batch.prompt_reset[prompt].any():
+                    [starts_at] = torch.nonzero(batch.prompt_reset[prompt])[0].tolist()
+                read = batch.prompts[prompt, starts_at:].tolist() + read
+            found.append((int(batch.answer[i]), read, int(batch.targets[i])))
     return found
 
 
@@ -459,9 +459,9 @@ def test_separate_rows_hold_every_answer_after_its_prompt(read, kind, chunk):
     rows = some_rows(read(random_rows(6, kind=kind), kind).preferences(64))
     batch = collate_answers(rows, 6.0, chunk)
     assert sorted(contexts(batch)) == sorted(loop(rows))
-    assert batch["weights"] is None and batch["step_weight"] == 6.0 and batch["chunk"] == chunk
-    assert batch["chosen"].tolist() == [c for example in itertools.chain(*rows) for c in example.chosen]
-    assert batch["ids"].dtype == batch["answer"].dtype == torch.int64 and batch["reference"] is None
+    assert batch.weights is None and batch.step_weight == 6.0 and batch.chunk == chunk
+    assert batch.chosen.tolist() == [c for example in itertools.chain(*rows) for c in example.chosen]
+    assert batch.ids.dtype == batch.answer.dtype == torch.int64 and batch.reference is None
     # packed = alone
     alone = [collate_answers([[example]], 1.0, chunk) for example in itertools.chain(*rows)]
     size = 2 if kind == PAIRS else 1
@@ -474,14 +474,14 @@ def test_shared_rows_hold_the_same_tokens_with_each_prompt_once(read):
     batch = collate_answers(rows, 6.0, shared=True)
     separate = collate_answers(rows, 6.0)
     assert sorted(contexts(batch)) == sorted(contexts(separate)) == sorted(loop(rows))
-    assert batch["chosen"].tolist() == separate["chosen"].tolist()
+    assert batch.chosen.tolist() == separate.chosen.tolist()
     examples = list(itertools.chain(*rows))
-    assert batch["ids"].shape[0] == 12 and batch["prompt_of"].tolist() == sorted([*range(6)] * 2)
-    assert batch["prompts"].shape == (6, max(len(example.prompt) for example in examples) - 1)
+    assert batch.ids.shape[0] == 12 and batch.prompt_of.tolist() == sorted([*range(6)] * 2)
+    assert batch.prompts.shape == (6, max(len(example.prompt) for example in examples) - 1)
     # the rows in which an answer is, one after another
-    assert batch["answer"].tolist() == sorted(batch["answer"].tolist())
+    assert batch.answer.tolist() == sorted(batch.answer.tolist())
     alike = [[example] for example in examples if len(example.prompt) == len(examples[0].prompt)]
-    assert collate_answers(alike, 6.0, shared=True)["prompt_reset"] is None
+    assert collate_answers(alike, 6.0, shared=True).prompt_reset is None
     with pytest.raises(ValueError, match="whole rows"):
         collate_answers(rows, 6.0, 7, True)
 
@@ -490,19 +490,19 @@ def test_a_prompt_of_one_token_takes_nothing_from_the_padding(read):
     preferences = read([pair("a", "b", "cc"), pair("abc", "d", "e")]).preferences(64)
     rows = [[preferences[0]], [preferences[1]]]
     batch = collate_answers(rows, 2.0, shared=True)
-    assert batch["reset"].tolist() == [[True, False, False]] * 2 + [[False] * 3] * 2
+    assert batch.reset.tolist() == [[True, False, False]] * 2 + [[False] * 3] * 2
     assert sorted(contexts(batch)) == sorted(loop(rows))
     only = collate_answers(rows[:1], 1.0, shared=True)
-    assert only["prompts"].shape == (1, 1) and sorted(contexts(only)) == sorted(loop(rows[:1]))
+    assert only.prompts.shape == (1, 1) and sorted(contexts(only)) == sorted(loop(rows[:1]))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_batch_without_rows_has_no_answer(shared):
     batch = collate_answers([], 3.0, shared=shared)
-    assert batch["ids"].shape == (1, 1) and batch["chosen"].shape == batch["answer"].shape == (0,)
-    assert batch["chosen"].dtype == torch.bool and batch["ends"] == (0,) and batch["reference"] is None
+    assert batch.ids.shape == (1, 1) and batch.chosen.shape == batch.answer.shape == (0,)
+    assert batch.chosen.dtype == torch.bool and batch.ends == (0,) and batch.reference is None
     if shared:
-        assert batch["prompts"].shape == (1, 1) and batch["prompt_of"].tolist() == [0]
+        assert batch.prompts.shape == (1, 1) and batch.prompt_of.tolist() == [0]
 
 
 @pytest.mark.parametrize(("kind", "shared"), [(PAIRS, False), (PAIRS, True), (LABELS, False)])
@@ -519,15 +519,15 @@ def test_a_pass_has_every_example_once_and_counts_examples(read, kind, shared, p
             for rank in range(2)
             for batch in Batches(preferences, schedule, step + 1, rank, step, shared=shared)
         ]
-        assert len(batches) == 4 and all(batch["step_weight"] == weight for batch in batches)
-        chosen = sum(len(batch["chosen"]) for batch in batches)
+        assert len(batches) == 4 and all(batch.step_weight == weight for batch in batches)
+        chosen = sum(len(batch.chosen) for batch in batches)
         assert weight == chosen / (2 if kind == PAIRS else 1)
         examples += weight
         found += [(read, target) for batch in batches for _, read, target in contexts(batch)]
     assert examples == 13 == preferences.weight
     assert sorted(found) == sorted((read, target) for _, read, target in loop([preferences]))
     documents = load_texts(read).collator()([], 1.0)
-    assert "answer" not in documents
+    assert documents.answer is None
 
 
 def load_texts(read):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from src.common.batch import Batch
 from src.model.preference_loss import METRICS, PreferenceLoss, log_odds
 
 from .conftest import ROOT
@@ -45,7 +46,7 @@ def make_batch(examples, paired, seed=0, dtype=torch.float32):
     log_probs = -3 * torch.rand(len(answer), generator=random)
     reference = log_probs + torch.randn(len(answer), generator=random)
     chosen = torch.arange(answers) % 2 == 0 if paired else torch.rand(answers, generator=random) < 0.5
-    batch = {"answer": answer, "chosen": chosen, "reference": reference.to(dtype), "baseline": 0.25}
+    batch = Batch(answer=answer, chosen=chosen, reference=reference.to(dtype), baseline=0.25)
     return log_probs.to(dtype).requires_grad_(), batch
 
 
@@ -55,10 +56,10 @@ def sigmoid(x):
 
 def by_the_formula(loss, log_probs, batch):
     """(loss, means) with the numbers of one answer after the other; no index_add, logsigmoid or log1p."""
-    log_probs, reference = log_probs.double(), batch["reference"].double()
+    log_probs, reference = log_probs.double(), batch.reference.double()
     logp, ref, size = [], [], []
-    for i in range(len(batch["chosen"])):
-        mine = batch["answer"] == i
+    for i in range(len(batch.chosen)):
+        mine = batch.answer == i
         logp.append(log_probs[mine].sum())
         ref.append(reference[mine].sum())
         size.append(int(mine.sum()))
@@ -68,8 +69,8 @@ def by_the_formula(loss, log_probs, batch):
     score = {"dpo": mean_ratio if loss.average else ratio, "ipo": mean_ratio, "kto": ratio}.get(
         loss.kind, mean
     )
-    chosen = [i for i, is_chosen in enumerate(batch["chosen"]) if is_chosen]
-    rejected = [i for i, is_chosen in enumerate(batch["chosen"]) if not is_chosen]
+    chosen = [i for i, is_chosen in enumerate(batch.chosen) if is_chosen]
+    rejected = [i for i, is_chosen in enumerate(batch.chosen) if not is_chosen]
     total = loss.sft_weight * -sum(mean[i] for i in chosen)
     smoothing = loss.label_smoothing
     right = 0
@@ -84,8 +85,8 @@ def by_the_formula(loss, log_probs, batch):
         else:
             apart = loss.beta * apart - (loss.gamma if loss.kind == "simpo" else 0)
             total = total - (1 - smoothing) * sigmoid(apart).log() - smoothing * sigmoid(-apart).log()
-    for i, is_chosen in enumerate(batch["chosen"]) if not loss.paired else ():
-        above = score[i] - batch["baseline"]
+    for i, is_chosen in enumerate(batch.chosen) if not loss.paired else ():
+        above = score[i] - batch.baseline
         right += int((above > 0) == is_chosen)
         weight = loss.desirable_weight if is_chosen else loss.undesirable_weight
         total = total + weight * (1 - sigmoid(loss.beta * (above if is_chosen else -above)))
@@ -107,7 +108,7 @@ def by_the_formula(loss, log_probs, batch):
         raw = [logp[c] > logp[r] for c, r in zip(chosen, rejected, strict=True)]
         found["raw_accuracy"] = sum(map(int, raw)) / len(raw)
     else:
-        found["baseline"] = batch["baseline"]
+        found["baseline"] = batch.baseline
     return total, found
 
 
@@ -139,13 +140,13 @@ def test_a_batch_may_be_cut_anywhere(name):
     whole, whole_sums = loss(log_probs, batch)
     size, losses, sums = 2 if loss.paired else 1, [], []
     for begin, end in ((0, 2 * size), (2 * size, 2 * size), (2 * size, 7 * size)):
-        of = (batch["answer"] >= begin) & (batch["answer"] < end)
-        part = {
-            "answer": batch["answer"][of] - begin,
-            "chosen": batch["chosen"][begin:end],
-            "reference": batch["reference"][of],
-            "baseline": batch["baseline"],
-        }
+        of = (batch.answer >= begin) & (batch.answer < end)
+        part = Batch(
+            answer=batch.answer[of] - begin,
+            chosen=batch.chosen[begin:end],
+            reference=batch.reference[of],
+            baseline=batch.baseline,
+        )
         one, metrics = loss(log_probs[of], part)
         losses.append(one)
         sums.append(metrics)
@@ -156,12 +157,12 @@ def test_a_batch_may_be_cut_anywhere(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_without_examples_has_no_loss_but_a_graph(name):
     log_probs = torch.zeros(0, requires_grad=True)
-    batch = {
-        "answer": torch.zeros(0, dtype=torch.int64),
-        "chosen": torch.zeros(0, dtype=torch.bool),
-        "reference": None,
-        "baseline": torch.zeros(()),
-    }
+    batch = Batch(
+        answer=torch.zeros(0, dtype=torch.int64),
+        chosen=torch.zeros(0, dtype=torch.bool),
+        reference=None,
+        baseline=torch.zeros(()),
+    )
     for sft_weight in (0.0, 1.0):
         loss, sums = dataclasses.replace(KINDS[name], sft_weight=sft_weight)(log_probs, batch)
         loss.backward()
@@ -173,15 +174,15 @@ def test_a_batch_without_examples_has_no_loss_but_a_graph(name):
 def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
     """Whatever the answers, in whatever order their tokens come; and kto is half its weights."""
     log_probs, batch = make_batch(examples, True, seed=examples)
-    batch["reference"] = log_probs.detach()
+    batch.reference = log_probs.detach()
     for name in ("dpo", "dpo of means", "cdpo"):
         loss, sums = KINDS[name](log_probs, batch)
         assert (loss / examples).float().item() == LN2
         found = PreferenceLoss.means(sums.tolist())
         assert (found["margin"], found["reward_accuracy"]) == (0, 0.5), "a tie counts as half"
     log_probs, batch = make_batch(examples, False, seed=examples)
-    batch |= {"reference": log_probs.detach(), "baseline": torch.zeros(())}
-    desirable = int(batch["chosen"].sum())
+    batch = batch.having(reference=log_probs.detach(), baseline=torch.zeros(()))
+    desirable = int(batch.chosen.sum())
     wanted = 0.5 * (LOSS.desirable_weight * desirable + LOSS.undesirable_weight * (examples - desirable))
     assert KINDS["kto"](log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
 
@@ -189,8 +190,8 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
 def test_a_small_beta_is_a_sum_of_log_ratios():
     """-ln s(b m) = ln 2 - b m / 2 + (b m)^2 / 8 - ..."""
     log_probs, batch = make_batch(9, True)
-    ratio = (log_probs - batch["reference"]).detach().double()
-    sides = torch.where(batch["answer"] % 2 == 0, 1.0, -1.0).double()
+    ratio = (log_probs - batch.reference).detach().double()
+    sides = torch.where(batch.answer % 2 == 0, 1.0, -1.0).double()
     for beta in (1e-3, 1e-5):
         loss = dataclasses.replace(LOSS, beta=beta)(log_probs, batch)[0]
         (gradient,) = torch.autograd.grad(loss, log_probs)
@@ -202,10 +203,10 @@ def test_a_small_beta_is_a_sum_of_log_ratios():
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_ipo_is_least_where_the_means_are_apart_by_half_over_beta(beta):
     loss = dataclasses.replace(KINDS["ipo"], beta=beta)
-    batch = {"answer": torch.tensor([0, 0, 1]), "chosen": torch.tensor([True, False])}
-    batch["reference"] = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
+    batch = Batch(answer=torch.tensor([0, 0, 1]), chosen=torch.tensor([True, False]))
+    batch.reference = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     apart = torch.tensor(0.5 / beta, dtype=torch.float64)
-    log_probs = (batch["reference"] + torch.stack([apart, apart, 0 * apart])).requires_grad_()
+    log_probs = (batch.reference + torch.stack([apart, apart, 0 * apart])).requires_grad_()
     least = loss(log_probs, batch)[0]
     assert least.item() == pytest.approx(0, abs=1e-20)
     assert torch.autograd.grad(least, log_probs)[0].abs().max() < 1e-12
@@ -219,17 +220,17 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
     log_probs, batch = make_batch(21, False)
     losses, right = [], []
     for baseline in (0.0, 1.0, 40.0):
-        loss, sums = KINDS["kto"](log_probs, batch | {"baseline": torch.tensor(baseline)})
+        loss, sums = KINDS["kto"](log_probs, batch.having(baseline=torch.tensor(baseline)))
         losses.append(loss.item())
         right.append(PreferenceLoss.means(sums.tolist())["reward_accuracy"])
         assert PreferenceLoss.means(sums.tolist())["baseline"] == baseline
-    bad = 1 - batch["chosen"].double().mean()
+    bad = 1 - batch.chosen.double().mean()
     assert right[-1] == bad, "no answer is above a baseline of 40"
-    lower = LOSS.desirable_weight * int(batch["chosen"].sum())
+    lower = LOSS.desirable_weight * int(batch.chosen.sum())
     assert losses[-1] == pytest.approx(lower, abs=1e-3) and losses[0] != losses[1]
     # 1 - s(b (r - z)) of a good answer alone, by hand
-    one = {"answer": torch.tensor([0]), "chosen": torch.tensor([True]), "reference": torch.tensor([-2.0])}
-    got = KINDS["kto"](torch.tensor([-1.0]), one | {"baseline": 0.25})[0].item()
+    one = Batch(answer=torch.tensor([0]), chosen=torch.tensor([True]), reference=torch.tensor([-2.0]))
+    got = KINDS["kto"](torch.tensor([-1.0]), one.having(baseline=0.25))[0].item()
     assert got == pytest.approx(1.3 * (1 - 1 / (1 + math.exp(-0.3 * 0.75))), rel=1e-14)
 
 
@@ -238,8 +239,8 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
 def test_losses_and_gradients_are_finite_however_sure_a_model_is(name, gap):
     """p = 1 and p = 0, of either answer; every gradient still points to the chosen answer."""
     loss = KINDS[name]
-    batch = {"answer": torch.tensor([0, 1]), "chosen": torch.tensor([True, False])}
-    batch |= {"reference": torch.tensor([-1.0, -1.0]), "baseline": 0.0}
+    batch = Batch(answer=torch.tensor([0, 1]), chosen=torch.tensor([True, False]))
+    batch = batch.having(reference=torch.tensor([-1.0, -1.0]), baseline=0.0)
     for values in ([0.0, -gap], [-gap, 0.0]):
         log_probs = torch.tensor(values, requires_grad=True)
         value = loss(log_probs, batch)[0]
@@ -263,13 +264,13 @@ def test_the_odds_keep_their_digits_on_both_sides():
 def test_a_missing_reference_is_said():
     log_probs, batch = make_batch(2, True)
     with pytest.raises(ValueError, match="dpo: the batch has no `reference`"):
-        LOSS(log_probs, batch | {"reference": None})
-    found = PreferenceLoss.means(KINDS["simpo"](log_probs, batch | {"reference": None})[1].tolist())
+        LOSS(log_probs, batch.having(reference=None))
+    found = PreferenceLoss.means(KINDS["simpo"](log_probs, batch.having(reference=None))[1].tolist())
     assert "kl" not in found and found["nll"] > 0
 
 
 def test_two_answers_that_are_as_likely_are_half_a_right_pair():
-    batch = {"answer": torch.tensor([0, 1, 1, 2, 3]), "chosen": torch.arange(4) % 2 == 0, "reference": None}
+    batch = Batch(answer=torch.tensor([0, 1, 1, 2, 3]), chosen=torch.arange(4) % 2 == 0, reference=None)
     found = PreferenceLoss.means(
         KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist()
     )
@@ -302,8 +303,8 @@ def test_losses_and_gradients_are_those_of_trl(case, name):
     neutral = dict.fromkeys((field.name for field in dataclasses.fields(PreferenceLoss)), 0)
     ours = PreferenceLoss(**neutral | {"average": False} | settings)
     counts = torch.tensor([len(answer) for answer in case["log_probs"]])
-    batch = {"answer": torch.repeat_interleave(counts), "chosen": torch.tensor(case["chosen"])}
-    batch |= {"reference": flat(case["reference"]).float(), "baseline": case.get("baseline")}
+    batch = Batch(answer=torch.repeat_interleave(counts), chosen=torch.tensor(case["chosen"]))
+    batch = batch.having(reference=flat(case["reference"]).float(), baseline=case.get("baseline"))
     log_probs = flat(case["log_probs"]).float().requires_grad_()
     mean = ours(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
     (got,) = torch.autograd.grad(mean, log_probs)

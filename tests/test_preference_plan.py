@@ -187,11 +187,11 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
+    known += [*model.buffers(), *batch.tensors().values()]
     with Live(known) as live:
         kept = live.after(model, "features")
-        objective_of(config)(model, batch | {"width": 37})[0].backward()
-    planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch["targets"]), shared)
+        objective_of(config)(model, batch.having(width=37))[0].backward()
+    planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch.targets), shared)
     # the chunks have unequal shares of the answers
     assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
     assert planned.peak == pytest.approx(live.peak, rel=0.01)

@@ -268,7 +268,7 @@ def test_a_baseline_is_of_all_answers_and_not_below_0():
                {"reference": None, "chosen": []}]  # fmt: skip
 
     def log_probs(batch):
-        return moved - 2 if batch["chosen"] else torch.zeros(0)
+        return moved - 2 if batch.chosen else torch.zeros(0)
 
     assert baseline(batches, Policy(log_probs, ALONE, None, None, cpu)) == 1.25 / 2
     assert baseline(batches, Policy(log_probs, other, None, None, cpu)) == 0.25 / 4

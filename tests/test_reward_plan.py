@@ -266,21 +266,21 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     )
     groups = [group(7, [11, 11, 11]), group(4 if not chunk else 7, [11, 11, 11])]
     batch = collate_answers([[example] for example in groups], 1.0, chunk, not chunk, GROUP)
-    reference = torch.zeros(len(batch["targets"])) if beta else None
-    batch |= {"width": batch["ids"].shape[1], "old": None, "reference": reference}
+    reference = torch.zeros(len(batch.targets)) if beta else None
+    batch = batch.having(width=batch.ids.shape[1], old=None, reference=reference)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
+    known += [*model.buffers(), *batch.tensors().values()]
     with Live(known) as live:
         kept = live.after(model, "features")
         objective_of(config)(model, batch)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
     asked = Questions([Question(["a"], "b")] * 2, prompts, 3, 11)
     sizes = largest_groups(asked, config.micro_bsz, config.chunk_ctx)
-    assert sizes.row == 3 * (7 - 1 + 11) and sizes.targets == len(batch["targets"])
+    assert sizes.row == 3 * (7 - 1 + 11) and sizes.targets == len(batch.targets)
     planned = step_bytes(
         make_arch(7, **SIZES), config, kernel, "fp32", sizes.row, sizes.targets, sizes.shared
     )

@@ -143,9 +143,9 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
         config = config_of(chunk_ctx=chunk)
         feed, chunks = feed_of(config, model, Judge()), objective_of(config).chunks
         for batch in feed:
-            found = token_log_probs(model, batch, chunks, batch["width"])
+            found = token_log_probs(model, batch, chunks)
             assert len(found) > 50
-            torch.testing.assert_close(found.detach(), batch["drawn"], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.detach(), batch.drawn, rtol=0, atol=1e-5)
 
 
 def test_an_end_of_document_is_trained_and_no_answer_is_cut_that_has_it():
@@ -210,7 +210,7 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     exact = copy.deepcopy(model).double()
     feed = feed_of(config, model, judge)
     for batch in feed:
-        objective_of(config)(model, batch)[0].div(batch["step_weight"]).backward()
+        objective_of(config)(model, batch)[0].div(batch.step_weight).backward()
     groups = Rollouts(model, questions_of(config), ENCODER, judge, config).groups(0, range(8))
     asked = [
         (
@@ -227,8 +227,8 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     for (name, found), p in zip(gradients, (p for p in exact.parameters() if p.requires_grad), strict=True):
         close(name, found, p.grad, 2e-5)
     # the five live groups are in as few batches as hold them
-    assert [len(batch["advantage"]) // 3 for batch in feed.batches] == [2, 3, 0]
-    assert feed.batches[0]["step_weight"] == sum(len(t) for _, answers, _ in asked for t, _ in answers)
+    assert [len(batch.advantage) // 3 for batch in feed.batches] == [2, 3, 0]
+    assert feed.batches[0].step_weight == sum(len(t) for _, answers, _ in asked for t, _ in answers)
 
 
 def test_the_metrics_are_of_all_scored_answers():
@@ -252,7 +252,7 @@ def test_the_metrics_are_of_all_scored_answers():
     assert sums["entropy"] == pytest.approx(-sum(answer.log_probs.sum() for answer in answers))
     assert sums["drawn_tokens"] == sum(group.tokens for group in groups)
     assert sums["draws"] == 1 and sums["draw_seconds"] > 0
-    assert feed.size(0).targets == len(batch["targets"]) and feed.size(0).weight == 8
+    assert feed.size(0).targets == len(batch.targets) and feed.size(0).weight == 8
     assert feed.first_group.question.answer == "1", "the shortest comes first"
 
 
@@ -275,11 +275,11 @@ def test_two_ranks_share_the_questions_out_and_then_the_live_groups(dead):
             others = {"rank": rank, "world": 2, "total": plus(groups=3, failed=1), "all_have": all_have}
             feed = feed_of(config, model, judge, **others)
             batches = list(feed)
-            found += [batch["targets"].tolist() for batch in batches]
-            groups.append(sum(len(batch["advantage"]) // 3 for batch in batches))
+            found += [batch.targets.tolist() for batch in batches]
+            groups.append(sum(len(batch.advantage) // 3 for batch in batches))
             assert feed.totals.groups == 4 + 3 and feed.totals.failed == 1
     assert groups == {None: [4, 4], 0: [2, 2], 1: [3, 2]}[dead]
-    assert len(found) == 4 and sorted(sum(found, [])) == sorted(whole["targets"].tolist())
+    assert len(found) == 4 and sorted(sum(found, [])) == sorted(whole.targets.tolist())
 
 
 def test_no_rewards_at_all_end_a_run_on_every_rank():
@@ -291,7 +291,7 @@ def test_no_rewards_at_all_end_a_run_on_every_rank():
         next(iter(feed))
     # the other rank has one that did not fail
     other = feed_of(config, model, Judge(failing="01234567"), world=2, total=plus(groups=1))
-    assert len(next(iter(other))["targets"]) == 0
+    assert len(next(iter(other)).targets) == 0
 
 
 def test_a_model_that_overflows_is_an_error_on_every_rank(monkeypatch):
@@ -388,7 +388,7 @@ def test_inner_steps_are_compared_with_the_first_one(train):
 
     def look(module, loss):
         feed = module.feed
-        seen.append((feed.micro, feed.batches[feed.micro]["old"].clone()))
+        seen.append((feed.micro, feed.batches[feed.micro].old.clone()))
         return loss
 
     train(Judge(), 2, spoil=look, micro_bsz=2, accumulate_grad_batches=2, inner_steps=2)

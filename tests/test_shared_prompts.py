@@ -245,8 +245,8 @@ def test_the_plan_counts_what_the_batches_hold():
         for shared in tokens:
             batch = collate_answers(examples, 1.0, shared=shared)
             if rows:
-                read = batch["prompts"].numel() if shared else 0
-                tokens[shared].append(batch["ids"].numel() + read)
+                read = batch.prompts.numel() if shared else 0
+                tokens[shared].append(batch.ids.numel() + read)
     assert tokens_of_layouts(preferences, schedule) == (np.mean(tokens[False]), np.mean(tokens[True]))
 
 

@@ -13,6 +13,7 @@ import torch
 import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
+from src.common.batch import Batch
 from src.data.collate import trained_tokens
 from src.inference.conversation import Conversation
 from src.inference.load import load
@@ -237,7 +238,7 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
 
     def gradients(chunks):
         tokens = trained_tokens(targets.numpy(), np.ones(RESETS.shape), chunks.size)
-        batch = {"ids": ids, "reset": RESETS, **tokens}
+        batch = Batch(ids=ids, reset=RESETS, **tokens)
         loss = batch_loss(model, batch, chunks)
         return [loss, *torch.autograd.grad(loss, trained)]
 
@@ -254,7 +255,7 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
     reset = torch.zeros(1, 41, dtype=torch.bool)
     reset[0, resets] = True
     tokens = trained_tokens(targets.numpy(), np.ones(reset.shape), 6)
-    batch = {"ids": ids, "reset": reset if resets else None, **tokens}
+    batch = Batch(ids=ids, reset=reset if resets else None, **tokens)
     trained = [p for p in model.parameters() if p.requires_grad]
     state, want = None, 0.0
     for start in range(0, 41, 12):

@@ -283,10 +283,10 @@ def test_native_weights_of_a_wrong_kind_are_an_error():
 def test_a_batch_has_weights_where_they_are_not_0_and_1():
     plain = Document(np.array([5, 6, 7], np.int32), np.array([0, 1, 0], np.float32))
     other = Document(np.array([8, 9, 8], np.int32), np.array([9, 0.5, 1], np.float32))
-    assert collate([[plain]], 1)["weights"] is None
+    assert collate([[plain]], 1).weights is None
     batch = collate([[plain, other], [plain]], 2.5)
-    assert batch["weights"].tolist() == [1, 0.5, 1, 1] and batch["step_weight"] == 2.5
-    assert batch["where"].tolist() == [0, 2, 3, 4]
+    assert batch.weights.tolist() == [1, 0.5, 1, 1] and batch.step_weight == 2.5
+    assert batch.where.tolist() == [0, 2, 3, 4]
     assert Documents([plain, other]).weight == 2.5 and Documents([plain, other]).targets == 3
 
 

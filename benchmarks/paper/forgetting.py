@@ -132,14 +132,14 @@ def answered(model: RWKV, documents: Documents, whole: bool) -> tuple[float, flo
     batch = collate([[row] for row in documents], 1)
     was_training = model.training
     with ops.nan_passes():
-        logits = model.eval()(batch["ids"])[0].flatten(0, 1)[batch["where"]]
+        logits = model.eval()(batch.ids)[0].flatten(0, 1)[batch.where]
     model.train(was_training)
-    targets = batch["targets"]
+    targets = batch.targets
     hits = logits.argmax(-1) == targets
     if whole:
-        right = torch.ones(batch["ids"].numel(), dtype=torch.bool)
-        right[batch["where"]] = hits
-        share = right.view_as(batch["ids"]).all(1)
+        right = torch.ones(batch.ids.numel(), dtype=torch.bool)
+        right[batch.where] = hits
+        share = right.view_as(batch.ids).all(1)
     else:
         share = hits[targets != 0]
     return float(torch.nn.functional.cross_entropy(logits, targets)), float(share.float().mean()), logits

@@ -243,10 +243,10 @@ def right(model: RWKV, documents: Documents) -> tuple[float, float]:
     """
     batch = collate([[row] for row in documents], 1)
     with ops.nan_passes():
-        guesses = model(batch["ids"])[0].argmax(-1)
-    hits = guesses.flatten()[batch["where"]] == batch["targets"]
+        guesses = model(batch.ids)[0].argmax(-1)
+    hits = guesses.flatten()[batch.where] == batch.targets
     right = torch.ones_like(guesses, dtype=torch.bool)
-    right.view(-1)[batch["where"]] = hits
+    right.view(-1)[batch.where] = hits
     return float(hits.float().mean()), float(right.all(1).float().mean())
 
 

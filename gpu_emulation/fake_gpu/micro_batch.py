@@ -11,9 +11,10 @@ from torch import nn
 from benchmarks.op_counts import TRAFFIC, difference
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
+from src.common.batch import Batch
 from src.common.device import PRECISIONS
 from src.config import Config
-from src.data.collate import to_device, trained_tokens
+from src.data.collate import trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.dtypes import dtype_of
@@ -63,12 +64,12 @@ def small_model_on(
     return model_on(device, default_arch(version, n_layer, n_embd, vocab, 64), config)
 
 
-def batch_on(device: str, rows: int, width: int, weighted: bool = False, chunk: int = 0) -> dict:
+def batch_on(device: str, rows: int, width: int, weighted: bool = False, chunk: int = 0) -> Batch:
     """As src.data.collate.collate makes it, of tokens that are all trained."""
     ids = torch.zeros(rows, width, dtype=torch.int64)
     trained = trained_tokens(ids.numpy(), np.full(ids.shape, 0.5 if weighted else 1), chunk)
-    batch = {"ids": ids, "reset": torch.zeros(rows, width, dtype=torch.bool), **trained, "width": width}
-    return to_device(batch, torch.device(device))
+    reset = torch.zeros(rows, width, dtype=torch.bool)
+    return Batch(ids=ids, reset=reset, **trained, width=width).to(torch.device(device))
 
 
 def tallied(arch: Arch, config: Config, rows: int, width: int) -> dict[str, dict[str, int]]:
@@ -78,7 +79,7 @@ def tallied(arch: Arch, config: Config, rows: int, width: int) -> dict[str, dict
         if config.peft != "none":
             gpu.tell_base(p for p in model.parameters() if not p.requires_grad)
         gpu.begin()
-        batch_loss(model, batch, objective_of(config).chunks, width).backward()
+        batch_loss(model, batch, objective_of(config).chunks).backward()
     return gpu.tally.as_dict()
 
 

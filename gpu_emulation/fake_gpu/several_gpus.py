@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from src.common.batch import Batch
 from src.config import Config
 from src.model import default_arch
 from src.model.batch_loss import batch_loss
@@ -38,8 +39,8 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.chunks = small_model_on(device, version, config, *sizes), objective_of(config).chunks
 
-    def forward(self, batch: dict) -> Tensor:
-        return batch_loss(self.model, batch, self.chunks, batch["width"])
+    def forward(self, batch: Batch) -> Tensor:
+        return batch_loss(self.model, batch, self.chunks)
 
 
 def start_processes() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..common.batch import ENTRIES, Batch
 from .answer_example import AnswerExample, prompt_length
 from .collate import padded_left, trained_tokens
 from .file_documents import Document
@@ -18,13 +19,13 @@ from .file_documents import Document
 class BatchColumns:
     """Extra values in a batch, by the name of the examples' attribute: a list with one for each answer."""
 
-    of_answers: dict[str, torch.dtype]  # one value each
-    of_tokens: str  # one float32 for each trained token
+    of_answers: str  # one value each
+    of_tokens: str  # one for each trained token
     optional: bool = False  # may be absent: then the attribute is None, and so is the batch's value
 
 
-PREFERENCE = BatchColumns({"chosen": torch.bool}, "reference", optional=True)
-GROUP = BatchColumns({"advantage": torch.float32}, "drawn")
+PREFERENCE = BatchColumns("chosen", "reference", optional=True)
+GROUP = BatchColumns("advantage", "drawn")
 
 
 def collate_answers(
@@ -33,18 +34,15 @@ def collate_answers(
     chunk: int = 0,
     shared: bool = False,
     columns: BatchColumns = PREFERENCE,
-) -> dict:
-    """Make the batch of these rows: collate() of their answers' documents, in order, and
+) -> Batch:
+    """Make the batch of these rows: collate() of their answers' documents, in order, and `answer`.
 
-    answer: (n,) int64, the answer of each trained token; those of an example follow each other. Of
-    preferences chosen: (A,) bool, and reference: (n,) float32, None without a reference; a pair is the
-    answers 2p, chosen, and 2p + 1. Of groups advantage: (A,) float32, and drawn: (n,) float32.
+    Preferences have `chosen` and perhaps `reference`, and groups `advantage` and `drawn`.
 
-    With `shared`, the batch has the prompt of an example once. ids: (A, T), a row for each answer, which
-    begins with the last token of its prompt. prompts: (P, S) int64, the tokens before that one, padded on the
-    left. prompt_reset: (P, S) bool, true where a padded prompt begins; None if none is padded. prompt_of:
-    (A,) int64, the prompt of each row. `reset` is true where an answer's row begins and its prompt has no
-    other token, so that nothing is taken from the padding. step_weight: the divisor of the whole step's loss.
+    With `shared`, the batch has the prompt of an example once. A row of `ids` is an answer, and begins with
+    the last token of its prompt. `prompts` are the tokens before that one. `reset` is true where an answer's
+    row begins and its prompt has no other token, so that nothing is taken from the padding. `step_weight` is
+    the divisor of the whole step's loss.
 
     Without rows it is one row without loss, as in collate(), and A is 0.
     """
@@ -52,15 +50,15 @@ def collate_answers(
         raise ValueError("collate_answers: shared prompts have whole rows, got a chunk")
     examples = list(itertools.chain(*rows))
     batch = _shared(examples, columns) if shared else _separate(rows, chunk, columns)
+    name = columns.of_answers
+    values = itertools.chain.from_iterable(getattr(example, name) for example in examples)
+    found = {name: torch.tensor(list(values), dtype=ENTRIES[name]["dtype"])}
     if columns.optional and (not examples or getattr(examples[0], columns.of_tokens) is None):
-        batch[columns.of_tokens] = None
-    for name, dtype in columns.of_answers.items():
-        values = itertools.chain.from_iterable(getattr(example, name) for example in examples)
-        batch[name] = torch.tensor(list(values), dtype=dtype)
-    return {**batch, "step_weight": step_weight}
+        found[columns.of_tokens] = None
+    return batch.having(**found, step_weight=step_weight)
 
 
-def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: BatchColumns) -> dict:
+def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: BatchColumns) -> Batch:
     """Put every answer after its own prompt; the answers of a row stand one after another."""
     width = max([sum(example.inputs for example in row) for row in rows] + [1])
     table = _Table(max(len(rows), 1), width)
@@ -75,7 +73,7 @@ def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: Batc
     return table.batch(chunk, columns)
 
 
-def _shared(examples: list[AnswerExample], columns: BatchColumns) -> dict:
+def _shared(examples: list[AnswerExample], columns: BatchColumns) -> Batch:
     """Give each answer a row, which goes on from the state after its prompt."""
     prompts = [example.prompt[:-1] for example in examples]
     lengths = [
@@ -91,12 +89,8 @@ def _shared(examples: list[AnswerExample], columns: BatchColumns) -> dict:
             table.reset[len(of), 0] = begin == 0
             of.append(number)
     padded, begins = padded_left(prompts or [()])
-    return {
-        **table.batch(0, columns),
-        "prompts": padded,
-        "prompt_reset": begins,
-        "prompt_of": torch.tensor(of or [0]),
-    }
+    own = table.batch(0, columns)
+    return own.having(prompts=padded, prompt_reset=begins, prompt_of=torch.tensor(of or [0]))
 
 
 def _values(example: AnswerExample, columns: BatchColumns, place: int) -> np.ndarray | None:
@@ -123,10 +117,10 @@ class _Table:
         if values is not None:
             self.values[row, part][self.weights[row, part] != 0] = values
 
-    def batch(self, chunk: int, columns: BatchColumns) -> dict:
+    def batch(self, chunk: int, columns: BatchColumns) -> Batch:
         beside = {"answer": self.answer, columns.of_tokens: self.values}
-        return {
-            "ids": torch.from_numpy(self.ids),
-            "reset": torch.from_numpy(self.reset) if self.reset.any() else None,
+        return Batch(
+            ids=torch.from_numpy(self.ids),
+            reset=torch.from_numpy(self.reset) if self.reset.any() else None,
             **trained_tokens(self.targets, self.weights, chunk, beside),
-        }
+        )

@@ -223,7 +223,7 @@ class Batches:
             for micro in range(self.schedule.accumulate):
                 rows = [self._documents_of(row) for row in self.schedule.micro_rows(step, micro, self.rank)]
                 batch = self.collate(rows, self.schedule.step_weight(step))
-                yield batch | {"width": self.schedule.micro_width(step, micro)}
+                yield batch.having(width=self.schedule.micro_width(step, micro))
 
     def _documents_of(self, row: int) -> list[Document] | list[Preference]:
         return [self.documents[i] for i in self.schedule.rows[row]]

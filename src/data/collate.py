@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..common.batch import Batch
 from .file_documents import Document
 from .reference_values import unpacked
 
 
 def collate(
     rows: list[list[Document]], step_weight: float, chunk: int = 0, reference: np.dtype | None = None
-) -> dict:
+) -> Batch:
     """Make the batch of these rows, padded on the right to the longest.
 
-    ids: (B, T) int64. reset: (B, T) bool, true where a document starts inside a row; None if none does. The
-    entries of trained_tokens() for chunks of `chunk` tokens. step_weight: the sum of the weights of the whole
+    Trained tokens are those of chunks of `chunk` tokens. `step_weight` is the sum of the weights of the whole
     step. Without rows, as in a short step, it is one row without loss: every rank runs the same operations.
-
-    With a reference's values, of this dtype, teacher: their numbers for trained tokens, (n, columns) fp32.
+    With a reference's values, of this dtype, it has `teacher`: their numbers for trained tokens.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
@@ -35,17 +35,17 @@ def collate(
             targets[i, part] = document.ids[1:]
             weights[i, part] = document.weights[1:]
             reset[i, part][:1] = part.start > 0
-    batch = {
-        "ids": torch.from_numpy(ids),
-        "reset": torch.from_numpy(reset) if reset.any() else None,
+    batch = Batch(
+        ids=torch.from_numpy(ids),
+        reset=torch.from_numpy(reset) if reset.any() else None,
         **trained_tokens(targets, weights, chunk),
-        "step_weight": step_weight,
-    }
-    if reference is not None:
-        known = [document.reference for row in rows for document in row]
-        numbers = unpacked(np.concatenate([np.empty(0, reference), *known]))
-        batch["teacher"] = torch.from_numpy(numbers)[np.argsort(row_by_row(batch))]
-    return batch
+        step_weight=step_weight,
+    )
+    if reference is None:
+        return batch
+    known = [document.reference for row in rows for document in row]
+    numbers = unpacked(np.concatenate([np.empty(0, reference), *known]))
+    return batch.having(teacher=torch.from_numpy(numbers)[np.argsort(row_by_row(batch))])
 
 
 def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -62,16 +62,15 @@ def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 def trained_tokens(
     targets: np.ndarray, weights: np.ndarray, chunk: int = 0, beside: dict[str, np.ndarray] | None = None
-) -> dict:
-    """Find the tokens with a loss in targets (B, T) int64 and their weights (B, T), 0 for no loss.
+) -> dict[str, Any]:
+    """Make a batch's entries for the trained tokens, from targets (B, T) int64 and weights (B, T), 0 for no
+    loss.
 
     They are indices that are known before the device has the batch: a mask there would make the CPU wait for
     the number of its tokens. Order: chunk by chunk of `chunk` tokens (0: the rows are whole); within a chunk,
     row by row.
 
-    where: (n,) int64, each one's place among the B x `chunk` tokens of its chunk. targets: (n,) int64.
-    weights: (n,) float32, None if all are 1. ends: the number of tokens up to the end of each chunk. And (n,)
-    of each array (B, T) in `beside`.
+    Each array (B, T) in `beside` is an entry of these tokens, too.
     """
     rows, columns = weights.nonzero()
     width = weights.shape[1]
@@ -91,25 +90,11 @@ def trained_tokens(
     }
 
 
-def row_by_row(batch: dict) -> np.ndarray:
+def row_by_row(batch: Batch) -> np.ndarray:
     """Order the trained tokens of a batch row by row, (n,) int64; those of chunks are not in this order."""
-    where, ends, chunk = batch["where"].numpy(), np.asarray(batch["ends"]), batch["chunk"]
+    where, ends, chunk = batch.where.numpy(), np.asarray(batch.ends), batch.chunk
     if not chunk:
         return np.arange(len(where))
     parts = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-    rows = where // np.minimum(chunk, batch["ids"].shape[1] - parts * chunk)
+    rows = where // np.minimum(chunk, batch.ids.shape[1] - parts * chunk)
     return np.lexsort((parts, rows))
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Move the batch to a device. A GPU copies what it lacks from pinned memory, without waiting."""
-    moved = dict(batch)
-    for name, value in batch.items():
-        if torch.is_tensor(value) and value.device.type != device.type:
-            value = value.pin_memory() if device.type == "cuda" else value
-            moved[name] = value.to(device, non_blocking=True)
-    for name in ("reset", "prompt_reset"):
-        if moved.get(name) is not batch.get(name):
-            # for ops.per_document, which needs the places of the documents before the GPU gets its work
-            moved[name].on_cpu = batch[name]
-    return moved

@@ -14,7 +14,6 @@ from rwkv_miss.progress import Progress
 
 from ..common.formatting import counted
 from ..data.answer_batches import collate_answers
-from ..data.collate import to_device
 from ..data.dataset import load
 from ..data.encode import Encoder
 from ..data.formats import LABELS, PAIRS, Reading, Report, read_records
@@ -76,7 +75,7 @@ def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
             chunk = CHUNK if data.lengths[places[-1]] > TOKENS else 0
             shared = not chunk and prompts_once(data, places)
             batch = collate_answers([[data[i]] for i in places], len(places), chunk, shared)
-            values = token_log_probs(model, to_device(batch, device), Chunks(chunk)).float().cpu()
+            values = token_log_probs(model, batch.to(device), Chunks(chunk)).float().cpu()
             for i, part in zip(places, values.split([int(counts[i]) for i in places]), strict=True):
                 found[ends[i] - counts[i] : ends[i]] = part.numpy()
             bar.update(len(places))
@@ -214,7 +213,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     loss = loss_for(data, beta)
     for example in compared:
         start, end = end, end + example.targets
-        batch = collate_answers([[example]], 1.0) | {"baseline": baseline}
+        batch = collate_answers([[example]], 1.0).having(baseline=baseline)
         sums += loss(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
         for answer, reference in zip(example.answers, example.reference, strict=True):
             part = slice(start, start := start + answer.targets)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.files.checkpoint import Arch
 
+from ..common.batch import Batch
 from .distillation_loss import Teacher
 from .reverse_kl import WholeTeacher
 from .rwkv import RWKV, LayerState, State
@@ -63,55 +64,52 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
 
 
 # (model, a part of the rows, the state before it) -> (its sums or numbers for each token, the state after)
-Part = Callable[[RWKV, dict, State | None], tuple[Tensor, State]]
+Part = Callable[[RWKV, Batch, State | None], tuple[Tensor, State]]
 
 
-def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
+def batch_loss(model: RWKV, batch: Batch, chunks: Chunks) -> Tensor:
     """Sum the weighted loss of the trained tokens of a batch.
 
     `batch` is made by data/collate.collate() for chunks of this size. The result is differentiable in the
-    model's trained parameters. `width` is the length of row that decides the number of chunks, if not the
-    batch's own. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
+    model's trained parameters.
     """
-    return run_rows(model, batch, chunks, width, part_loss)
+    return run_rows(model, batch, chunks, part_loss)
 
 
-def batch_distillation(
-    model: RWKV, batch: dict, chunks: Chunks, width: int, teacher: Teacher | WholeTeacher
-) -> Tensor:
+def batch_distillation(model: RWKV, batch: Batch, chunks: Chunks, teacher: Teacher | WholeTeacher) -> Tensor:
     """Add up the sums of a teacher over the trained tokens, each weighted.
 
-    batch["teacher"] are the teacher's numbers for these tokens. Others are as for batch_loss().
+    batch.teacher are the teacher's numbers for these tokens. Others are as for batch_loss().
     """
 
-    def part_sums(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
-        x, state = model.features(part["ids"], state, part["reset"], part["where"])
-        of_part = teacher._replace(numbers=part["teacher"])
-        return model.distillation(x, part["targets"], part["weights"], of_part), state
+    def part_sums(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
+        x, state = model.features(part.ids, state, part.reset, part.where)
+        of_part = teacher._replace(numbers=part.teacher)
+        return model.distillation(x, part.targets, part.weights, of_part), state
 
-    return run_rows(model, batch, chunks, width, part_sums)
+    return run_rows(model, batch, chunks, part_sums)
 
 
-def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part, each: bool = False) -> Tensor:
+def run_rows(model: RWKV, batch: Batch, chunks: Chunks, part: Part, each: bool = False) -> Tensor:
     """Apply `part` to the rows of a batch, whole or in chunks.
 
     Results of the chunks are summed. With `each` they are numbers for each of a chunk's trained tokens,
-    (n, ...), and are concatenated. `batch`, `width` and the gradients are as for batch_loss().
+    (n, ...), and are concatenated. `batch` and the gradients are as for batch_loss().
 
-    A batch with "prompts" (P, S) int64 has them read once: its rows "ids" are answers, and row i goes on from
+    A batch with `prompts` (P, S) has them read once: its rows `ids` are answers, and row i goes on from
     the state after prompt prompt_of[i], so its first token is the prompt's last. Prompts are padded on the
-    left, and "prompt_reset" (P, S) bool is true where a padded one begins. Such rows are whole.
+    left, and `prompt_reset` (P, S) is true where a padded one begins. Such rows are whole.
     """
-    if "prompts" in batch:
+    if batch.prompts is not None:
         if chunks.size:
             raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
         return part(model, batch, after_prompts(model, batch))[0]
-    if batch["chunk"] != chunks.size:
+    if batch.chunk != chunks.size:
         raise ValueError(
             f"the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size}; give"
             " collate() the chunk"
         )
-    count = chunks.count(width or batch["ids"].shape[1])
+    count = chunks.count(batch.width or batch.ids.shape[1])
     if count == 1:
         return part(model, batch, None)[0]
     walk = _Walk(model, batch, chunks, count, torch.initial_seed(), part, each)
@@ -120,43 +118,22 @@ def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part, e
     return _InChunks.apply(walk, *(p for p in model.parameters() if p.requires_grad))
 
 
-def after_prompts(model: RWKV, batch: dict) -> State:
-    """Compute the state before each row of a batch with "prompts": the state after its prompt."""
-    prompts, of = batch["prompts"], batch["prompt_of"]
+def after_prompts(model: RWKV, batch: Batch) -> State:
+    """Compute the state before each row of a batch with `prompts`: the state after its prompt."""
+    prompts, of = batch.prompts, batch.prompt_of
     nothing = of.new_empty(0)  # no output is wanted, and the last layer computes none
-    _, state = model.features(prompts, None, batch["prompt_reset"], nothing)
+    _, state = model.features(prompts, None, batch.prompt_reset, nothing)
     return [LayerState(*(t.index_select(0, of) for t in layer)) for layer in state]
 
 
-def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
+def part_loss(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
     """Return (weighted loss of the trained tokens of a part of the rows, summed; state after the part).
 
     `state` is the state before the part, None at the beginning of the rows.
     """
     # the head, and the part of the last layer that only the head reads, run on the tokens that carry loss
-    x, state = model.features(part["ids"], state, part["reset"], part["where"])
-    return model.loss(x, part["targets"], part["weights"]), state
-
-
-def cut(batch: dict, chunk: int) -> dict:
-    """Cut chunk number `chunk` out of every row.
-
-    If these rows have ended and those of another rank have not, it is one token without loss.
-    """
-    size, tokens, part = batch["chunk"], trained_of(batch, chunk), {}
-    for name in ("where", "targets", "weights", "teacher"):
-        part[name] = None if batch.get(name) is None else batch[name][tokens]
-    if chunk >= len(batch["ends"]):
-        return part | {"ids": batch["ids"][:, :1], "reset": None}
-    for name in ("ids", "reset"):
-        part[name] = None if batch[name] is None else batch[name][:, chunk * size : (chunk + 1) * size]
-    return part
-
-
-def trained_of(batch: dict, chunk: int) -> slice:
-    """Find the trained tokens of a chunk among the batch's."""
-    ends = batch["ends"]
-    return slice(*((0, *ends)[min(i, len(ends))] for i in (chunk, chunk + 1)))
+    x, state = model.features(part.ids, state, part.reset, part.where)
+    return model.loss(x, part.targets, part.weights), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +141,7 @@ class _Walk:
     """Walk over the chunks of a batch, forward and backward."""
 
     model: RWKV
-    batch: dict
+    batch: Batch
     chunks: Chunks
     count: int
     seed: int
@@ -174,8 +151,7 @@ class _Walk:
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
         """Run chunk i: (its result, state after it). Dropout depends on the place: recomputing draws the
         same."""
-        ids = self.batch["ids"]
-        part = cut(self.batch, i)
+        ids, part = self.batch.ids, self.batch.part(i)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed((self.seed + i) % 2**63)
             return self.part(self.model, part, state)
@@ -205,7 +181,7 @@ class _Walk:
             for i in range(first, min(first + stride, self.count) - 1):
                 states.append(_own(self.run(i, states[-1])[1]))
             for i in reversed(range(first, first + len(states))):
-                of_chunk = dresult[trained_of(self.batch, i)] if self.each else dresult
+                of_chunk = dresult[self.batch.trained_of(i)] if self.each else dresult
                 new, dstate = self.chunk_backward(i, states.pop(), parameters, of_chunk, dstate)
                 gradients = [_added(a, b) for a, b in zip(gradients, new, strict=True)]
         return gradients

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..common.batch import Batch
 
 # Largest weight of a token that the engine drew with another probability than training computes. It is that
 # of truncated importance sampling in https://fengyao.notion.site/off-policy-rl and its libraries; TRL's is 3.
@@ -179,7 +180,7 @@ class GrpoLoss(DrawnAnswers):
         of_kind = {"dapo": tokens, "grpo": answers, "dr_grpo": answers * self.max_tokens}
         return max(float(of_kind[self.kind]), 1.0)
 
-    def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (the summed loss of a batch, for divisor(); the sums of `metrics`), both float64.
 
         log_probs (n,) are ln p. The batch has `answer` (n,) int64, each token's answer; `advantage` (A,), of
@@ -187,23 +188,23 @@ class GrpoLoss(DrawnAnswers):
         formulas' terms. Without `old` it is log_probs, as in the first step on drawn answers. With
         `reference` the KL is measured, and with beta trained. Without answers the loss is 0, with a graph.
         """
-        if self.beta and batch["reference"] is None and len(log_probs):
+        if self.beta and batch.reference is None and len(log_probs):
             raise ValueError(f"beta {self.beta}: the batch has no `reference`, the reference's ln p")
-        new, answer = log_probs.double(), batch["answer"]
-        old = new.detach() if batch["old"] is None else batch["old"].double()
-        advantage, gap = batch["advantage"].double()[answer], old - batch["drawn"].double()
+        new, answer = log_probs.double(), batch.answer
+        old = new.detach() if batch.old is None else batch.old.double()
+        advantage, gap = batch.advantage.double()[answer], old - batch.drawn.double()
         ratio = bounded_exp(new - old)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         weight = gap.clamp(max=math.log(CAP)).exp()
         losses = -weight * torch.minimum(ratio * advantage, clipped * advantage)
         kl = new.new_zeros(0)
-        if batch["reference"] is not None:
-            kl = ratio * kl_estimate(batch["reference"].double() - new)
+        if batch.reference is not None:
+            kl = ratio * kl_estimate(batch.reference.double() - new)
         if self.beta:
             losses = losses + self.beta * kl
         if self.kind == "grpo":
             # not bincount: the plan counts memory on tensors without values, where that does not run
-            tokens = losses.new_zeros(len(batch["advantage"])).index_add(0, answer, torch.ones_like(losses))
+            tokens = losses.new_zeros(len(batch.advantage)).index_add(0, answer, torch.ones_like(losses))
             losses = losses / tokens[answer]
         loss = losses.sum()
         with torch.no_grad():

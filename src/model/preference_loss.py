@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..common.batch import Batch
 
 # Sums over the answers of micro-batches and processes; means() turns them into metrics.
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a reference
@@ -48,10 +50,10 @@ class Answers(NamedTuple):
     tokens: Tensor  # number of tokens
 
     @classmethod
-    def of(cls, log_probs: Tensor, batch: Mapping[str, Any]) -> Answers:
+    def of(cls, log_probs: Tensor, batch: Batch) -> Answers:
         """Compute it from log_probs (n,) and a batch of collate_answers()."""
-        answer, empty = batch["answer"], log_probs.new_zeros(len(batch["chosen"]), dtype=torch.float64)
-        log_probs, reference = log_probs.double(), batch["reference"]
+        answer, empty = batch.answer, log_probs.new_zeros(len(batch.chosen), dtype=torch.float64)
+        log_probs, reference = log_probs.double(), batch.reference
 
         def summed(values: Tensor) -> Tensor:
             return empty.index_add(0, answer, values)
@@ -99,7 +101,7 @@ class PreferenceLoss:
         """Tell whether an example is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"
 
-    def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (the loss, summed over a batch's examples; the sums of METRICS (len(METRICS),)); float64.
 
         log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_answers(): answer (n,)
@@ -108,14 +110,14 @@ class PreferenceLoss:
         `baseline`, a number that is the same for all examples of a step. Without examples the loss is 0,
         with a graph.
         """
-        answers, chosen = Answers.of(log_probs, batch), batch["chosen"]
-        if self.needs_reference and batch["reference"] is None and len(chosen):
+        answers, chosen = Answers.of(log_probs, batch), batch.chosen
+        if self.needs_reference and batch.reference is None and len(chosen):
             raise ValueError(f"{self.kind}: the batch has no `reference`, the reference's log-probabilities")
         cross_entropy = -answers.logp / answers.tokens
         if self.paired:
             losses, cross_entropy = self._pair_losses(answers), cross_entropy[0::2]
         else:
-            losses = self._single_losses(answers, chosen, batch["baseline"])
+            losses = self._single_losses(answers, chosen, batch.baseline)
             cross_entropy = torch.where(chosen, cross_entropy, 0.0)
         loss = losses.sum()
         if self.sft_weight:
@@ -150,15 +152,15 @@ class PreferenceLoss:
         weight = weight.masked_fill(desirable, self.desirable_weight)
         return weight * torch.sigmoid(torch.where(desirable, -reward, reward))  # 1 - s(x) = s(-x)
 
-    def _metric_sums(self, answers: Answers, batch: Mapping[str, Any]) -> Tensor:
-        chosen = batch["chosen"]
+    def _metric_sums(self, answers: Answers, batch: Batch) -> Tensor:
+        chosen = batch.chosen
         rewards = (self.orpo_lambda if self.kind == "orpo" else self.beta) * self.scores(answers)
         baseline = 0.0
         if self.paired:
             right = above(rewards[0::2] - rewards[1::2])
             raw_right = above(answers.logp[0::2] - answers.logp[1::2])
         else:
-            baseline = batch["baseline"]
+            baseline = batch.baseline
             better = rewards - self.beta * baseline
             right, raw_right = above(torch.where(chosen, better, -better)), chosen[:0]
 

@@ -13,8 +13,7 @@ of both models are made for a few tokens at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from rwkv_miss.gemm import product_into
 
+from ..common.batch import Batch
 from .grpo_loss import DrawnAnswers
 from .loss import Blocks, in_place_of, wide
 
@@ -55,9 +55,9 @@ class OnPolicyLoss(DrawnAnswers):
 
     temperature: float
 
-    def teacher(self, batch: Mapping[str, Any]) -> WholeTeacher:
+    def teacher(self, batch: Batch) -> WholeTeacher:
         """Return the teacher of a batch, which has the entries `teacher` and `teacher_head`."""
-        return WholeTeacher(batch["teacher"], batch["teacher_head"], self.temperature)
+        return WholeTeacher(batch.teacher, batch.teacher_head, self.temperature)
 
     def nats(self, loss: Tensor) -> Tensor:
         """Return the KL alone."""

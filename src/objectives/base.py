@@ -19,6 +19,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
+from ..common.batch import Batch, Reads
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Batches, Schedule
@@ -89,11 +90,11 @@ class Feed:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
-    def before_step(self) -> dict:
-        """Return the extra values of every micro-batch of the next step."""
+    def before_step(self) -> dict[str, Any]:
+        """Return entries that every micro-batch of the next step has besides."""
         return {}
 
     def size(self, step: int) -> StepSize:
@@ -202,9 +203,9 @@ class Objective(abc.ABC):
         """Return the sizes of the largest micro-batch. Without documents it has separate rows of one each."""
         return BatchSizes(*largest_batch(schedule, self.config.ctx_len, self.config.micro_bsz))
 
-    def beside(self, rows: int, trained: Tensor) -> dict:
-        """Return a batch's entries beside tokens, for its rows and trained tokens, as for a step."""
-        return {}
+    def reads(self) -> Reads:
+        """Name a batch's entries beside tokens, as for a step."""
+        return Reads()
 
     @property
     def packs(self) -> bool:
@@ -314,14 +315,13 @@ class Objective(abc.ABC):
         """Loss of ln p of trained tokens and their batch, with its settings filled in."""
 
     def __call__(
-        self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
+        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (the loss of a batch, summed over what its step's weight counts; sums of the metrics).
 
-        The sums are float64, as means() takes them. `keep` gets ln p of the trained tokens, (n,). The batch's
-        `width` is the length of the longest row that any rank has in its batch.
+        The sums are float64, as means() takes them. `keep` gets ln p of the trained tokens, (n,).
         """
-        log_probs = token_log_probs(model, batch, self.chunks, batch.get("width", 0))
+        log_probs = token_log_probs(model, batch, self.chunks)
         if keep:
             keep(log_probs.detach())
         return self.loss(log_probs, batch)
@@ -358,9 +358,9 @@ class Objective(abc.ABC):
         return Feed(batches, schedule)
 
     def before_evaluation(
-        self, examples: Examples, batches: Callable[[Examples], Iterator[dict]], policy: Policy
-    ) -> dict:
-        """Return the extra values of every batch in an evaluation of these examples."""
+        self, examples: Examples, batches: Callable[[Examples], Iterator[Batch]], policy: Policy
+    ) -> dict[str, Any]:
+        """Return entries that every batch in an evaluation of these examples has besides."""
         return {}
 
     @abc.abstractmethod

@@ -20,6 +20,7 @@ from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.merging.rounding import percent
 
 from .. import ops
+from ..common.batch import Batch, Reads
 from ..common.formatting import counted, size_text
 from ..data.batches import Schedule
 from ..data.examples import Examples
@@ -52,14 +53,14 @@ class Distilled(Supervised):
     called = "teacher"
 
     def __call__(
-        self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
+        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
-        if "teacher" not in batch and not torch.is_grad_enabled():
+        if batch.teacher is None and not torch.is_grad_enabled():
             return super().__call__(model, batch, keep)
-        teacher = Teacher(batch["teacher"], self.config.distill_mix, self.config.distill_temperature)
-        sums = batch_distillation(model, batch, self.chunks, batch.get("width", 0), teacher)
-        weights = batch["weights"]
-        count = sums.new_full((1,), batch["targets"].numel())
+        teacher = Teacher(batch.teacher, self.config.distill_mix, self.config.distill_temperature)
+        sums = batch_distillation(model, batch, self.chunks, teacher)
+        weights = batch.weights
+        count = sums.new_full((1,), batch.targets.numel())
         weight = count if weights is None else weights.sum(0, keepdim=True)
         return sums[0], torch.cat([sums[1:].detach(), weight]).double()
 
@@ -73,16 +74,16 @@ class Distilled(Supervised):
     def means(self, sums: list[float]) -> dict[str, float]:
         return {"kl": sums[1] / max(sums[2], 1e-30)} if sums else {}
 
-    def beside(self, rows: int, trained: Tensor) -> dict:
-        return {"teacher": torch.zeros(len(trained), 2 * self.config.distill_top + 1)}
+    def reads(self) -> Reads:
+        return Reads(("teacher",), teacher=2 * self.config.distill_top + 1)
 
     def _values(self, arch: Arch) -> TokenValues:
         """Return what the teacher is asked."""
         config = self.config
         count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
 
-        def read(policy: Policy, batch: dict) -> Tensor:
-            return top_log_probs(policy.model, batch, self.chunks, batch["width"], count, temperature)
+        def read(policy: Policy, batch: Batch) -> Tensor:
+            return top_log_probs(policy.model, batch, self.chunks, count, temperature)
 
         return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rwkv_miss.progress import Progress
 
+from ..common.batch import Batch
 from ..config.launcher import is_first_process
 from ..data.bos import without_bos
 from ..data.examples import Examples
@@ -110,13 +111,13 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
     sums: Tensor | None = None
 
-    def batches(examples: Examples) -> Iterator[dict]:
+    def batches(examples: Examples) -> Iterator[Batch]:
         return _batches(trainer, examples, weight, is_stopped)
 
     try:
         beside = objective.before_evaluation(documents, batches, module.policy)
         for turn, batch in enumerate(batches(documents)):
-            loss, metrics = strategy.validation_step(batch | beside, turn)
+            loss, metrics = strategy.validation_step(batch.having(**beside), turn)
             total += loss
             sums = metrics if sums is None else sums + metrics
     except _Stopped:
@@ -129,7 +130,7 @@ class _Stopped(Exception):
     """Stop of a rank between two batches; all of them raise it."""
 
 
-def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
+def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[], bool]) -> Iterator[Batch]:
     """Yield the batches of this rank, as many as every other one has, on its device."""
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
     config = module.config
@@ -144,5 +145,5 @@ def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
             width = sum(document.inputs for document in batches[first][0])
-            yield strategy.batch_to_device(collate(mine, weight) | {"width": width})
+            yield strategy.batch_to_device(collate(mine, weight).having(width=width))
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..common.batch import Batch
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
 from ..model.batch_loss import Chunks
@@ -19,7 +20,7 @@ from ..model.log_probs import token_log_probs
 class Policy:
     """Model in training, for calls by all processes at once."""
 
-    log_probs: Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
+    log_probs: Callable[[Batch], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
     processes: Processes
     model: RWKV
     whole: nn.Module  # the model as the run's strategy wraps it
@@ -33,8 +34,8 @@ class Policy:
 def policy_of(model: RWKV, chunks: Chunks, processes: Processes = ALONE) -> Policy:
     """Make the policy of a model that each process has whole, and that no trainer runs."""
 
-    def log_probs(batch: dict) -> Tensor:
-        return token_log_probs(model, batch, chunks, batch["width"])
+    def log_probs(batch: Batch) -> Tensor:
+        return token_log_probs(model, batch, chunks)
 
     return Policy(log_probs, processes, model, model, model.emb.weight.device)
 

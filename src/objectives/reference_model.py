@@ -19,10 +19,10 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import read_tensors
 
+from ..common.batch import Batch
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..config.launcher import is_first_process
-from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
@@ -68,11 +68,10 @@ class TeacherBeside:
         self.model, self.chunks = build_reference(config).to(device), chunks
 
     @torch.no_grad()
-    def of(self, batch: dict) -> dict:
-        """Return the entries of a batch on the device for reverse_kl.WholeTeacher: the inputs of the head for
-        each trained token, and the head."""
+    def beside(self, batch: Batch) -> Batch:
+        """Give a batch on the device the teacher's entries for reverse_kl.WholeTeacher."""
         inputs = token_features(self.model, batch, self.chunks)
-        return {"teacher": inputs, "teacher_head": self.model.head.weight}
+        return batch.having(teacher=inputs, teacher_head=self.model.head.weight)
 
 
 class FromReference:
@@ -146,7 +145,7 @@ class ReferenceKl:
         collate = self.examples.collator(module.objective.chunks.size, module.shared)
         read = evaluation_batches(self.examples, config.ctx_len, config.micro_bsz, config.random_seed)
         batches = [collate(rows, 1.0) for rows in read]
-        return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
+        return [token_features(model, batch.to(device), module.objective.chunks) for batch in batches]
 
 
 def a_few(examples: Preferences) -> Preferences:

@@ -29,10 +29,11 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
+from ..common.batch import Batch
 from ..common.late_reading import Numbers
 from ..config import Config
 from ..data.batches import Schedule
-from ..data.collate import row_by_row, to_device
+from ..data.collate import row_by_row
 from ..data.examples import Examples
 from ..data.held_out import evaluation_rows
 from ..data.reference_values import LOG_PROB, are_finite, packed, row_shape, unknown, unpacked
@@ -86,7 +87,8 @@ class TokenValues:
     """Values of trained tokens, and how a model gives them."""
 
     dtype: np.dtype  # of a token's, one of data/reference_values.py
-    read: Callable[[Policy, dict], Tensor]  # -> their numbers for a batch on the device, (n,) or (n, columns)
+    # their numbers for a batch on the device, (n,) or (n, columns)
+    read: Callable[[Policy, Batch], Tensor]
     settings: tuple = ()  # which decide the values, too
     as_in_steps: bool = True  # whether they have the bits of the run's own steps, perhaps by its own model
 
@@ -186,7 +188,7 @@ class ReferencePass:
         shared[: len(values)] = torch.from_numpy(unpacked(values))
         return packed(self.processes.total(shared).cpu().numpy(), values.dtype)
 
-    def _read(self, documents: Examples, batches: list[Rows], read: Callable[[dict], Tensor]) -> Numbers:
+    def _read(self, documents: Examples, batches: list[Rows], read: Callable[[Batch], Tensor]) -> Numbers:
         """Start reading all examples of a round in order; they are on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
@@ -194,20 +196,20 @@ class ReferencePass:
         lengths = documents.lengths - 1
         width = max([1, *(int(lengths[row].sum()) for rows in batches for row in rows)])
         collate = documents.collator(self.config.chunk_ctx, self.shared)
-        batch = collate(examples, 1.0) | {"width": width}
+        batch = collate(examples, 1.0).having(width=width)
         # chunks have the tokens of several examples in turns
         order = torch.from_numpy(row_by_row(batch)).to(self.device)
         found = torch.zeros(sum(sizes), *row_shape(self.values.dtype), device=self.device)
         start = sum(sizes[:rank])
-        found[start : start + sizes[rank]] = read(to_device(batch, self.device))[order].float()
+        found[start : start + sizes[rank]] = read(batch.to(self.device))[order].float()
         return Numbers(self.processes.total(found))
 
     @contextlib.contextmanager
-    def _reference_model(self) -> Iterator[Callable[[dict], Tensor]]:
+    def _reference_model(self) -> Iterator[Callable[[Batch], Tensor]]:
         """Give the block a function: a batch -> numbers of the reference, which is read at the first call."""
         models: list[RWKV] = []
 
-        def read(batch: dict) -> Tensor:
+        def read(batch: Batch) -> Tensor:
             if self.other is None:
                 if self.device.type == "cuda" and not self.config.strategy.startswith("deepspeed_stage_3"):
                     self.model.to(self.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 
+from ..common.batch import Batch
 from ..data.batches import Schedule
 from ..data.examples import Examples
 from ..model import RWKV
@@ -37,9 +38,9 @@ class Supervised(Objective):
         return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config.micro_bsz))
 
     def __call__(
-        self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
+        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
-        return batch_loss(model, batch, self.chunks, batch.get("width", 0)), NO_METRICS
+        return batch_loss(model, batch, self.chunks), NO_METRICS
 
     def trained_text(self, documents: Examples) -> str:
         config = self.config

@@ -44,7 +44,7 @@ def layout(reset: Tensor) -> Layout:
     """Find the layout of rows whose documents start where `reset` (B, T) bool is set.
 
     Token 0 of a row begins a document in any case, a new one or the rest of one. This does not wait for a GPU
-    if the batch came with its resets on the CPU, as data.batches.to_device() leaves them.
+    if the batch came with its resets on the CPU, as Batch.to() leaves them.
     """
     B, T = reset.shape
     given = getattr(reset, "on_cpu", None)

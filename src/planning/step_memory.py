@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
+from ..common.batch import Batch
 from ..common.device import PRECISIONS
 from ..common.freed_memory import HEAP_LIMIT
 from ..config import Config
@@ -150,10 +151,8 @@ def _count(
         packed = objective.packs
         # with an initial state documents are cut out of their rows, where these have several
         packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
-        batch = _batch(objective, config.micro_bsz, row, targets, packed)
-        if shared:
-            batch |= _shared_batch(shared, not has_states)
-        known = [*batch.values(), *model.buffers(), *model.parameters()]
+        batch = _batch(objective, config.micro_bsz, row, targets, packed, shared, not has_states)
+        known = [*batch.tensors().values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
         with (
             _documents_of(documents, config.micro_bsz),
@@ -190,34 +189,31 @@ def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[Non
         per_document.layout = layout
 
 
-def _batch(objective: Objective, rows: int, row: int, targets: int, packed: bool) -> dict:
-    """Make a batch as the run does, with equal shares of the trained tokens in equal chunks."""
+def _batch(
+    objective: Objective,
+    rows: int,
+    row: int,
+    targets: int,
+    packed: bool,
+    shared: SharedPrompts | None,
+    pads: bool,
+) -> Batch:
+    """Make a batch as the run does, with equal shares of the trained tokens in equal chunks.
+
+    `pads`: padded prompts begin with a reset.
+    """
     chunk = objective.chunks.size
     size = chunk or row
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
-    trained = torch.zeros(sum(counts), dtype=torch.int64)
-    return {
-        **objective.beside(rows, trained),
-        "ids": torch.zeros(rows, row, dtype=torch.int64),
-        "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
-        "where": trained,
-        "targets": trained,
-        "weights": None,
-        "ends": tuple(itertools.accumulate(counts)),
-        "chunk": chunk,
-    }
-
-
-def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
-    """Make the batch fields that differ when prompts are shared, see data/answer_batches.py."""
-    starts = torch.zeros(shared.prompts, shared.prompt, dtype=torch.bool)
-    return {
-        "ids": torch.zeros(shared.rows, shared.answer, dtype=torch.int64),
-        "reset": None,
-        "prompts": torch.zeros(shared.prompts, shared.prompt, dtype=torch.int64),
-        "prompt_reset": starts if packed and shared.prompts > 1 else None,
-        "prompt_of": torch.zeros(shared.rows, dtype=torch.int64),
-    }
+    reads, names = objective.reads(), ["ids", "where", "targets"]
+    sizes = {"rows": rows, "width": row, "trained": sum(counts), "answers": rows * reads.answers}
+    if shared:
+        sizes |= {"rows": shared.rows, "width": shared.answer}
+        sizes |= {"prompts": shared.prompts, "prompt": shared.prompt}
+        names += ["prompts", "prompt_of", *(["prompt_reset"] if pads and shared.prompts > 1 else [])]
+    elif packed:
+        names.append("reset")
+    return Batch.zeros(names, sizes, reads, ends=tuple(itertools.accumulate(counts)), chunk=chunk)
 
 
 class Live(TorchDispatchMode):

@@ -17,9 +17,9 @@ from rwkv_miss.adapter import AroundSteps
 from rwkv_miss.progress import progress
 
 from .. import ops
+from ..common.batch import Batch
 from ..config import Config
 from ..data.batches import Schedule, make_schedule
-from ..data.collate import to_device
 from ..data.examples import Examples
 from ..data.held_out import evaluation_batches
 from ..model import RWKV
@@ -136,7 +136,7 @@ def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Itera
             beside = feed.before_step()
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, 0))
-                batch = next(batches) | beside
+                batch = next(batches).having(**beside)
                 total += _backward(model, objective, batch, around, schedule.accumulate, scaler)
             loss = float(total)
             if not math.isfinite(loss):
@@ -157,16 +157,16 @@ def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Itera
 def _backward(
     model: RWKV,
     objective: Objective,
-    batch: dict,
+    batch: Batch,
     around: AroundSteps,
     shares: int,
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
     """Backpropagate a micro-batch; return its part of the loss that reports show. `shares`: micro-batches in
     the step."""
-    batch = to_device(batch, model.emb.weight.device)
+    batch = batch.to(model.emb.weight.device)
     total, metrics = objective(model, batch)
-    weight = batch["step_weight"] or 1.0
+    weight = batch.step_weight or 1.0
     loss = total / weight
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
@@ -180,15 +180,14 @@ def held_out_loss(model: RWKV, objective: Objective, held_out: Examples) -> floa
     device, config = model.emb.weight.device, objective.config
     sizes = (config.ctx_len, config.micro_bsz, config.random_seed)
 
-    def batches(documents: Examples) -> Iterator[dict]:
+    def batches(documents: Examples) -> Iterator[Batch]:
         collate = documents.collator(objective.chunks.size)
         for rows in progress(evaluation_batches(documents, *sizes), "validation", unit="batches"):
-            batch = collate(rows, 1)
-            yield to_device(batch | {"width": batch["ids"].shape[1]}, device)
+            yield collate(rows, 1).to(device)
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
         beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks))
         for batch in batches(held_out):
-            total += objective.reported(*objective(model, batch | beside))
+            total += objective.reported(*objective(model, batch.having(**beside)))
     return float(total) / held_out.weight

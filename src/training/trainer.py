@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,11 +28,11 @@ from torch import Tensor, nn
 
 from rwkv_miss.adapter import AroundSteps
 
+from ..common.batch import Batch
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..config.launcher import launched
 from ..data.batches import make_schedule
-from ..data.collate import to_device
 from ..distributed.consistency import agree
 from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
@@ -97,7 +98,7 @@ class FineTuning(pl.LightningModule):
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
         self.step_metrics: Tensor | None = None  # of the same, where the objective has any
         self.feed: Feed | None = None
-        self.beside: dict = {}  # entries of every micro-batch of the step
+        self.beside: dict[str, Any] = {}  # entries of every micro-batch of the step
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
@@ -139,8 +140,8 @@ class FineTuning(pl.LightningModule):
         self.feed = self.objective.feed(self.data, self.schedule, steps, self.policy, self.shared)
         return self.feed
 
-    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        return to_device(batch, device)
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
 
     def configure_optimizers(self):
         optimizer = adamw(self.groups, self.config, self.lr)
@@ -157,20 +158,20 @@ class FineTuning(pl.LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
 
-    def on_train_batch_start(self, batch: dict, index: int) -> None:
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.accumulate == 0:
             self.beside = self.feed.before_step()
         torch.manual_seed(
             self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
         )
 
-    def training_step(self, batch: dict, index: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         """Compute the micro-batch's share of the step's loss.
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        loss, metrics = self.objective(self.model, batch | self.beside, self.feed.keep)
-        weight = batch["step_weight"] or 1.0
+        loss, metrics = self.objective(self.model, batch.having(**self.beside), self.feed.keep)
+        weight = batch.step_weight or 1.0
         self.step_loss += self.objective.reported(loss, metrics) / weight
         if len(metrics):
             before = self.feed.step_sums if self.step_metrics is None else self.step_metrics
@@ -183,13 +184,13 @@ class FineTuning(pl.LightningModule):
         """Show every rank the parameters whole, inside the block."""
         return whole_parameters(self.trainer, parameters)
 
-    def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
+    def validation_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """Compute the objective for a batch of held-out rows; held_out_loss.validation_loss() calls it."""
         return self.objective(self.model, batch)
 
-    def predict_step(self, batch: dict) -> Tensor:
+    def predict_step(self, batch: Batch) -> Tensor:
         """Compute ln p of the trained tokens of a batch."""
-        return token_log_probs(self.model, batch, self.objective.chunks, batch["width"])
+        return token_log_probs(self.model, batch, self.objective.chunks)
 
     def _code(self) -> dict[str, str | None]:
         """Hash the user's code, which all processes have to share. A resumed run may have another."""

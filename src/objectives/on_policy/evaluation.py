@@ -11,7 +11,6 @@ from rwkv_miss.progress import Progress
 
 from ...data.answer_batches import GROUP, collate_answers
 from ...data.answer_example import AnswerGroup
-from ...data.collate import to_device
 from ...data.held_out import SampleQuestion
 from ...data.questions import Questions
 from ...data.templates import answer_text
@@ -51,9 +50,9 @@ class TaughtEvaluation(RewardEvaluation):
         """Add the KL of some answers."""
         objective, shared = self.module.objective, self.module.shared
         rows = [[group] for group in groups]
-        batch = to_device(collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP), self.sums.device)
-        self.sums[0] += objective.reported(*objective(model, batch | self.module.data.teacher.of(batch)))
-        self.sums[1] += batch["targets"].numel()
+        batch = collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP).to(self.sums.device)
+        self.sums[0] += objective.reported(*objective(model, self.module.data.teacher.beside(batch)))
+        self.sums[1] += batch.targets.numel()
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
         """Return (the KL per token, the share of right answers, where they are known)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...common.batch import Batch
 from ...data.batches import Schedule
 from ..base import Objective
 from ..policy import Policy
@@ -28,9 +29,9 @@ class TaughtFeed(RolloutFeed):
         super().__init__(rollouts, schedule, steps, objective, policy, None)
         self.teacher = teacher
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
-            yield batch | self.teacher.of(batch)
+            yield self.teacher.beside(batch)
 
     def _is_trained(self, group: Group) -> bool:
         return True

@@ -18,6 +18,7 @@ from torch import Tensor
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 
+from ...common.batch import Batch, Reads
 from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.examples import Examples
@@ -70,10 +71,10 @@ class OnOwnAnswers(OnRewards):
         return OnPolicyLoss(self.config.distill_temperature)
 
     def __call__(
-        self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
+        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         teacher = self.loss.teacher(batch)
-        loss = batch_distillation(model, batch, self.chunks, batch.get("width", 0), teacher)
+        loss = batch_distillation(model, batch, self.chunks, teacher)
         return loss, self.loss.sums(loss.device)
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
@@ -104,11 +105,10 @@ class OnOwnAnswers(OnRewards):
         usual = usual_length(loaded, tokenizer, {}) if have_answers(loaded.questions) else math.inf
         return dataclasses.replace(examples, usual=usual)
 
-    def beside(self, rows: int, trained: Tensor) -> dict:
+    def reads(self) -> Reads:
         other = reference_arch(self.config.reference)
-        half = {"fp32": None}.get(self.config.precision, torch.bfloat16)
-        head = torch.zeros(other.vocab_size, other.n_embd, dtype=half)
-        return {"teacher": torch.zeros(len(trained), other.n_embd, dtype=half), "teacher_head": head}
+        dtype = torch.float32 if self.config.precision == "fp32" else torch.bfloat16
+        return Reads(("teacher", "teacher_head"), 0, other.n_embd, other.vocab_size, dtype)
 
     @property
     def reading(self) -> float:

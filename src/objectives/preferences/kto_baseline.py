@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.batch import Batch
 from ...data.batches import Batches, Schedule
-from ...data.collate import to_device
 from ..base import Feed
 from ..policy import Policy
 
@@ -31,20 +32,20 @@ class WithBaseline(Feed):
         self.others = iter(Batches(others, lengths, steps.stop, policy.processes.rank, steps.start, chunk))
         self.policy = policy
 
-    def before_step(self) -> dict:
+    def before_step(self) -> dict[str, Any]:
         mismatched = itertools.islice(self.others, self.schedule.accumulate)
-        on_device = (to_device(batch, self.policy.device) for batch in mismatched)
+        on_device = (batch.to(self.policy.device) for batch in mismatched)
         with self.policy.undisturbed():
             return {"baseline": baseline(on_device, self.policy)}
 
 
-def baseline(batches: Iterable[dict], policy: Policy) -> Tensor:
+def baseline(batches: Iterable[Batch], policy: Policy) -> Tensor:
     """Compute the baseline of the mismatched examples of all processes, a scalar in fp32."""
     sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for batch in batches:
         found = policy.log_probs(batch)  # also without examples: all ranks run the same operations
-        if len(batch["chosen"]):
-            sums[0] += (found - batch["reference"]).double().sum()
-            sums[1] += len(batch["chosen"])
+        if len(batch.chosen):
+            sums[0] += (found - batch.reference).double().sum()
+            sums[1] += len(batch.chosen)
     moved, answers = policy.processes.total(sums)
     return (moved / answers.clamp(min=1)).clamp(min=0).float()

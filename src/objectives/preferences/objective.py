@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 
 from ... import ops
+from ...common.batch import Batch, Reads
 from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.examples import Examples
@@ -135,11 +134,10 @@ class OnPreferences(Objective):
             return found
         return dataclasses.replace(found, shared=largest_shared(documents, sized))
 
-    def beside(self, rows: int, trained: Tensor) -> dict:
+    def reads(self) -> Reads:
         # how many answers there are is not known; what there is of each is a few numbers
-        reference = torch.zeros(len(trained)) if self.loss.needs_reference else None
-        chosen = torch.arange(2 * rows) % 2 == 0
-        return {"answer": trained, "chosen": chosen, "reference": reference, "baseline": 0.0}
+        reference = ("reference",) if self.loss.needs_reference else ()
+        return Reads(("answer", "chosen", *reference), answers=2)
 
     def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         if not self.loss.needs_reference:
@@ -241,7 +239,7 @@ class OnPreferences(Objective):
         return WithBaseline(found.batches, schedule, steps, policy, self.chunks.size)
 
     def before_evaluation(
-        self, examples: Examples, batches: Callable[[Examples], Iterator[dict]], policy: Policy
+        self, examples: Examples, batches: Callable[[Examples], Iterator[Batch]], policy: Policy
     ) -> dict:
         return {} if self.loss.paired else {"baseline": baseline(batches(examples.others), policy)}
 

@@ -22,10 +22,10 @@ from rwkv_miss import disabled
 from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.errors import UserError
 
+from ...common.batch import Batch
 from ...data.answer_batches import GROUP, collate_answers
 from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
-from ...data.collate import to_device
 from ...evaluation.rewards import Failed
 from ...model.grpo_loss import DrawnAnswers, reward_metric
 from ..base import BetweenSteps, Feed, Objective, StepSize
@@ -71,13 +71,13 @@ class Reference:
             built = build_reference(config).to(policy.device)
             self.log_probs = policy_of(built, objective.chunks).log_probs
 
-    def of(self, batch: dict, phase: int) -> Tensor | None:
+    def of(self, batch: Batch, phase: int) -> Tensor | None:
         """Return (n,) if the KL of this phase is trained or measured."""
         due = self.log_probs and (self.trained or phase % KL_EVERY == 0)
         return self.log_probs(batch) if due else None
 
 
-def _without_adapter(policy: Policy, batch: dict) -> Tensor:
+def _without_adapter(policy: Policy, batch: Batch) -> Tensor:
     with disabled(policy.model):
         return policy.log_probs(batch)
 
@@ -107,7 +107,7 @@ class RolloutFeed(Feed):
         self.reference = reference
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
-        self.batches: list[dict] = []
+        self.batches: list[Batch] = []
         self.micro = 0
         self.phase_sums: Tensor | None = None  # metrics of this rank's newest phase
         # the same for the step that is under way, and for the first one of a phase the time that it took
@@ -116,7 +116,7 @@ class RolloutFeed(Feed):
     def __len__(self) -> int:
         return len(self.steps) * self.schedule.accumulate
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         for step in self.steps:
             if step % self.schedule.repeats == 0:
                 self._sample(step)
@@ -131,8 +131,8 @@ class RolloutFeed(Feed):
         phase are what later ones are compared with.
         """
         batch = self.batches[self.micro]
-        if batch["old"] is None:
-            batch["old"] = log_probs.detach()
+        if batch.old is None:
+            batch.old = log_probs.detach()
 
     def size(self, step: int) -> StepSize:
         totals = self.totals
@@ -174,7 +174,7 @@ class RolloutFeed(Feed):
             self.step_sums = self.phase_sums + self.loss.sums(self.policy.device, **sampled)
             self._share_out(self._share_of(examples))
             for batch in self.batches if self.reference else ():
-                batch["reference"] = self.reference.of(batch, phase)
+                batch.reference = self.reference.of(batch, phase)
 
     def _is_trained(self, group: Group) -> bool:
         return not group.failed and (group.live or self.loss.beta > 0)
@@ -252,8 +252,7 @@ class RolloutFeed(Feed):
             begin, end = (min(n, full) * len(examples) // max(full, 1) for n in (micro, micro + 1))
             rows = [[example] for example in examples[begin:end]]
             batch = collate_answers(rows, weight, self.chunk, self.shared, GROUP)
-            batch |= {"width": batch["ids"].shape[1], "old": None, "reference": None}
-            self.batches.append(to_device(batch, self.policy.device))
+            self.batches.append(batch.to(self.policy.device))
 
 
 def _read(example: AnswerGroup, shared: bool) -> int:

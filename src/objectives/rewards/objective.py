@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 
+from ...common.batch import Reads
 from ...common.device import PRECISIONS
 from ...common.formatting import counted
 from ...data.batches import Schedule
@@ -125,15 +124,10 @@ class OnRewards(Objective):
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         return largest_groups(documents, self.config.micro_bsz, self.config.chunk_ctx)
 
-    def beside(self, rows: int, trained: Tensor) -> dict:
-        numbers = torch.zeros(len(trained))
-        return {
-            "answer": trained,
-            "advantage": torch.zeros(rows * self.config.group_size),
-            "drawn": numbers,
-            "old": numbers if self.config.inner_steps > 1 else None,
-            "reference": numbers if self.config.beta else None,
-        }
+    def reads(self) -> Reads:
+        config, names = self.config, ["answer", "advantage", "drawn"]
+        names += ["old"] * (config.inner_steps > 1) + ["reference"] * (config.beta > 0)
+        return Reads(tuple(names), answers=config.group_size)
 
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
         config = self.config
