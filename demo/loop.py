@@ -142,8 +142,7 @@ def rate_factor(step: int, steps: int) -> float:
     warmup = int(0.05 * steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(steps - 1 - warmup, 1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(steps - 1 - warmup, 1))))
 
 
 if __name__ == "__main__":

@@ -158,8 +158,7 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
     found = {}
     for name, (rows, chunk) in layouts.items():
         batch = documents.collator(chunk)([[documents[i] for i in row] for row in rows], 1.0)
-        for kind in ("weights", "teacher"):
-            batch[kind] = batch[kind].double()
+        batch = batch.having(weights=batch.weights.double(), teacher=batch.teacher.double())
         sums = batch_distillation(model, batch, Chunks(chunk), Teacher(batch.teacher, 0.25, 1.5))
         found[name] = [sums.detach(), *torch.autograd.grad(sums[0], trained)]
     for name in ("chunks", "alone"):

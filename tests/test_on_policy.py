@@ -121,7 +121,7 @@ def test_shared_prompts_rows_and_chunks_make_the_same_loss_and_gradients():
         with torch.no_grad():
             batch.teacher = token_features(other, batch, Chunks(chunk))
         teacher = WholeTeacher(batch.teacher, other.head.weight, 1.5)
-        loss = batch_distillation(model, batch, Chunks(chunk), 0, teacher)
+        loss = batch_distillation(model, batch, Chunks(chunk), teacher)
         found[name] = [loss.detach(), *torch.autograd.grad(loss, trained)]
     for name in ("rows", "chunks"):
         for got, want in zip(found[name], found["shared"], strict=True):

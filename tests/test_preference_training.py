@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import rwkv_miss
+from src.common.batch import Batch
 from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
 from src.objectives import reference_blocks
@@ -264,11 +265,11 @@ def test_a_baseline_is_of_all_answers_and_not_below_0():
     """Micro-batches, one of them without an answer, and another process with 2 answers that moved by -1."""
     other = Processes(2, 0, lambda sums: sums + torch.tensor([-1.0, 2.0]))
     moved, cpu = torch.tensor([0.5, 1.0, -0.25]), torch.device("cpu")
-    batches = [{"reference": torch.full_like(moved, -2.0), "chosen": [True, False]},
-               {"reference": None, "chosen": []}]  # fmt: skip
+    answers = Batch(reference=torch.full_like(moved, -2.0), chosen=torch.tensor([True, False]))
+    batches = [answers, Batch(chosen=torch.zeros(0, dtype=torch.bool))]
 
     def log_probs(batch):
-        return moved - 2 if batch.chosen else torch.zeros(0)
+        return moved - 2 if len(batch.chosen) else torch.zeros(0)
 
     assert baseline(batches, Policy(log_probs, ALONE, None, None, cpu)) == 1.25 / 2
     assert baseline(batches, Policy(log_probs, other, None, None, cpu)) == 0.25 / 4
