@@ -1,0 +1,195 @@
+"""A whole GRPO training from top to bottom: questions, rollouts, rewards, advantages, loss, steps, one check.
+
+python -m demo.task reverse --letters 10 --rows 2000 --out out/asked.jsonl --heldout 100 \\
+    --heldout_out out/held.jsonl
+python -m demo.rl_loop --load_model demo/rwkv7-reverse.pth --data_file out/asked.jsonl \\
+    --eval_file out/held.jsonl --proj_dir out/rl_loop
+
+Right answers to the 100 held-out questions: 38 before, 99 after, in half a minute of CPU time (one seed).
+Copy this file to try an idea, and demo/loop.py for training on given answers. Its rewards and losses are
+those of train.py --loss grpo with the same flags. It leaves out what train.py adds: several steps on a draw,
+a KL, other rewards and their time limits, several GPUs, resume, reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.rl_loop")
+
+from src.common.startup import importing
+
+with importing():
+    import numpy as np
+    import torch
+
+    import rwkv_miss
+    from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.progress import progress, say
+    from src import ops
+    from src.common.batch import Batch
+    from src.data.answer_batches import GROUP, collate_answers
+    from src.data.answer_example import AnswerGroup
+    from src.data.encode import Encoder
+    from src.data.questions import Question, QuestionReader, Questions
+    from src.data.recorded_tokenizer import recorded_tokenizer
+    from src.data.templates import answer_text
+    from src.inference.decoders import for_training
+    from src.inference.engine import Engine
+    from src.inference.request import Answer, Request
+    from src.inference.sampling import GREEDY, Sampling
+    from src.model import RWKV
+    from src.model.batch_loss import Chunks
+    from src.model.log_probs import token_log_probs
+
+    from .loop import rate_factor
+
+
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m demo.rl_loop", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--load_model", required=True, help="base model, a .pth of RWKV-6 or RWKV-7")
+    add("--data_file", required=True, help="questions with their right answers")
+    add("--eval_file", required=True, help="questions that judge the training")
+    add("--proj_dir", required=True, help="folder for adapter.pth and merged.pth")
+    add("--rank", type=int, default=12, help="rank of MiSS; default %(default)s, for real models 64")
+    add("--ctx_len", type=int, default=128, help="tokens of a question and an answer; default %(default)s")
+    add("--max_tokens", type=int, default=24, help="longest answer; default %(default)s")
+    add("--micro_bsz", type=int, default=4, help="questions of a step; default %(default)s")
+    add("--group_size", type=int, default=8, help="answers to each; default %(default)s")
+    add("--epoch_steps", type=int, default=100, help="steps in all; default %(default)s")
+    add("--eval_steps", type=int, default=50, help="steps between checks; default %(default)s")
+    add("--lr_init", type=float, default=1e-3, help="the highest learning rate; default %(default)s")
+    add("--random_seed", type=int, default=42, help="default %(default)s")
+    return parser.parse_args(argv)
+
+
+def train(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Train, print, save and merge. Return (mean reward, loss) of every step."""
+    # The device. Weights are bf16 on a GPU, and what MiSS trains is fp32 everywhere.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kernel, _ = ops.choose("auto", device.type)  # of WKV: native if it can be built, else torch
+
+    # The base, and MiSS beside every linear of its layers. All of the base is frozen.
+    torch.manual_seed(args.random_seed)
+    model = RWKV.load(args.load_model, dtype, device, kernel)
+    print(rwkv_miss.inject(model, "miss", rank=args.rank).line())
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    # Questions. Each has the tokens of its prompt, and its right answer.
+    tokenizer = recorded_tokenizer("auto", "", model.arch.vocab_size, args.load_model)
+    encoder, sizes = Encoder(tokenizer), (args.ctx_len, args.group_size, args.max_tokens)
+    questions = QuestionReader(encoder).load(args.data_file).examples(*sizes)
+    held_out = QuestionReader(encoder).load(args.eval_file).examples(*sizes)
+
+    optimizer = torch.optim.AdamW(trained, lr=args.lr_init, betas=(0.9, 0.99), weight_decay=0.0)
+    steps = []
+    for step in progress(range(args.epoch_steps), "training", unit="steps"):
+        if step % args.eval_steps == 0:
+            say(f"step {step}: reward of greedy answers {greedy_reward(model, held_out, encoder):.4f}")
+
+        # The questions of this step. Each pass over the data takes them in another order.
+        turn, place = divmod(step, math.ceil(len(questions) / args.micro_bsz))
+        order = np.random.default_rng([args.random_seed, turn]).permutation(len(questions))
+        asked = order[place * args.micro_bsz : (place + 1) * args.micro_bsz].tolist()
+
+        # Rollouts: a group of answers to each question, by the model as it is now.
+        requests = [rollout(questions, i, step, encoder, args) for i in asked]
+        groups = answered(model, encoder, requests)
+
+        # Rewards (P, G), and advantages: how much better an answer is than its group.
+        given = [[reward(questions[i], a, encoder) for a in group] for i, group in zip(asked, groups)]
+        rewards = torch.tensor(given, dtype=torch.float64)
+        apart = rewards - rewards.mean(1, keepdim=True)
+        advantages = apart / (rewards.std(1, keepdim=True) + 1e-4)
+
+        # The loss: the mean over the tokens of all answers. Groups of equal rewards teach nothing.
+        examples = [
+            AnswerGroup.of(questions.prompts[i], [a.tokens for a in group], row.tolist(), log_probs_of(group))
+            for i, group, row in zip(asked, groups, advantages)
+            if row.abs().max() > 1e-9
+        ]
+        tokens = sum(len(answer.tokens) for group in groups for answer in group)
+        batch = collate_answers([[one] for one in examples], tokens, shared=True, columns=GROUP).to(device)
+        loss = summed_loss(model, batch) / batch.step_weight
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.param_groups[0]["lr"] = args.lr_init * rate_factor(step, args.epoch_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append((rewards.mean().item(), loss.item()))
+    reached = greedy_reward(model, held_out, encoder)
+    print(f"step {args.epoch_steps}: reward of greedy answers {reached:.4f}")
+
+    # The adapter holds what was trained. The merged file has the base's keys, shapes and dtypes.
+    os.makedirs(args.proj_dir, exist_ok=True)
+    adapter, merged = f"{args.proj_dir}/adapter.pth", f"{args.proj_dir}/merged.pth"
+    rwkv_miss.save_adapter(model, adapter, step=args.epoch_steps, tokenizer=tokenizer.name)
+    rwkv_miss.merge_file(args.load_model, adapter, merged)
+    return steps
+
+
+def rollout(
+    questions: Questions, place: int, step: int, encoder: Encoder, args: argparse.Namespace
+) -> Request:
+    """Ask for a group of answers at temperature 1, whose ln p is the training's. Each draw has its seed."""
+    seed = np.random.SeedSequence([args.random_seed, step, place]).generate_state(1, np.uint64)
+    return Request(
+        questions.prompts[place].tolist(),
+        args.max_tokens,
+        Sampling(temperature=1.0, top_p=1.0),
+        seed=int(seed[0]),
+        stops=encoder.template.stops,
+        n=args.group_size,
+        logprobs=0,  # of the drawn tokens alone
+    )
+
+
+@torch.no_grad()
+def answered(model: RWKV, encoder: Encoder, requests: Sequence[Request]) -> list[Sequence[Answer]]:
+    """Return the answers to each request. They are rows of one engine."""
+    with contextlib.closing(for_training(model, sum(request.n for request in requests))) as decoder:
+        engine = Engine(decoder, encoder.tokenizer)
+        groups = [engine.submit(request) for request in requests]
+        while not engine.idle:
+            engine.step()
+    return groups
+
+
+def reward(question: Question, answer: Answer, encoder: Encoder) -> float:
+    """Reward an answer that came to its end and equals the right one, word for word."""
+    said = answer_text(answer.text, encoder.template, question.opening)
+    return float(not answer.cut and said == question.answer)
+
+
+def log_probs_of(group: Sequence[Answer]) -> list[np.ndarray]:
+    """Return ln p of each answer's tokens when they were drawn, (t,) fp32."""
+    return [np.array([token.logprob for token in answer.logprobs], np.float32) for answer in group]
+
+
+def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
+    """Sum -w r A over tokens: r is p by its value before this step, so 1, and no clip takes part. w weighs
+    what the engine drew with another p than the training has."""
+    log_probs = token_log_probs(model, batch, Chunks()).double()
+    weight = (log_probs.detach() - batch.drawn.double()).exp().clamp(max=2.0)
+    ratio = (log_probs - log_probs.detach()).exp()
+    return -(weight * ratio * batch.advantage.double()[batch.answer]).sum()
+
+
+def greedy_reward(model: RWKV, questions: Questions, encoder: Encoder) -> float:
+    """Return the mean reward of greedy answers."""
+    stops, limit = encoder.template.stops, questions.max_tokens
+    requests = [Request(p.tolist(), limit, GREEDY, stops=stops) for p in questions.prompts]
+    groups = answered(model, encoder, requests)
+    return sum(reward(q, group[0], encoder) for q, group in zip(questions.questions, groups)) / len(groups)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        train(read_flags(None))
