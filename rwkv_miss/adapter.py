@@ -656,7 +656,8 @@ class AroundSteps:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = list(adapted_linears(model).values())
+        # rows of tokens are beside a method, and do nothing around a step
+        self.layers = [layer for layer in adapted_linears(model).values() if layer.method in METHODS]
         idle = AdapterLinear.before_step.__func__
         acts = any(type(layer).before_step.__func__ is not idle for layer in self.layers[:1])
         if acts and any(map(is_sharded, model.parameters())):

@@ -8,7 +8,7 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_c
 from .files.file_kinds import may_replace
 from .files.model_files import read_model
 from .files.untrusted import check_sums
+from .methods.token_rows import LAYERS, TokenOptions, TokenRows
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
@@ -73,6 +74,7 @@ class Injection:
     whole: int = 0
     merged_linears: list[str] = dataclasses.field(default_factory=list)  # whole tensors in the file
     layers: list[int] | None = None  # that are adapted; None: all
+    tokens: list[int] = dataclasses.field(default_factory=list)  # whose rows of emb and head are trained
     # a model's own buffers, such as BatchNorm's averages, as they were before the training
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     # whole tensors as they were before the training; None: the model had none of this name
@@ -87,11 +89,23 @@ class Injection:
     blocks: int = dataclasses.field(default=0, repr=False)
     replaced: dict[str, nn.Parameter | None] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def rows(self) -> list[str]:
+        """Name the layers of which only rows of tokens are trained."""
+        return [name for name in self.train_parts if self.tokens and name in LAYERS]
+
+    def beside(self) -> list[str]:
+        """Describe what is trained beside the method's own linears."""
+        rows = [f"{len(self.tokens)} rows of {' and '.join(self.rows)}"] if self.rows else []
+        return rows + [part for part in self.train_parts if part not in self.rows]
+
     def line(self) -> str:
         """Describe linears, whole tensors, trainable parameters and their share of the base in one line."""
         share = 100 * self.trainable / self.total
-        parts = [f"{len(self.linears)} linears"] if self.linears else []
-        parts += [f"{self.whole} whole tensors ({', '.join(self.train_parts)})"] if self.whole else []
+        linears, beside = len(self.linears) - len(self.rows), self.beside()
+        parts = [f"{linears} linears"] if linears else []
+        parts += [beside.pop(0)] if self.rows else []
+        parts += [f"{self.whole} whole tensors ({', '.join(beside)})"] if self.whole else []
         changed = f"{' and '.join(parts)}, " if parts else ""
         return f"{changed}{self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
 
@@ -260,6 +274,7 @@ def inject(
     exclude: str | list[str] | None = None,
     layers: Layers | None = None,
     keep_first: bool = True,
+    tokens: Sequence[int] = (),
     **options: Any,
 ) -> Injection:
     """Freeze the model and add a method's trainable parameters, in place: `inject(model, "miss", rank=64)`.
@@ -281,6 +296,9 @@ def inject(
     earlier: the tensors of a training that is resumed, by their names in the model. The weights that the
     method changes (PiSSA) become the same.
 
+    tokens: ids of tokens. Parts emb and head then are no whole tensors: only the rows of these tokens are
+    trained (methods/token_rows.py).
+
     keep_first: keep the first values of whole tensors for disabled() and unload(). False saves their memory.
 
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
@@ -298,7 +316,7 @@ def inject(
         value = value if isinstance(value, str) else ", ".join(value)
         raise UserError(f"method {method} adapts no linear layers; drop the {name} ({value})")
     model = unwrapped(model, to_inject=True)
-    injection = _attach(model, method, find, train_parts, options, initialise, layers)
+    injection = _attach(model, method, find, train_parts, options, initialise, layers, tokens)
     if injection.linears:
         injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)
     _keep_first(model, keep_first)
@@ -347,6 +365,7 @@ def _attach(
     options: dict[str, Any],
     initialise: Callable[[nn.Module], None] | None = None,
     layers: Layers | None = None,
+    tokens: Sequence[int] = (),
 ) -> Injection:
     """Adapt the model, and give it its first values; after a UserError it is as before."""
     if method not in METHODS:
@@ -367,11 +386,17 @@ def _attach(
         places = [target.path for target in targets.values()] or state_names(model)
         within = layer_numbers(layers, {layer_number(place) for place in places} - {None})
     whole = _whole_names(model, parts, targets, within)
+    rows = _row_targets(model, parts) if tokens else {}
+    whole = [name for name in whole if name.removesuffix(".weight") not in rows]
     total = sum(p.numel() for p in model.parameters())
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
     before = dict(model.named_parameters())
     trained_before = [name for name, p in before.items() if p.requires_grad]
-    _adapt(model, cls, targets, parsed, initialise)
+    attached = [(cls, targets, parsed)]
+    if rows:
+        attached.append((TokenRows, rows, TokenOptions(tuple(sorted({*tokens})))))
+    _adapt(model, attached, initialise)
+    targets = {**targets, **rows}
     for name in [] if cls.adapts_linears or within is None else state_names(model):
         model.get_parameter(name).requires_grad_(layer_number(name) in within)
     if "state" in parts:
@@ -395,6 +420,7 @@ def _attach(
         dtypes={name: before.get(name, p).dtype for name, p in trained_beside(model).items()},
         trained_before=trained_before,
         layers=None if within is None else sorted(within),
+        tokens=sorted({*tokens}) if rows else [],
     )
     return model.injection
 
@@ -425,24 +451,36 @@ def _whole_names(
     return whole
 
 
+def _row_targets(model: nn.Module, parts: list[str]) -> dict[str, Target]:
+    """Map name -> target, for the layers whose rows of tokens are trained."""
+    there = all_targets(model)
+    found = {part: there[part] for part in parts if part in LAYERS}
+    if not found:
+        raise UserError(
+            "tokens are given, and the parts have neither emb nor head; add one, or drop the tokens"
+        )
+    _refuse_unfit(model, found)
+    return found
+
+
 def _adapt(
     model: nn.Module,
-    cls: type[AdapterMethod],
-    targets: dict[str, Target],
-    options: NoOptions,
+    attached: list[tuple[type[AdapterMethod], dict[str, Target], NoOptions]],
     initialise: Callable[[nn.Module], None] | None,
 ) -> None:
-    """Freeze the model and attach the method; after a UserError the model is as before."""
+    """Freeze the model and attach each method to its targets; after a UserError the model is as before."""
     trained_before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     try:
-        cls.attach(model, targets, options)
+        for cls, targets, options in attached:
+            cls.attach(model, targets, options)
         if initialise:
             initialise(model)
     except UserError:
+        owners = {name: target.owner for _, targets, _ in attached for name, target in targets.items()}
         for name, layer in (layers := adapted_linears(model)).items():
             if layer.owner is None:
-                layer.keep(targets[name].owner)
+                layer.keep(owners[name])
         take_off(model, layers)
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
@@ -629,7 +667,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     }
     described = {
         "format": ADAPTER_FORMAT,
-        "format_version": 2 if views else 1,  # a package that knows no views would merge them wrongly
+        # a package that knows no views, or no rows of tokens, would merge them wrongly
+        "format_version": 3 if injection.tokens else 2 if views else 1,
         "views": views,
         "method": injection.method,
         "options": injection.options,
@@ -642,6 +681,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "targets": injection.targets,
         "train_parts": injection.train_parts,
         "layers": injection.layers,
+        "tokens": injection.tokens,
         "trainable": injection.trainable,
         "arch": arch.to_dict() if isinstance(arch, Arch) else None,
         "base": getattr(model, "base_name", None),
@@ -692,6 +732,7 @@ FIELDS = {
     "targets": list,
     "train_parts": list,
     "layers": list,
+    "tokens": list,
     "merged_linears": list,
     "tied": dict,
     "views": dict,
@@ -704,13 +745,18 @@ FIELDS = {
     "template": str,
     "bos": list,
 }
-ITEMS = {"bos": int, "layers": int}  # type of the items of a list; other lists hold names of tensors
+ITEMS = {
+    "bos": int,
+    "layers": int,
+    "tokens": int,
+}  # type of the items of a list; other lists hold names of tensors
 REQUIRED = ("method", "options", "linears")
 # the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
     "targets": [],
     "train_parts": [],
     "layers": None,
+    "tokens": [],
     "merged_linears": [],
     "tied": {},
     "views": {},
@@ -724,8 +770,8 @@ DEFAULTS = {
 def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> dict[str, Any]:
     """Check and complete an adapter file's metadata. Raises UserError for a missing or wrong field."""
     version = metadata.get("format_version", 1)
-    if version not in (1, 2):
-        raise UserError(f"{path} has format_version {version!r}, this package reads 1 and 2; update it")
+    if version not in (1, 2, 3):
+        raise UserError(f"{path} has format_version {version!r}, this package reads 1 to 3; update it")
     for name, kind in FIELDS.items():
         value = metadata.get(name)
         item_kind = ITEMS.get(name, str)
@@ -868,7 +914,6 @@ def fit_adapter(
             f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that"
             " one as the base"
         )
-    cls = METHODS[metadata["method"]]
     tensors, metadata = _named_as_here(model, tensors, metadata)
     if not hasattr(model, "injection"):
         _inject_as_trained(model, path, tensors, metadata)
@@ -876,7 +921,7 @@ def fit_adapter(
     whole, by_layer, owned = dict(tensors), {}, by_owner(tensors)
     for name, layer in adapted_linears(model).items():
         try:
-            by_layer[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), owned)
+            by_layer[name] = layer_tensors(type(layer), name, (layer.out_features, layer.in_features), owned)
             layer.check(by_layer[name])
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
@@ -933,7 +978,8 @@ def _inject_as_trained(
     def find(model: nn.Module) -> dict[str, Target]:
         """Return the targets of these names, no others whose names end alike."""
         there, views = all_targets(model), metadata["views"]
-        names = {*metadata["linears"], *merged}
+        rows = {part for part in metadata["train_parts"] if metadata["tokens"] and part in LAYERS}
+        names = {*metadata["linears"], *merged} - rows
         if missing := sorted(names - there.keys()):
             raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
         found = {name: target for name, target in there.items() if name in names}
@@ -952,7 +998,10 @@ def _inject_as_trained(
         parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]
     # with the merged linears: options and shared tensors depend on their number and names
     layers = metadata["layers"]
-    _attach(model, metadata["method"], find, ",".join(parts), metadata["options"], layers=layers)
+    tokens = metadata["tokens"]
+    _attach(
+        model, metadata["method"], find, ",".join(parts), metadata["options"], layers=layers, tokens=tokens
+    )
     take_off(model, merged)
     share(adapted_linears(model).values())
     model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
@@ -969,6 +1018,7 @@ def _check_same_adapter(
         ("method", metadata["method"]),
         ("options", options),
         ("linears", metadata["linears"]),
+        ("tokens", metadata["tokens"]),
     ):
         here = getattr(model.injection, name)
         # other projects' files have an order of their own

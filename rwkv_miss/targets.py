@@ -292,8 +292,8 @@ class ReadForm:
 
 
 def take_form(layer: nn.Module, form: str) -> None:
-    """Give an adapted layer, which is a linear's, the forward of its target."""
-    if form != LINEAR:
+    """Give an adapted layer, which is a linear's, the forward of its target, unless it has one itself."""
+    if form != LINEAR and not getattr(layer, "is_lookup", False):
         layer.__class__ = _made({EMBEDDING: EmbeddingForm, READ: ReadForm}[form], type(layer))
 
 

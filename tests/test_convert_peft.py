@@ -367,6 +367,13 @@ def test_whole_tensors_are_modules_or_refused(tmp_path):
         "peft",
     )
     assert not (tmp_path / "time").exists()
+    saved(7, "miss", {}, train_parts="emb,head", tokens=[3, 9])
+    refused(
+        "rows of emb and head are trained .2., which --to peft has no form for.*merge",
+        "a.pth",
+        "t",
+        "peft",
+    )
 
 
 def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora():

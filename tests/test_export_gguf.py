@@ -434,6 +434,7 @@ def test_an_adapter_and_the_checkpoint_of_a_run_are_refused(tmp_path):
     "method,options,message",
     [
         ("dora", {}, "the change of a weight by dora is no product of two factors"),
+        ("miss", {"train_parts": "head", "tokens": [3]}, "rows of emb and head are trained .1., which"),
         ("miss", {"train_parts": "ln"}, "blocks.0.ln0.weight is trained as a whole, which no LoRA holds"),
         ("state", {}, "blocks.0.att.time_state is trained as a whole"),
     ],

@@ -219,6 +219,16 @@ def test_embedding_and_head_of_the_file_have_rates_of_their_own(files, adapters,
     assert draft.config.train_parts == "emb,head" and draft.config.value_or_zero("lr_map") == factors
 
 
+def test_rows_of_tokens_go_on_with_those_of_the_file(files, adapters):
+    path, live = adapters("lora", rank=6, train_parts="emb,head", tokens=[3, 9])
+    config = settings(files, path)
+    assert (config.train_parts, config.train_tokens) == ("emb,head", "3,9")
+    model = build_model(config, live.arch, "torch", torch.float32)
+    assert torch.equal(model.emb.token_rows, live.emb.token_rows) and model.head.token_rows.any()
+    with pytest.raises(rwkv_miss.UserError, match="has --train_tokens 3,9, and 3 was given"):
+        settings(files, path, "--train_parts", "emb,head", "--train_tokens", "3")
+
+
 def test_an_adapter_that_changed_is_noticed(files, adapters):
     path, live = adapters("lora", rank=6)
     config = settings(files, path)

@@ -13,6 +13,7 @@ import rwkv_miss
 from rwkv_miss.__main__ import describe
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.files.checkpoint import write_checkpoint
+from rwkv_miss.methods.token_rows import token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.data.dataset import Document, Documents
@@ -252,7 +253,7 @@ def test_weight_decay_beside_pissa_is_refused():
 # chosen by the data
 
 
-def choice(path, texts, **settings):
+def choice(path, texts, of="train_parts", **settings):
     """What is chosen for a base and a list of texts, as bytes."""
     tokenizer = load_tokenizer("bytes", 256)
     documents = [
@@ -266,7 +267,7 @@ def choice(path, texts, **settings):
         share = chosen_rate(Config(load_model="a", peft="none"), arch) / chosen_rate(draft.config, arch) / 2
         share = min(share, 1.0)
         assert draft.config.lr_map == dict.fromkeys(parts.split(","), pytest.approx(share, rel=0.2))
-    return parts, draft.config.origins.get("train_parts")
+    return draft.config.value_or_zero(of), draft.config.origins.get(of)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -289,6 +290,11 @@ def test_embedding_and_head_are_trained_for_tokens_that_the_base_never_saw(half_
         "emb,head",
         "chosen: the base never saw 23 % of the data's tokens: 3 tokens such as 169, 195, 129",
     )
+    assert choice(half_seen, often, of="train_tokens") == (
+        "129,169,195",
+        "chosen: the tokens that the base never saw",
+    )
+    assert choice(half_seen, rare, of="train_tokens")[0] == ""
     assert choice(half_seen, [b"aaaa\xff"] * 5) == none, "the end of a text is not read"
     seen = choice(half_seen, often, peft_config={"targets": ["head", "key"]})
     assert seen[0] == "emb", "head has an adapter"
@@ -341,3 +347,101 @@ def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
     written = dict(whole_model(str(base), model, gather))
     assert most == 1 and list(written) == list(rwkv_miss.read_checkpoint(base))
     assert {t.dtype for t in written.values()} == {torch.bfloat16}
+
+
+# rows of tokens
+
+TOKENS = [3, 40, 66]
+
+
+def with_rows(path, method="miss", parts="emb,head", dtype=torch.float32, **options):
+    """A model of the file with an adapter, and rows of some tokens, all with random numbers."""
+    torch.manual_seed(1)
+    model = RWKV.load(path, dtype)
+    rwkv_miss.inject(model, method, train_parts=parts, tokens=TOKENS, **{"rank": 5, **options})
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape)
+    return model
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("parts", ["emb,head", "head,ln"])
+def test_rows_of_tokens_are_saved_alone_and_merge_to_the_live_model(version, parts, checkpoint, tmp_path):
+    base = checkpoint(version, vocab_size=67)
+    model, before = with_rows(base, parts=parts), RWKV.load(base)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    tensors, metadata = (
+        rwkv_miss.read_checkpoint(tmp_path / "a.pth"),
+        rwkv_miss.read_metadata(tmp_path / "a.pth"),
+    )
+    names = [f"{part}.token_rows" for part in ("emb", "head") if part in parts]
+    assert {name: tuple(tensors[name].shape) for name in names} == dict.fromkeys(
+        names, (3, model.arch.n_embd)
+    )
+    assert not {"emb.weight", "head.weight"} & tensors.keys() and metadata["tokens"] == TOKENS
+    report = rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
+    assert report.replaced == (
+        0 if parts == "emb,head" else len(in_parts(dict(before.named_parameters()), ["ln"]))
+    )
+    merged = RWKV.load(tmp_path / "m.pth")
+    for name in ("emb", "head"):
+        weight, old = merged.get_submodule(name).weight, before.get_submodule(name).weight
+        moved = [i for i in range(67) if not torch.equal(weight[i], old[i])]
+        assert moved == (TOKENS if name in parts else [])
+        if name in parts:
+            assert torch.equal(weight[TOKENS], old[TOKENS] + tensors[f"{name}.token_rows"])
+    ids = torch.arange(67)[None]
+    exact = RWKV.load(tmp_path / "m.pth", torch.float64)(ids)[0]
+    close("live", model(ids)[0], exact, 1e-5)
+    again = RWKV.load(base)
+    rwkv_miss.load_adapter(again, tmp_path / "a.pth")
+    assert torch.equal(again(ids)[0], model(ids)[0])
+    with rwkv_miss.disabled(model) if parts == "emb,head" else contextlib.nullcontext():
+        assert torch.equal(model(ids)[0], before(ids)[0]) == (parts == "emb,head")
+
+
+def test_rows_of_tokens_learn_as_the_same_rows_of_whole_tensors(checkpoint):
+    """Adam's steps are the same numbers; others than these rows are held by their gradients."""
+    base, ids = checkpoint(7), torch.tensor([[3, 9, 40, 3, 66, 5]])
+    losses = []
+    for tokens in (TOKENS, ()):
+        torch.manual_seed(0)
+        model = RWKV.load(base)
+        rwkv_miss.inject(model, train_parts="emb,head", tokens=tokens, rank=5)
+        mask = torch.zeros(67, 1).index_fill(0, torch.tensor(TOKENS), 1)
+        for part in () if tokens else (model.emb, model.head):
+            part.weight.register_hook(mask.mul)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 0.0))
+        for _ in range(4):
+            x, _ = model.features(ids[:, :-1])
+            loss = model.loss(x.flatten(0, 1), ids[0, 1:], None)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    close("losses", torch.tensor(losses[4:]), torch.tensor(losses[:4]), 1e-5)
+    assert losses[3] < losses[0]
+
+
+def test_many_tokens_are_trained_as_whole_tensors(half_seen, monkeypatch):
+    monkeypatch.setattr("src.planning.base_model.MOST_ROWS", 2)
+    assert [choice(half_seen, [b"\x81\x82\x83a"], of) for of in ("train_parts", "train_tokens")][0][
+        0
+    ] == "emb,head"
+    assert choice(half_seen, [b"\x81\x82\x83a"], "train_tokens")[0] == ""
+
+
+def test_rows_that_are_not_there_are_refused(checkpoint):
+    base = checkpoint(7)
+    for parts, tokens, words in (
+        ("emb,head", [67], "no row for token 67; the vocabulary has 67 tokens"),
+        ("ln", [3], "neither emb nor head"),
+    ):
+        with pytest.raises(rwkv_miss.UserError, match=words):
+            rwkv_miss.inject(model := RWKV.load(base), train_parts=parts, tokens=tokens, rank=5)
+        assert not adapted_linears(model)
+    assert token_ids("10, 97-99") == [10, 97, 98, 99] and tokens_text([10, 97, 98, 99]) == "10,97-99"
+    with pytest.raises(rwkv_miss.UserError, match="expected ids and ranges"):
+        token_ids("a")

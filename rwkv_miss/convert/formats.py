@@ -145,14 +145,16 @@ class Format:
 
 
 def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
-    """Raise UserError for what only this package's own files can hold of a model that is no RWKV.
+    """Raise UserError for what only this package's own files can hold.
 
-    That is a trained tensor of two names, and a trained bias of an adapted linear.
+    Those are a trained tensor of two names, a trained bias of an adapted linear, and rows of tokens.
     """
     way = (
         f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own"
         " file"
     )
+    if tokens := adapter.metadata["tokens"]:
+        raise UserError(f"rows of emb and head are trained ({len(tokens)}), {way}")
     for other, name in adapter.metadata["tied"].items():
         raise UserError(f"{name} is trained as a whole, and {other} is the same tensor, {way}")
     for linear, view in views_of(adapter.metadata).items():

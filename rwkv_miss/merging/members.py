@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import fingerprint
 from ..inject import by_owner, layer_tensors, read_adapter
+from ..methods.token_rows import method_of
 from ..methods.whole_tensors import PARTS
 from ..targets import View, views_of
 from .rounding import Scratch
@@ -59,9 +60,9 @@ class Member:
     def method(self) -> type[AdapterLinear]:
         return METHODS[self.metadata["method"]]
 
-    @functools.cached_property
-    def options(self) -> NoOptions:
-        return self.method.Options.parse(self.metadata["options"])
+    def method_at(self, name: str) -> tuple[type[AdapterLinear], NoOptions]:
+        """Return class and options of an adapted linear."""
+        return method_of(self.metadata, name)
 
     @functools.cached_property
     def owned(self) -> dict[str, dict[str, Tensor]]:
@@ -114,7 +115,7 @@ class Member:
     def sums_products(self, key: str) -> bool:
         """Tell whether a tensor's change has sums of products, whose order differs between machines."""
         return key not in self.whole and any(
-            self.method.sums_products(self.options.at(name)) for name in self.by_weight[key]
+            method.sums_products(options) for method, options in map(self.method_at, self.by_weight[key])
         )
 
     def check(self, base: Mapping[str, Tensor]) -> None:
@@ -141,11 +142,12 @@ class Member:
             shape = _matrix(view, base[view.key]).shape
             try:
                 with torch.device("meta"):  # shapes alone: no byte is written yet
-                    own = layer_tensors(self.method, name, shape, self.owned)
+                    method, options = self.method_at(name)
+                    own = layer_tensors(method, name, shape, self.owned)
                     layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
-                    self.method.merged_weight(weight := torch.empty(shape), layer, self.options.at(name))
+                    method.merged_weight(weight := torch.empty(shape), layer, options)
                     is_part = isinstance(view, Rows)
-                    if is_part and not self.method.of_file(weight, layer, self.options.at(name)).low_rank():
+                    if is_part and not method.of_file(weight, layer, options).low_rank():
                         raise UserError(
                             f"a change by {self.metadata['method']} depends on the whole matrix, of which"
                             f" {view.key} is a part; merge in memory: rwkv_miss.merge(model)"
@@ -200,8 +202,9 @@ class Member:
         """Make the adapted linears of a weight of the base, fp32."""
         for name, view in self.by_weight[key].items():
             matrix = _matrix(view, weight).contiguous()
-            tensors = layer_tensors(self.method, name, matrix.shape, self.owned)
-            yield view, self.method.of_file(matrix, tensors, self.options.at(name))
+            method, options = self.method_at(name)
+            tensors = layer_tensors(method, name, matrix.shape, self.owned)
+            yield view, method.of_file(matrix, tensors, options)
 
     @torch.no_grad()
     def delta(self, key: str, weight: Tensor, out: Tensor, fast: bool = True) -> Tensor:

@@ -25,10 +25,16 @@ class AdapterOptions:
     targets: list[str] | None  # None: the paper's
     train_parts: str = ""
     layers: str = ""  # "": all
+    tokens: tuple[int, ...] = ()  # whose rows of emb and head are trained; (): all
 
     @classmethod
     def of(
-        cls, method: str, given: Mapping[str, Any], train_parts: str = "", layers: str = ""
+        cls,
+        method: str,
+        given: Mapping[str, Any],
+        train_parts: str = "",
+        layers: str = "",
+        tokens: tuple[int, ...] = (),
     ) -> AdapterOptions:
         """Parse a setting that holds the targets among the options. Raises UserError."""
         options, targets = dict(given), None
@@ -40,7 +46,7 @@ class AdapterOptions:
             raise UserError(
                 f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}'
             )
-        return cls(method, options, targets, train_parts, layers)
+        return cls(method, options, targets, train_parts, layers, tokens)
 
     @property
     def gives_rank(self) -> bool:
@@ -58,5 +64,6 @@ class AdapterOptions:
             earlier,
             layers=self.layers or None,
             keep_first=False,
+            tokens=self.tokens,
             **self.options,
         )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.methods.token_rows import token_ids
 from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
 from rwkv_miss.targets import layer_numbers
@@ -51,8 +52,15 @@ class Config(LossSettings):
         "parts of the base model to train as whole tensors beside the adapter, separated by commas:"
         " emb, head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
         " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
-        " Empty: none. auto: emb,head if the base never saw more than 1 % of the data's tokens, else none",
+        " Empty: none. auto: emb,head with --train_tokens if the base never saw more than 1 % of the data's"
+        " tokens, else none",
         automatic=True,
+    )
+    train_tokens: str = opt(
+        "",
+        "ids of tokens, such as 10,97-122: of emb and head in --train_parts only their rows are trained,"
+        " which makes a small adapter that can be served beside others. Empty: all rows. --train_parts auto"
+        " chooses the tokens that the base never saw",
     )
     layers: str = opt(
         "",
@@ -345,7 +353,7 @@ class Config(LossSettings):
         if self.peft == "none":
             return None
         options, parts = self.value_or_zero("peft_config"), self.value_or_zero("train_parts")
-        return AdapterOptions.of(self.peft, options, parts, self.layers)
+        return AdapterOptions.of(self.peft, options, parts, self.layers, tuple(token_ids(self.train_tokens)))
 
     def adapted_layers(self, n_layer: int) -> list[int]:
         """List the layers that are trained, of a model with `n_layer`."""

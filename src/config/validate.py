@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.methods.token_rows import LAYERS, token_ids
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from .loss_rules import check_loss
@@ -104,6 +105,16 @@ def check_adapter(config: Config) -> None:
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
             " choose an adapter, or drop it"
+        )
+
+
+def check_tokens(config: Config) -> None:
+    """Check that tokens are ids, and have a part whose rows are trained."""
+    parts = split_parts(config.value_or_zero("train_parts"))
+    if token_ids(config.train_tokens) and not {*LAYERS} & {*parts}:
+        raise UserError(
+            f"--train_tokens {config.train_tokens} is for rows of emb and head; give"
+            " --train_parts emb,head too"
         )
 
 
@@ -240,6 +251,7 @@ RULES = (
     check_data,
     check_base,
     check_adapter,
+    check_tokens,
     check_start,
     check_loss,
     check_rewards,

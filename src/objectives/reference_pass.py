@@ -230,7 +230,7 @@ class ReferencePass:
         config = self.config
         # a method may change the base, up to its rounding
         parts = config.value_or_zero("train_parts")
-        method = [config.peft, config.written("peft_config"), parts, config.layers]
+        method = [config.peft, config.written("peft_config"), parts, config.train_tokens, config.layers]
         start = [self.model.base_fingerprint, *method]
         batch = []  # what decides which examples are in a batch together
         if self.values.as_in_steps:

@@ -16,6 +16,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.merging.rounding import percent
+from rwkv_miss.methods.token_rows import tokens_text
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from ..common.formatting import counted
@@ -39,6 +40,7 @@ BEGINS_WITHIN = 1.01e-4  # RWKV-LM's first embeddings are within 1e-4, and a dty
 MAY_BE_UNTRAINED = 0.01  # share of the data's tokens
 LOOKED_AT = 10_000  # documents, for their tokens
 NAMED = 4  # tokens
+MOST_ROWS = 500  # a server keeps vocabulary x rows numbers for an adapter
 
 
 def read_base(draft: Draft):
@@ -76,7 +78,7 @@ def read_base(draft: Draft):
 
 
 def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer: Tokenizer) -> None:
-    """Fill in train_parts: embedding and head where the base never saw some of the data's tokens; and lr_map.
+    """Fill in train_parts, train_tokens and lr_map: rows of embedding and head for tokens the base never saw.
 
     An embedding row begins within BEGINS_WITHIN of 0, and moves as soon as its token is trained. So an
     untrained token is known exactly. In a base that is new no row tells anything.
@@ -109,6 +111,8 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
         parts.remove("emb")
         reason += "; emb lies below --layers"
     draft.choose("train_parts", ",".join(parts), reason)
+    if parts and len(most) <= MOST_ROWS:
+        draft.change("train_tokens", tokens_text(sorted(most.tolist())), "the tokens that the base never saw")
     choose_factors(draft, arch, ",".join(parts))
 
 
@@ -117,7 +121,7 @@ def choose_factors(draft: Draft, arch: Arch, train_parts: str) -> None:
     factor = first_rate_of_all(arch) / 2 / first_rate(draft.config, arch)
     parts = [part for part in split_parts(train_parts) if part in ("emb", "head")]
     factors = dict.fromkeys(parts, float(f"{min(factor, 1.0):.1g}"))
-    draft.choose("lr_map", factors, "whole tensors move half as far in a step as in full training")
+    draft.choose("lr_map", factors, "rows and whole tensors move half as far in a step as in full training")
 
 
 def is_untrained(rows: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import Identity, fingerprint
 from rwkv_miss.inject import adapter_tensors, checked_metadata, find_targets
+from rwkv_miss.methods.token_rows import LAYERS, token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
@@ -108,12 +109,18 @@ def _with_flags_of_training(path: str, error: str) -> str:
 
 
 def _has_part(adapter: Adapter, part: str) -> bool:
-    return any(re.fullmatch(PARTS[part], name) for name in adapter.tensors)
+    return f"{part}.token_rows" in adapter.tensors or any(
+        re.fullmatch(PARTS[part], name) for name in adapter.tensors
+    )
 
 
 def _settings(adapter: Adapter, arch: Arch) -> dict[str, Any]:
     """Return the settings with which a run on this base has such an adapter."""
-    metadata, linears = adapter.metadata, adapter.metadata["linears"]
+    metadata = adapter.metadata
+    rows = LAYERS if metadata["tokens"] else ()
+    linears = [
+        name for name in metadata["linears"] if name not in rows or name not in metadata["train_parts"]
+    ]
     usual = vars(METHODS[adapter.method].Options())
     options = vars(adapter.options).items()
     config = {name: value for name, value in options if name == "rank" or value != usual[name]}
@@ -125,7 +132,8 @@ def _settings(adapter: Adapter, arch: Arch) -> dict[str, Any]:
         if find_targets(model, None, layers=layers or None).keys() != set(linears):
             config["targets"] = sorted({name.split(".", 2)[-1] for name in linears})
     parts = ",".join(metadata["train_parts"])
-    return {"peft": adapter.method, "peft_config": config, "train_parts": parts, "layers": layers}
+    found = {"peft": adapter.method, "peft_config": config, "train_parts": parts, "layers": layers}
+    return found | ({"train_tokens": tokens_text(metadata["tokens"])} if metadata["tokens"] else {})
 
 
 def _difference(config: Config, name: str, given: Any, adapter: Adapter, value: Any, arch: Arch) -> str:
@@ -141,6 +149,8 @@ def _difference(config: Config, name: str, given: Any, adapter: Adapter, value: 
     same = given == value
     if name == "train_parts":
         same = split_parts(given) == split_parts(value)
+    if name == "train_tokens":
+        same = token_ids(given) == token_ids(value)
     if name == "layers":
         every = range(arch.n_layer)
         same = config.adapted_layers(arch.n_layer) == sorted(layer_numbers(value, every) if value else every)

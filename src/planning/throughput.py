@@ -60,7 +60,8 @@ def measured_speed(
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     # the layers below all adapters have a forward alone, which is timed by itself
     below = config.adapted_layers(arch.n_layer)[0] / small.n_layer
-    model = _random_model(small, dataclasses.replace(config, layers="").adapter, random)
+    token = "0" if config.train_tokens else ""  # one of the small vocabulary
+    model = _random_model(small, dataclasses.replace(config, layers="", train_tokens=token).adapter, random)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp

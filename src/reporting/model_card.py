@@ -127,7 +127,8 @@ def _trained(
         if config.peft != "none"
         else "full training",
         "layers with adapters": layers_text(config.adapted_layers(arch.n_layer)) if config.layers else "",
-        "whole tensors": config.value_or_zero("train_parts"),
+        "rows of tokens" if config.train_tokens else "whole tensors": config.value_or_zero("train_parts")
+        + (f", of tokens {config.train_tokens}" if config.train_tokens else ""),
         "loss": objective_of(config).description,
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"

@@ -142,7 +142,7 @@ def trained(peft: str, model: RWKV) -> str:
         return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
     count, total = report.trainable, report.total
-    beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
+    beside = f", and {', '.join(report.beside())} of the base" if report.train_parts else ""
     return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{beside}"
 
 
@@ -161,7 +161,8 @@ def method(peft: str, model: RWKV) -> str:
     options = report.options.items()
     told = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
     described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
-    where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
+    linears = len(report.linears) - len(report.rows)
+    where = f" in {counted(linears, 'matrix', 'matrices')}" if linears else ""
     if report.layers is not None:
         where += f" of layers {layers_text(report.layers)}"
     return f"{peft}{described}{where}"
