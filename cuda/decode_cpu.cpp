@@ -39,7 +39,7 @@ public:
         std::atomic<bool> finite{true};
         pool.run([&](int thread) {
             Own& own = own_[thread];
-            for_rows(thread, [&](long b) { embed(tokens[b], b); });
+            for_rows(thread, [&](long b) { embed(tokens[b], numbers[b], b); });
             for (long l = 0; l < L; l++) {
                 const State state{before, after, l, L};
                 if (version == 6) layer6(layers6[l], state, own, thread);

@@ -7,6 +7,7 @@
 #include "decode_threads.h"
 
 // Change of a matrix by an adapter: scale * B A. A (rank, columns); B transposed, (rank, rows); fp32.
+// Of the embedding A has `rank` int64 instead: the tokens whose rows those of B are added to.
 // Without A it is MiSS's, whose A x are the sums of strided shards, x[j] + x[j + rank] + ... Rank 0: nothing.
 struct Change {
     int64_t rank;
@@ -150,13 +151,23 @@ protected:
         return sum<WIDTH>(bad) + rest == 0;
     }
 
-    void embed(long token, long b) {
+    void embed(long token, long number, long b) {
         float* own = z[b];
         for (long c = 0; c < C; c++)
             own[c] = model->emb.type == kFp32
                          ? model->emb.vector()[token * C + c]
                          : value(static_cast<const uint16_t*>(model->emb.data) + token * C + c);
+        if (number >= 0) add_row(tables[number][&model->emb - all.data()], token, strength[b], own);
         layer_norm(own, C, model->ln0_weight, model->ln0_bias, x[b]);
+    }
+
+    void add_row(const Change& change, long token, float strength, float* own) {
+        const auto* ids = reinterpret_cast<const int64_t*>(change.A);
+        for (long i = 0; i < change.rank; i++) {
+            if (ids[i] != token) continue;
+            const float scale = static_cast<float>(change.scale) * strength;
+            for (long c = 0; c < C; c++) own[c] += scale * change.B[i * C + c];
+        }
     }
 
     // row b of a site, which is there, for the product with a matrix

@@ -380,7 +380,8 @@ def test_a_model_between_two_steps_of_its_training_answers_as_it_is_then(version
     model.load_state_dict(random_tensors(arch))
     if method != "none":
         options = {} if method == "state" else {"rank": 5}
-        rwkv_miss.inject(model, method, train_parts="ln,time,head", **options)
+        rows = {"train_parts": "ln,emb,head", "tokens": [7, 30]} if method == "miss" else {}
+        rwkv_miss.inject(model, method, **{"train_parts": "ln,time,head", **rows, **options})
     model.eval()
     ids = torch.cat([some_ids(arch, 6, seed) for seed in range(3)])
     for step in range(2):

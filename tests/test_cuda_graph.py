@@ -119,8 +119,8 @@ def test_one_graph_serves_any_mix_of_adapters(version, checkpoint, tmp_path):
     """Also one that joins in the place of another; rows without take the base's graph when they are alone."""
     base = checkpoint(version)
     files = {
-        "a": train(base, tmp_path / "a.pth", "miss", seed=1),
-        "b": train(base, tmp_path / "b.pth", "miss", seed=2),
+        "a": train(base, tmp_path / "a.pth", "miss", seed=1, train_parts="emb,head", tokens=[3, 4]),
+        "b": train(base, tmp_path / "b.pth", "miss", seed=2, train_parts="emb,head", tokens=[1, 9]),
         "c": train(base, tmp_path / "c.pth", "lora", seed=3),
     }
     adapters = Adapters(on_stand_in(RWKV.load(base, kernel="cpu").eval()), files)
@@ -144,7 +144,7 @@ def test_one_graph_serves_any_mix_of_adapters(version, checkpoint, tmp_path):
     step(BASE, BASE, BASE, BASE)
     assert decoder.graphs.keys() == {(4, True), (4, False)}
     adapters.drop("b")
-    adapters.add("d", train(base, tmp_path / "d.pth", "miss", seed=4))
+    adapters.add("d", train(base, tmp_path / "d.pth", "miss", seed=4, train_parts="emb,head", tokens=[3, 8]))
     decoder.refresh()
     before = step(BASE, a, c, BASE)
     after = step(Applied(("d",)), a, c, BASE)

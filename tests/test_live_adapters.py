@@ -9,11 +9,13 @@ import rwkv_miss
 from rwkv_miss import METHODS, UserError
 from src.data.tokenizer import load_tokenizer
 from src.inference import int8_panels
+from src.inference.adapter_stack import BASE, Applied
 from src.inference.adapters import NEVER_CAST, Adapters, FittedAdapter, UnmergedLinear
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
 from src.inference.engine import Engine
 from src.inference.load import load, load_with
+from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, LayerState
 
 from .answering import greedy_text
@@ -30,6 +32,7 @@ VARIANTS = [
     ("miss", {"magnitude": True}),
     ("bat", {"order": "row"}),
     ("pissa", {"niter": 0}),
+    ("lora", {"train_parts": "emb,head", "tokens": [0, 3, 66, 200]}),
 ]
 SIZES = {"n_embd": 40, "head_size": 8, "vocab_size": 257}  # no multiple of 16, the lanes of the native code
 
@@ -260,6 +263,48 @@ def test_the_decoder_loses_nothing_of_an_adapter(
         layer.forward = layer.base_forward
     close("logits", results[0], logits_of(exact, ids)[0], TOLERANCE)
     assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_tokens_differ_by_row_and_are_those_of_each_merged_model(
+    version, dtype, checkpoint, tmp_path
+):
+    """Beside factors of other ranks, in one batch, in both decoders, prompts and single tokens."""
+    base = checkpoint(version, dtype, **SIZES)
+    parts = {
+        "a": ("emb,head", [1, 3, 66, 200]),
+        "b": ("head", [3, 5]),
+        "c": ("", []),
+        "d": ("emb,head", [3, 7]),
+    }
+    files = {
+        name: train(
+            base, tmp_path / f"{name}.pth", "lora", seed, rank=2 + seed, train_parts=of, tokens=tokens
+        )
+        for seed, (name, (of, tokens)) in enumerate(parts.items())
+    }
+    adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
+    assert not any(adapters.by_name[name].reason_to_merge() for name in files)
+    choices = [
+        Applied(("a",), 0.7),
+        BASE,
+        Applied(("d",)),
+        Applied(("b",), 1.5),
+        Applied(("a", "d")),
+        Applied(("c",)),
+    ]
+    rows = len(choices)
+    ids = torch.tensor([[3, 1, 7, 9, 66, 200, 5, 3]]).expand(rows, -1)
+    for decoder in (Decoder(adapters.model, rows, adapters), TorchDecoder(adapters.model, rows, adapters)):
+        for row, applied in enumerate(choices):
+            decoder.put(row, decoder.read(ids[:1, :4], None, applied)[1])
+        for t in range(4, 8):
+            logits = decoder.step(ids[:, t].tolist(), choices)
+        tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
+        for row, applied in enumerate(choices):
+            want = merged_by_hand(base, [files[name] for name in applied.names], tmp_path, applied.scale)
+            close(f"{applied}", logits[row], logits_of(want, ids[:1])[0, -1], tolerance)
 
 
 def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):

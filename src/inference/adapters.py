@@ -24,16 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.adapter import METHODS, put_linears
+from rwkv_miss.adapter import put_linears
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import fit_adapter
 from rwkv_miss.merging.members import is_state
+from rwkv_miss.methods.token_rows import LAYERS, method_of
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
-from .unmerged_linear import FactorColumns, LowRank, UnmergedLinear, factors_of, side_by_side, together
+from .unmerged_linear import (
+    FactorColumns,
+    LowRank,
+    UnmergedEmbedding,
+    UnmergedLinear,
+    factors_of,
+    side_by_side,
+    together,
+    unmerged,
+)
 
 MIXES = 8  # mixes of rows that are remembered: a step's and those of prompts that are read beside it
 
@@ -83,9 +93,9 @@ class FittedAdapter:
         if name in self.whole:
             return self.whole[name].to(base.device, exact).reshape(base.shape)
         linear = name.removesuffix(".weight")
-        cls, options = method_of(self.metadata)
+        cls, options = method_of(self.metadata, linear)
         weight = base.to(exact, copy=True)
-        return cls.merged_weight(weight, self.merging[linear], options.at(linear))
+        return cls.merged_weight(weight, self.merging[linear], options)
 
 
 class Adapters:
@@ -103,7 +113,7 @@ class Adapters:
         self.by_name: dict[str, FittedAdapter] = {}
         # the base's tensors, for the time when no adapter replaces them
         self.base: dict[str, nn.Parameter | None] = {}
-        self.linears: dict[str, UnmergedLinear] = {}
+        self.linears: dict[str, UnmergedLinear | UnmergedEmbedding] = {}
         self.stack = Stack({})
         self.mixes: dict[tuple[Applied, ...], Mix] = {}
         adapters = {name: self._read(path) for name, path in files.items()}
@@ -138,7 +148,7 @@ class Adapters:
             if tensor not in self.base:
                 self.base[tensor] = find(self.model, tensor)
         new = [linear for linear in adapter.factors if linear not in self.linears]
-        linears = {linear: UnmergedLinear(self.model.get_submodule(linear)) for linear in new}
+        linears = {name: unmerged(self.model.get_submodule(name)) for name in new}
         put_linears(self.model, linears)
         self.linears.update(linears)
         self.by_name[name] = adapter
@@ -341,12 +351,6 @@ class Adapters:
                 put(self.model, name, value)
 
 
-def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return (class, options) of the method of an adapter file."""
-    cls = METHODS[metadata["method"]]
-    return cls, cls.Options.parse(metadata["options"])
-
-
 @torch.no_grad()
 def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dtype) -> FittedAdapter:
     """Read an adapter file for a model, with its factors on the model's device. Raises as load_adapter does.
@@ -358,16 +362,19 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
     # copies, because somebody may train the adapter again and overwrite its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
-    if other := next(iter(metadata["views"]), ""):
+    rows = [name for name in metadata["train_parts"] if metadata["tokens"] and name in LAYERS]
+    if other := next((name for name in metadata["views"] if name not in rows), ""):
         raise UserError(
             f"{path} adapts {other}, which is no linear; merge it into the base (rwkv-miss merge)"
         )
-    cls, options = method_of(metadata) if linears else (None, None)
     adapter = FittedAdapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)
-        layer = cls.wrap(weight, None, options.at(name), {key: own[key] for key in cls.shared})
+        cls, options = method_of(metadata, name)
+        if name == "emb":  # a lookup's matrix is the weight transposed
+            weight = nn.Parameter(weight.t(), requires_grad=False)
+        layer = cls.wrap(weight, None, options, {key: own[key] for key in cls.shared})
         layer.assign(own)
         factors = factors_of(layer, dtype)
         if factors is None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.methods.token_rows import TokenRows
 
 from .. import ops
 from ..common.device import multiplies_bf16
@@ -439,7 +440,10 @@ def problem(model: RWKV) -> str:
         return f"the weights are {model.dtype}"
     if not next(model.blocks[0].att.output.parameters()).is_floating_point():
         return "its base is quantised"
-    of_classes = {type(layer): layer for layer in adapted_linears(model).values()}
+    adapted = adapted_linears(model)
+    if "emb" in adapted and not isinstance(adapted["emb"], TokenRows):
+        return f"{adapted['emb'].method} changes the whole embedding"
+    of_classes = {type(layer): layer for layer in adapted.values()}
     for layer in of_classes.values():
         if layer.changes_frozen_weight() or layer.low_rank() is None:
             return f"{layer.method} adds no factors to a frozen weight"

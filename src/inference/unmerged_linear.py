@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.functional import flat_tokens, linear, product_matrix, shard_index, shard_sum
 from rwkv_miss.gemm import product, product_exact, product_plus
+from rwkv_miss.methods.token_rows import TokenRows
 
 from ..model.layers import Head, Linear
 
@@ -29,7 +30,9 @@ from ..model.layers import Head, Linear
 class LowRank(NamedTuple):
     """Change of a weight (out, in): scale B A."""
 
-    A: Tensor | None  # (r, in); None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
+    # (r, in); None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ... Of the embedding
+    # (r, 1) int64: the token whose row each column of B is added to
+    A: Tensor | None
     B: Tensor  # (out, r), a view of a contiguous (r, out)
     scale: float
 
@@ -66,6 +69,8 @@ def factors_of(layer: AdapterLinear, dtype: torch.dtype = torch.float32) -> LowR
 
     Factors already in `dtype` are shared, not copied, so they follow further training.
     """
+    if isinstance(layer, TokenRows) and layer.is_lookup:
+        return LowRank(layer.ids[:, None], layer.token_rows.detach().to(dtype).contiguous().t(), 1.0)
     factors = layer.low_rank()
     if factors is None:
         return None
@@ -130,6 +135,33 @@ class UnmergedLinear(Linear):
         # in place, fp32 shares leave h in the dtype of x, rounded once
         h.view(*x.shape[:-1], h.shape[1]).mul_(self.shares if x.dim() == 2 else self.shares.unsqueeze(1))
         return h
+
+
+class UnmergedEmbedding(nn.Embedding):
+    """Embedding of the model with the rows of adapters, or nothing, beside its weight."""
+
+    def __init__(self, embedding: nn.Embedding):
+        nn.Module.__init__(self)  # not nn.Embedding's, which would make a weight
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.in_features = 1  # of an A of token ids
+        self.weight = embedding.weight
+        self.low_rank: LowRank | None = None
+        self.columns: FactorColumns | None = None
+        self.shares: Tensor | None = None  # (B, R) fp32, or (1, R) for any ids (B, T)
+        self.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        if self.columns is None:
+            return rows
+        h = (ids.unsqueeze(-1) == self.columns.A.view(-1)) * self.shares.unsqueeze(1)
+        exact = torch.promote_types(rows.dtype, self.columns.B.dtype)
+        return rows + h.to(exact) @ self.columns.B.t().to(exact)
+
+
+def unmerged(module: nn.Module) -> UnmergedLinear | UnmergedEmbedding:
+    """Make room for adapters beside a linear or an embedding."""
+    return (UnmergedEmbedding if isinstance(module, nn.Embedding) else UnmergedLinear)(module)
 
 
 def strided_shards(rank: int, width: int, device) -> Tensor:
