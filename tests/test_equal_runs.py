@@ -36,6 +36,7 @@ KINDS |= {
     "state": "--peft state --lr_init 1e-2 --packing 1 --ctx_len 150 --grad_cp 1",
     "full": "--peft none --lr_init 1e-4",
     "parts": "--train_parts time,ln,emb,head --lr_init 3e-3 --adam_eps 1e-2",
+    "rows": "--train_parts emb,head --train_tokens 97-122 --lr_init 3e-3",
     "packed": "--packing 1 --ctx_len 150 --lr_init 3e-3",
     "nf4": "--quant nf4 --lr_init 3e-3",
     "chunks": "--chunk_ctx 37 --lr_init 3e-3",

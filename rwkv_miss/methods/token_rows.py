@@ -90,7 +90,7 @@ class TokenRows(AdapterLinear):
 
     def changed_rows(self, ids: Tensor) -> Tensor:
         """Look the rows of tokens (...) up, with their changes: (..., C), at least fp32."""
-        place = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        place = torch.searchsorted(self.ids, ids.contiguous()).clamp_(max=len(self.ids) - 1)
         is_changed = (self.ids[place] == ids).unsqueeze(-1)
         return self.plain_forward(ids) + F.embedding(place, self.token_rows) * is_changed
 
