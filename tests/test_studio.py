@@ -381,6 +381,24 @@ def test_a_run_of_a_terminal_is_found_with_its_state(served):
     assert served.refused("/studio/runs/killed/resume", 400).startswith("load_model: ")
 
 
+@pytest.mark.parametrize(
+    ("settings", "merge", "export"),
+    [
+        (f"load_model: {BASE}", "", "GGUF: an RWKV-7 with heads of 32 would load"),
+        (f"load_model: {BASE}\npeft: state", "", "has an initial state (att.time_state"),
+        ("load_model: gone.pth", "'gone.pth' is not in ", "'gone.pth' is not in "),
+        ("peft: none", "trains a new model, which has no base", ""),
+    ],
+)
+def test_what_cannot_be_written_of_a_run_has_its_reason(served, settings, merge, export):
+    pytest.importorskip("gguf", reason="NO gguf (the extra export has it): its reasons are not tested")
+    run = made_run(served.folder / "a", verdict={"name": "learnt"})
+    (run / "config.yaml").write_text(settings)
+    blocked = served.get("/studio/runs/a")["blocked"]
+    for name, text in (("merge", merge), ("export", export)):
+        assert text in blocked[name] and bool(text) == bool(blocked[name]), blocked
+
+
 @pytest.mark.parametrize("name", ["a/../../b", "../b", "%00", "nothing", "a/link"])
 def test_no_other_folder_is_a_run(served, name):
     made_run(served.folder.parent / "b")

@@ -447,6 +447,10 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
         expect(visitor.step("Try")).to_contain_text("The adapter is not worth using")
         merge = visitor.button("Merge into one model")
         assert "main" not in (merge.get_attribute("class") or "").split()
+        expect(visitor.button("Export to GGUF")).to_be_disabled()
+        expect(visitor.step("Try")).to_contain_text(
+            "GGUF: an RWKV-7 with heads of 32 would load in llama.cpp"
+        )
         visitor.press("中文")
         expect(page.locator("#verdict")).to_contain_text("可尝试：三分之一的学习率：--lr_init 0.0033。")
         expect(page.locator("#verdict")).not_to_contain_text("third")

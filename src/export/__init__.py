@@ -151,6 +151,23 @@ def export(
     return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes, layout)
 
 
+def unfit(path, to: str, has_state: bool = False) -> str:
+    """Tell from its shapes why a model can't have the form gguf or ai00; "" if nothing speaks against it.
+
+    has_state: what is to be exported will have an initial state beside the tensors of `path`.
+    """
+    try:
+        arch = Arch.detect(read_model_file(path))
+        if to == "gguf":
+            _refuse_state(path, arch.initial_state or has_state, to)
+            gguf.check(arch, gguf.DEFAULT_TYPE)
+        elif to == "ai00":
+            ai00.check(arch)
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
+
+
 def _check_output(path, out, to: str) -> None:
     """Raise UserError if `out` is the input, can't be written, or is a file of another kind."""
     refuse_inputs(out, path)
@@ -218,16 +235,20 @@ def _without_state(model: CheckedModel, to: str, drop: bool) -> tuple[CheckedMod
     """Return (the model without its initial state, notes). Raises UserError unless the user asked for it."""
     if not model.arch.initial_state:
         return model, []
-    if not drop:
-        raise UserError(
-            f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no"
-            " place: the model would answer as if it were not trained. --drop_state leaves it out all the"
-            " same"
-        )
+    _refuse_state(model.path, not drop, to)
     tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".att.time_state")}
     lost = counted(len(model.tensors) - len(tensors), "initial state")
     note = f"{lost} left out: the model answers as without its state tuning"
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
+
+
+def _refuse_state(path, has_state: bool, to: str) -> None:
+    """Raise UserError for an initial state, which may be one that training adds to the file's tensors."""
+    if has_state:
+        raise UserError(
+            f"{path} has an initial state (att.time_state, of state tuning), for which {to} has no place: the"
+            " model would answer as if it were not trained. --drop_state leaves it out all the same"
+        )
 
 
 def _chosen(

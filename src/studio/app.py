@@ -18,13 +18,14 @@ from rwkv_miss.files.hub_names import parse as parse_hub_name
 from rwkv_miss.version import VERSION
 
 from ..config.parse import parse
+from ..export import unfit
 from ..serving.app import PAGE as CHAT_PAGE
 from ..serving.app import page_file
 from ..serving.duty import Duty
 from ..serving.errors import Refused, wrong
 from ..serving.fields import Fields, read_object
 from ..serving.replies import error_reply, ignored_header, json_reply, read_body
-from ..training.run_folder import MERGED
+from ..training.run_folder import MERGED, MODEL
 from . import settings
 from .folders import Folders
 from .jobs import Jobs
@@ -182,6 +183,20 @@ class Studio:
         words = ["scripts.export", "--model", model, "--to", to, "--out", run.path(EXPORTS[to])]
         return self.jobs.start("export", words, run=run.name, file=EXPORTS[to])
 
+    def _blocked(self, run: Run) -> dict[str, str]:
+        """Tell why a run's model can't be merged, and why not exported to GGUF; "" where nothing is known."""
+        merge, whole = "", next(filter(os.path.isfile, map(run.path, (MODEL, MERGED))), "")
+        try:
+            base = self._base(run)
+        except Refused as refused:
+            merge, base = str(refused), ""
+        model, config = whole or base, run.config
+        if not os.path.exists(model):  # a name of the hub is not known before it is fetched
+            return {"merge": merge, "export": merge if config.load_model else ""}
+        has_state = not whole and (config.peft == "state" or config.state_learning_rate is not None)
+        told = unfit(model, "gguf", has_state)
+        return {"merge": merge, "export": told.replace(model, os.path.basename(model))}
+
     def _base(self, run: Run) -> str:
         # the run's record has the commit of an hf:// name
         model = recorded(run.config.load_model) or run.typed().get("load_model")
@@ -209,7 +224,9 @@ class Studio:
             points = int(min(max(points, 10), MOST_POINTS))
         except ValueError:
             raise wrong("points", "expected a number, as for from and to") from None
-        return self.runs.find(name_of(request)).details(points, begin, end)
+        run = self.runs.find(name_of(request))
+        blocked = {} if run.is_alive else {"blocked": self._blocked(run)}
+        return {**run.details(points, begin, end), **blocked}
 
     def download(self, request: Request, fields: Fields) -> Response:
         path = self.folders.file_of_run(name_of(request), request.path_params["file"])

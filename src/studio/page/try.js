@@ -19,7 +19,7 @@ let shown = ""; // what is listed for download
 export function showTry() {
   const files = run.files.filter(({ name }) => /\.(pth|gguf|safetensors)$|^run_card\.md$/.test(name));
   const [merged, whole] = ["merged.pth", "model.pth"].map((file) => files.find(({ name }) => name === file));
-  byId("export").disabled = !merged && !whole;
+  showBlocked(Boolean(merged || whole));
   byId("chat-room").hidden = room !== run.name;
   const now = JSON.stringify([run.name, files, state.language]);
   if (now === shown) return; // a link keeps the focus
@@ -37,6 +37,16 @@ export function showTry() {
   byId("not-worth").hidden = !isPoor;
   byId("merge").classList.toggle("main", !isPoor);
   byId("merge").hidden = Boolean(whole);
+}
+
+/** An export that can't work is grey, with its reason beside it. */
+function showBlocked(isWhole) {
+  const { merge = "", export: export_ = "" } = run.blocked ?? {};
+  const reasons = { merge, chat: merge, export: export_ || (isWhole ? "" : word("needs_merge")) };
+  for (const [name, reason] of Object.entries(reasons)) byId(name).disabled = Boolean(reason);
+  const text = [...new Set([reasons.merge, reasons.export])].filter(Boolean).join(" ");
+  if (byId("blocked").textContent !== text) byId("blocked").textContent = text;
+  byId("blocked").hidden = !text;
 }
 
 function about(name) {
