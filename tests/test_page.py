@@ -197,6 +197,25 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
         assert page.locator(".answer :is(.code .k, table math, ol)").count() > 3
 
 
+def test_the_composer_leaves_a_phone_to_the_answers(browser, tmp_path, letters):  # noqa: F811
+    engine, served = with_adapters(tmp_path, letters)
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with running(engine, served) as server, opened(browser, server, **phone) as page:
+        height = "e => e.getBoundingClientRect().height"
+        for what in ("one side", "two sides", "a long draft"):
+            if what == "two sides":
+                page.check("#compare")
+                page.select_option("#adapter-0", "a")
+                page.select_option("#adapter-1", "b")
+            if what == "a long draft":
+                page.fill("#draft", "a line\n" * 30)
+            assert page.eval_on_selector("#composer", height) <= 844 / 6, what
+            assert page.evaluate("document.documentElement.scrollWidth") == 390, what
+        send = page.locator("#send").bounding_box()
+        assert 0 < send["x"] and send["x"] + send["width"] < 390  # in sight, beside what scrolls
+        assert page.eval_on_selector("#draft", "e => e.clientHeight") >= 40
+
+
 def test_the_only_adapter_is_chosen_at_first(browser, tmp_path, letters):  # noqa: F811
     engine, served = with_adapters(tmp_path, letters, "a")
     with running(engine, served, defaults=LONG) as server, opened(browser, server) as page:
