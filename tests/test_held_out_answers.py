@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import types
 
 import pytest
@@ -115,6 +116,29 @@ def test_a_run_counts_right_answers_as_an_evaluation_does(tmp_path):
     assert end["validation_metrics_first"] == {"right_answers": lines[0]["right_answers"]}
     assert "metrics_first" not in end and end["verdict"]["name"] in ("made worse", "answers collapsed")
     assert "merge it:" not in output
+
+
+def test_running_text_is_scored_in_bits_a_byte(tmp_path):
+    texts = [f"Zeile {i}: der Mond ist aufgegangen, schön." for i in range(10)]
+    for name, part in (("rows", texts), ("held", texts[:4])):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    flags = f"--load_model {BASE} --data_file {tmp_path}/rows.jsonl --eval_file {tmp_path}/held.jsonl"
+    words = [*flags.split(), "--epoch_steps", "3", "--lr_init", "0.001", "--proj_dir", str(tmp_path / "run")]
+    output = succeed(program.run(words))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    length = len(texts[0].encode())  # its first byte is not predicted, and the end of the document is
+    size = lines[0]["tokens"] // length * (length - 1)
+    for line in lines:
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] * line["tokens"] / math.log(2) / size)
+        assert "right_answers" not in line
+    ends = [f"{line['bits_per_byte']:.3f}" for line in (lines[0], lines[-1])]
+    assert f"({ends[0]} to {ends[1]} bits a byte)" in output
+    verdict = json.loads((tmp_path / "run" / "run.json").read_text())["verdict"]
+    assert verdict["numbers"]["bits_per_byte"] == [line["bits_per_byte"] for line in (lines[0], lines[-1])]
+    assert f"| bits a byte | {lines[0]['bits_per_byte']:.4g} |" in (
+        (tmp_path / "run" / "run_card.md").read_text()
+    )
 
 
 def judge_otherwise(folder, rank):

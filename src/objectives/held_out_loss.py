@@ -12,7 +12,8 @@ from rwkv_miss.progress import Progress
 
 from ..common.batch import Batch
 from ..config.launcher import is_first_process
-from ..data.bos import without_bos
+from ..data.bos import begins_with, without_bos
+from ..data.encode import Encoder
 from ..data.examples import Examples
 from ..data.held_out import (
     SAMPLE_CHARACTERS,
@@ -43,6 +44,9 @@ class HeldOutLoss(Evaluation):
         # questions come before texts, which are shown and not judged
         self.questions = sorted(asked, key=lambda question: question.is_text)
 
+        is_entropy = module.objective.metrics.nats[:1] == ("loss",)
+        self.bytes = text_bytes(data.evaluated, data.encoder) if is_entropy else 0
+
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
         evaluated = self.module.data.evaluated
         found = validation_loss(trainer, evaluated, is_stopped)
@@ -59,6 +63,9 @@ class HeldOutLoss(Evaluation):
         ]
         # rank 0's, as two GPUs may round differently, and all ranks must agree on the best state
         judged = trainer.strategy.broadcast(self.judge.counted(answers[: len(self.judge.right)]))
+        if self.bytes and math.isfinite(found[0]):
+            bits = found[0] * evaluated.weight / math.log(2) / self.bytes
+            judged = {**judged, "bits_per_byte": bits}
         return Evaluated(*found, evaluated.weight, evaluated.targets, samples, judged)
 
     def _answers(self) -> list[Answer]:
@@ -80,6 +87,19 @@ class HeldOutLoss(Evaluation):
         stops, limit = self.encoder.template.stops, min(SAMPLE_TOKENS, self.limit)
         characters = math.inf if self.judge.score else SAMPLE_CHARACTERS
         return Request(question.prompt, limit, stops=stops, characters=characters)
+
+
+def text_bytes(documents: Examples, encoder: Encoder) -> int:
+    """Count the bytes of the tokens that are predicted of running text; 0 where some are not trained."""
+    eod, size = tuple(encoder.tokenizer.eod), 0
+    for document in documents:
+        start = max(1, len(encoder.bos) if begins_with(document.ids, encoder.bos) else 0)
+        if (document.weights[start:] != 1).any():
+            return 0
+        ids = document.ids[start:].tolist()
+        end = len(ids) - (len(eod) if eod and tuple(ids[-len(eod) :]) == eod else 0)
+        size += len(encoder.tokenizer.decode(ids[:end]).encode())
+    return size
 
 
 def shortened(text: str, characters: int, cut: bool = False) -> str:

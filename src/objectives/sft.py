@@ -17,11 +17,16 @@ from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from .base import Objective
 from .estimates import BatchSizes, fullest_rows
-from .held_out_answers import RIGHT, SHOWN
+from .held_out_answers import BITS, RIGHT, SHOWN
 from .held_out_loss import HeldOutLoss
-from .loss_metrics import LossMetrics
+from .loss_metrics import LossMetrics, Shown
 
-SUPERVISED = LossMetrics(RIGHT, shares=(*RIGHT,), line=(SHOWN,), nats=("loss", "the loss"))
+SUPERVISED = LossMetrics(
+    RIGHT | BITS,
+    shares=(*RIGHT,),
+    line=(SHOWN, Shown((*BITS,), lambda bits: f"{bits:.3f} bits a byte")),
+    nats=("loss", "the loss"),
+)
 NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
 

@@ -301,6 +301,7 @@ def numbers_of(facts: Facts) -> dict[str, Any]:
         "loss" if facts.by_loss else "reward": facts.change,
         "training_loss": facts.losses[::2],
         "right_answers": facts.rights or (None, None),
+        "bits_per_byte": facts.bits,
     }
     finite = {
         name: [None if value is None or not math.isfinite(value) else value for value in pair]

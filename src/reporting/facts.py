@@ -122,9 +122,20 @@ class Facts:
         verb = "rose" if after > before else "fell" if after < before else "went"
         if self.by_loss:
             share = f" by {100 * self.gain:.2f} %," if self.gain > 0 else ""
-            return f"loss on {self.documents} {verb}{share} from {before:.4f} to {after:.4f}"
+            return f"loss on {self.documents} {verb}{share} from {before:.4f} to {after:.4f}{self.bits_text}"
         asked = self.documents if self.after else "the training's own questions"
         return f"reward on {asked} {verb} from {before:.4g} to {after:.4g}"
+
+    @property
+    def bits(self) -> tuple[float | None, float | None]:
+        """The bits a byte of held-out running text before and after."""
+        ends = [line.get("bits_per_byte") if line else None for line in (self.before, self.after)]
+        return ends[0], ends[1]
+
+    @property
+    def bits_text(self) -> str:
+        """These bits, in words, behind others; "" if they are not known."""
+        return "" if None in self.bits else " ({:.3f} to {:.3f} bits a byte)".format(*self.bits)
 
     @property
     def is_by_heart(self) -> bool:

@@ -10,6 +10,7 @@ const POINTS = 400;
 const TEXTS = {
   loss: (value) => value.toFixed(4),
   reward: (value) => String(Number(value.toPrecision(4))),
+  bits_per_byte: (bits) => bits.toFixed(3),
   right_answers: (share) => `${Math.round(100 * share)} %`,
 };
 const step = byId("run");
