@@ -444,6 +444,36 @@ def test_a_second_start_in_a_folder_is_refused_with_the_reason(served):
         )
 
 
+@pytest.mark.slow
+def test_a_run_with_a_chinese_name_goes_through_whole(served):
+    rows = "".join(json.dumps({"text": f"User: {i}\n\nAssistant: 好"}) + "\n" for i in range(4))
+    data = served.client.post("/studio/data?name=数据.jsonl", content=rows.encode()).json()
+    assert data["name"] == "data/数据.jsonl"
+    short = {"epoch_count": "1", "epoch_steps": "1", "micro_bsz": "1", "ctx_len": "32", "lr_init": "0.001"}
+    settings = {"load_model": BASE, "data_file": data["path"], "peft_config": '{"r": 4}', **short}
+    assert served.post("/studio/runs", 201, name="第一次", settings=settings) == {"name": "runs/第一次"}
+    path = "/studio/runs/runs/第一次"
+    eventually(lambda: served.get("/studio/runs")[0]["state"] in ("done", "failed"), 120)
+    run = served.get(path)
+    assert (run["state"], run["name"], run["curves"]["step"]) == ("done", "runs/第一次", [1]), run["log"]
+    assert run["verdict"]["sentence"] and "第一次" in run["command"]
+    (listed,) = served.get("/studio/runs")
+    assert listed["name"] == "runs/第一次"
+    job = served.post("/studio/jobs", kind="merge", run="runs/第一次")["id"]
+    eventually(lambda: served.get(f"/studio/jobs/{job}")["state"] != "running", 60)
+    assert served.get(f"/studio/jobs/{job}")["result"]["file"] == "merged.pth"
+    names = {file["name"] for file in served.get(path)["files"]}
+    assert {"merged.pth", "adapter.pth", "run_card.md"} <= names
+    merged = (served.folder / "runs" / "第一次" / "merged.pth").read_bytes()
+    assert served.client.get(f"{path}/files/merged.pth").content == merged
+    assert served.post(f"{path}/try")["run"] == "runs/第一次"
+    eventually(lambda: served.get("/studio/try")["state"] != "loading", 60)
+    assert served.get("/studio/try")["state"] == "ready", served.get("/studio/try")
+    question = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2}
+    reply = served.post("/try/v1/chat/completions", **question, model="base:adapter")
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+
+
 def test_a_run_that_has_ended_does_not_go_on(served):
     made_run(served.folder / "a", verdict={"name": "learnt"})
     assert served.refused("/studio/runs/a/resume", 409) == "a has ended; start a new run for more steps"

@@ -399,6 +399,29 @@ def test_a_job_is_followed_over_an_outage(browser, tmp_path):
         assert visitor.page.evaluate("import('/page/state.js').then(m => m.state.jobs)") == {}
 
 
+def test_the_first_findings_are_shown_and_the_others_on_demand(browser, tmp_path):
+    shutil.copy(BASE, tmp_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows(20))
+    names = [*MEANINGS, "new finding"][-7:]
+    findings = [{"name": name, "count": 1, "first": f"{data}, line {i}"} for i, name in enumerate(names, 1)]
+    result = {"rows": 20, "tokens": 99, "trained": 9, "findings": findings, "samples": []}
+    with serving(tmp_path) as url, visiting(browser, url) as visitor:
+        page = visitor.page
+        done = {"id": "a", "state": "done", "result": result}
+        page.route(re.compile("/studio/jobs"), lambda route: route.fulfill(json=done))
+        visitor.press("Use this model")
+        page.get_by_label("rows.jsonl").check()
+        expect(page.locator("#findings li")).to_have_count(4)
+        last = page.locator("#more-findings li").last
+        expect(last).to_be_hidden()
+        page.get_by_text("Show all").click()
+        expect(last).to_be_visible()
+        expect(last).to_contain_text("line 7")
+        expect(last).to_contain_text("new finding")  # without a meaning, its name
+        assert page.locator("#more-findings li").count() == 3
+
+
 def test_every_word_is_there_in_both_languages(browser, tmp_path):
     with serving(tmp_path) as url, visiting(browser, url) as visitor:
         english, chinese = visitor.page.evaluate("import('/page/words.js').then(m => m.languages)")
