@@ -1,6 +1,7 @@
 """Tools of every benchmark: flags, contenders that take turns, memory above the start, the last line."""
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from rwkv_miss import write_checkpoint
+from src.common.device import choose_precision
 from src.model import RWKV, default_arch
 
 # what decides which kernels run, as /proc/cpuinfo names it (asimd is NEON)
@@ -50,6 +52,7 @@ def machine_line() -> str:
     return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", " ".join(facts.get("instructions", []))]))
 
 
+@functools.cache
 def environment() -> dict[str, object]:
     """Collect machine, versions and commit, for a benchmark's JSON line."""
     commit = subprocess.run(
@@ -67,7 +70,29 @@ def environment() -> dict[str, object]:
 def report(benchmark: str, **figures) -> None:
     """Print the last lines of a benchmark's output: the machine for people, and JSON with all of it."""
     print(f"measured on {machine_line()}")
-    print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
+    report_so_far(benchmark, **figures)
+
+
+def report_so_far(benchmark: str, **figures) -> None:
+    """Print the JSON of what was measured until now, so that it is kept if the benchmark is stopped."""
+    print(json.dumps({"benchmark": benchmark, **figures, **environment()}), flush=True)
+
+
+def precision_on(device: str, asked: str) -> str:
+    """Return what train.py takes for "auto" on cpu or cuda: fp32, bf16 or fp16."""
+    return choose_precision(asked, "gpu" if device == "cuda" else "cpu")[0]
+
+
+def runs_out(work: Callable[[], object]) -> bool:
+    """Do work(), and tell whether a GPU's memory ran out; then nothing of it is left there."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        pass  # the traceback, which holds the tensors, ends with this block
+    else:
+        return False
+    torch.cuda.empty_cache()
+    return True
 
 
 def argument_parser(doc: str) -> argparse.ArgumentParser:
@@ -121,15 +146,20 @@ def timed(work: Callable[[], object], threads: int | None = None, device: str = 
 
 
 def fastest_by_turns(
-    works: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+    works: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    after_round: Callable[[dict[str, float]], None] = lambda seconds: None,
 ) -> dict[str, float]:
     """Measure the seconds of the fastest round of each. They take turns, so that a slow minute of the machine
-    slows all. There is a round more, because the first one warms up.
+    slows all. There is a round more, because the first one warms up. `after_round` gets the seconds so far.
     """
     seconds = dict.fromkeys(works, float("inf"))
-    for _ in range(rounds + 1):
+    for done in range(rounds + 1):
         for name, work in works.items():
             seconds[name] = min(seconds[name], timed(work, device=device))
+        if done < rounds:
+            after_round(seconds)
     return seconds
 
 

@@ -1,7 +1,7 @@
 """Measure tokens a second of answers on a GPU, of one row and of many, with adapters beside the base.
 
     python -m benchmarks.gpu_decode [--version 7] [--layers 24] [--width 2048] [--rank 64] [--prompt 1024]
-    [--tokens 64] [--rounds 5] [--rows 1 8 32] [--device cuda] [--dtype bf16]
+    [--tokens 64] [--rounds 5] [--rows 1 8 32] [--device cuda] [--dtype auto]
 
 A random base with the World vocabulary's size, alone, with MiSS and with LoRA (half the rank) beside it, with
 rows of which each has one of two by MiSS and two by LoRA ("mixed"), and with peft's LoRA. A token of all rows
@@ -24,7 +24,7 @@ from src.inference.decoders import fastest
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
 
-from .common import add_integers, argument_parser, report, timed
+from .common import add_integers, argument_parser, precision_on, report, report_so_far, timed
 from .decode_contenders import write_adapter, write_base
 from .step import add_peft
 
@@ -104,14 +104,17 @@ def arguments() -> argparse.Namespace:
     add_integers(parser, layers=24, width=2048, rank=64, prompt=1024, tokens=64, rounds=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="answers at once")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bf16", choices=PRECISIONS)
-    return parser.parse_args()
+    parser.add_argument("--dtype", default="auto", choices=["auto", *PRECISIONS])
+    args = parser.parse_args()
+    args.dtype = precision_on(args.device, args.dtype)
+    return args
 
 
 @torch.no_grad()
 def main() -> None:
     args = arguments()
     rows = []
+    settings = {key: getattr(args, key) for key in ("version", "layers", "width", "rank", "prompt", "dtype")}
     with tempfile.TemporaryDirectory() as folder:
         for contender in contenders(pathlib.Path(folder), args):
             model, count = contender.decoder.model, len(contender.applied)
@@ -127,8 +130,8 @@ def main() -> None:
             }
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            report_so_far("gpu_decode", rows=rows, **settings)
     card = {"card": torch.cuda.get_device_name()} if args.device == "cuda" else {}
-    settings = {key: getattr(args, key) for key in ("version", "layers", "width", "rank", "prompt", "dtype")}
     report("gpu_decode", rows=rows, **settings, **card)
 
 

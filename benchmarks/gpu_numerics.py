@@ -43,6 +43,8 @@ SHAPES = [
     (1, 300, 64, 64),
     (8, 40, 16, 64),
 ]
+# (extreme decays, documents that start inside a row)
+VARIANTS = ((False, False), (False, True), (True, True))
 # floats of all states that autograd keeps for the recurrence
 MOST_STATES = 1 << 24
 # What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16
@@ -95,7 +97,8 @@ def worst_errors(
     worst: dict[str, dict[str, float]] = {kernel: {} for kernel in kernels}
     for shape in shapes:
         B, T, H, N = shape
-        for extreme, packed in ((False, False), (False, True), (True, True)):
+        # --small: compute-sanitizer watches addresses, which the values do not change
+        for extreme, packed in VARIANTS[-1:] if shapes is SMALL else VARIANTS:
             inputs, dy = make(version, shape, DTYPES[dtype], extreme), torch.randn(shape).to(DTYPES[dtype])
             state, dstate = (torch.randn(B, H, N, N) for _ in range(2))
             reset = torch.rand(B, T) < 0.2 if packed else None

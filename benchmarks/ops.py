@@ -6,10 +6,11 @@
     python -m benchmarks.ops linear [--shapes TOKENS,IN,OUT,RANK ...] [--systems miss lora]
     python -m benchmarks.ops head [--shapes TOKENS,C,V ...] [--memory]
 
-All take [--dtypes float32 bfloat16] [--threads 1] [--rounds 10]. The forms take turns, and the fastest round
-of each counts: CPU time of one thread, wall time of several, or the time until a GPU is done. "of" is the
-time over that of the first form. --memory adds the most memory above the start, in a process for each form.
-The last line is JSON.
+All take [--dtypes float32 bfloat16] [--threads 1] [--rounds 10]. On a GPU the dtype is by default what
+train.py takes there. The forms take turns, and the fastest round of each counts: CPU time of one thread, wall
+time of several, or the time until a GPU is done. "of" is the time over that of the first form. A form that
+does not fit in a GPU's memory has a row that says so. --memory adds the most memory above the start, in a
+process for each form. The last line is JSON.
 
 wkv: every kernel beside the token-by-token form under autograd. Errors are against float64, of the first row
 of the batch. Kept is what autograd holds between forward and backward, inputs not counted. --peers adds
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.functional import linear
 from src import ops
+from src.common.device import PRECISIONS
 from src.common.freed_memory import keep_freed
 from src.model.loss import head_loss, loss_sum
 from src.ops import elementwise
@@ -54,12 +56,16 @@ from .common import (
     fastest_by_turns,
     json_of_process,
     peak_above_start,
+    precision_on,
     report,
+    report_so_far,
+    runs_out,
 )
 from .paper.methods import systems
 
 HEAD, RANK = 64, 32  # channels of a head, rank of RWKV-6's mixes
-WKV = {6: ops.wkv6, 7: ops.wkv7}
+TOO_LARGE = "out_of_memory"
+WKV = {7: ops.wkv7, 6: ops.wkv6}
 SHAPES = {
     "wkv": "1,512,768 1,1024,2048",
     "elementwise": "1,512,768 1,512,2048",
@@ -143,10 +149,20 @@ def wkv(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[OpFor
         want = [x.detach() for x in OpForm("", plain, exact, dy[:1].cpu().double())()]
         known, forms = {x.untyped_storage().data_ptr() for x in inputs}, []
         for name, run in runs.items():
-            got = OpForm("", functools.partial(run, *first), first, dy[:1])()
-            error = max(float((a.detach().cpu().double() - b).norm() / b.norm()) for a, b in zip(got, want))
-            facts = {"kept_MB": kept_mb(functools.partial(run, *inputs), known), "error": f"{error:.1e}"}
-            forms.append(OpForm(f"wkv{version} {name}", functools.partial(run, *inputs), inputs, dy, facts))
+            form = OpForm(f"wkv{version} {name}", functools.partial(run, *inputs), inputs, dy, {})
+            one_row = OpForm("", functools.partial(run, *first), first, dy[:1])
+
+            def find(form=form, one_row=one_row, want=want, known=known) -> None:
+                got = one_row()
+                error = max(
+                    float((a.detach().cpu().double() - b).norm() / b.norm()) for a, b in zip(got, want)
+                )
+                form.facts.update(kept_MB=kept_mb(form.run, known), error=f"{error:.1e}")
+                form()
+
+            if runs_out(find):
+                form.facts[TOO_LARGE] = True
+            forms.append(form)
         yield forms
 
 
@@ -274,11 +290,17 @@ def groups(shape: str, dtype: str, args) -> Iterator[list[OpForm]]:
 
 def rows_of(forms: list[OpForm], shape: str, dtype: str, args) -> Iterator[dict[str, Any]]:
     """Measure forms in turns, and print a row for each."""
-    seconds = fastest_by_turns({form.name: form for form in forms}, args.rounds, args.device)
+    fitting = [form for form in forms if TOO_LARGE not in form.facts]
+    seconds = fastest_by_turns({form.name: form for form in fitting}, args.rounds, args.device)
     for form in forms:
+        row = {"form": form.name, "shape": shape, "dtype": dtype}
+        if form not in fitting:
+            print(f"{form.name:<34} the GPU's memory does not suffice", flush=True)
+            yield row | form.facts
+            continue
         s = seconds[form.name]
-        row = {"form": form.name, "shape": shape, "dtype": dtype, "ms": round(1e3 * s, 3)}
-        row["of"] = float(f"{s / seconds[forms[0].name]:.4g}")
+        row["ms"] = round(1e3 * s, 3)
+        row["of"] = float(f"{s / seconds[fitting[0].name]:.4g}")
         if form.moved:
             row["GB_per_s"] = round(form.moved / s / 1e9, 1)
         if args.memory:
@@ -295,9 +317,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("operator", choices=OPERATORS)
     parser.add_argument("--shapes", nargs="+", help="numbers with commas")
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float64"]
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of wkv")
     add_integers(parser, threads=1, rounds=10)
     parser.add_argument("--memory", action="store_true", help="measure the most memory of each form, too")
@@ -309,6 +329,9 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    on_gpu = args.device == "cuda"
+    here = [str(PRECISIONS[precision_on("cuda", "auto")]).removeprefix("torch.")] if on_gpu else None
+    args.dtypes = args.dtypes or here or ["float32", "bfloat16"]
     asked = [
         (shape, dtype) for shape in args.shapes or SHAPES[args.operator].split() for dtype in args.dtypes
     ]
@@ -317,8 +340,12 @@ def main() -> None:
         print(peak_above_start(named[args.peak]))
         return
     pages_kept = keep_freed()
-    rows = [row for case in asked for forms in groups(*case, args) for row in rows_of(forms, *case, args)]
-    on_gpu = args.device == "cuda"
+    rows = []
+    for case in asked:
+        for forms in groups(*case, args):
+            rows += rows_of(forms, *case, args)
+            if on_gpu:
+                report_so_far(args.operator, rows=rows, rounds=args.rounds)
     clock = "until the GPU is done" if on_gpu else clock_name(args.threads)
     card = {"card": torch.cuda.get_device_name()} if on_gpu else {}
     report(args.operator, rows=rows, rounds=args.rounds, clock=clock, pages_kept=pages_kept, **card)

@@ -3,7 +3,7 @@
 It prints tokens a second, memory, and the share of the machine's matrix products.
 
     python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096]
-    [--precision bf16] [--grad_cp 0] [--rounds 5]
+    [--precision auto] [--grad_cp 0] [--rounds 5]
 
 Batch 1, forward, loss, backward and AdamW. The share is the arithmetic of the step's products over its time,
 beside that of a product of two square matrices in the same run. Memory is the most that tensors took, of a
@@ -20,7 +20,7 @@ from src.model import RWKV, default_arch
 from src.model.rwkv import replace_tensors
 from src.training.optimizer import parameter_groups
 
-from .common import add_integers, argument_parser, fastest_by_turns, report
+from .common import add_integers, argument_parser, fastest_by_turns, precision_on, report, report_so_far
 from .step import flops
 
 SIZES = {name: (7, *sizes) for name, sizes in MODELS.items() if name != "13.3B"} | {"v6-3B": (6, 32, 2560)}
@@ -77,10 +77,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=SQUARE)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--ctx_len", nargs="+", type=int, default=[512, 4096])
-    parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument("--grad_cp", type=int, default=0, choices=(0, 1, 2))
     add_integers(parser, rounds=5)
     args = parser.parse_args()
+    args.precision = precision_on(args.device, args.precision)
+    settings = {k: getattr(args, k) for k in ("precision", "grad_cp", "rounds")}
     rate, rows = product_rate(args.device, PRECISIONS[args.precision]), []
     for name in args.models:
         for ctx_len in args.ctx_len:
@@ -91,12 +93,13 @@ def main() -> None:
                 row |= {"memory_GB": "more than there is"}
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            report_so_far("sizes", rows=rows, **settings)
     report(
         "sizes",
         rows=rows,
         products_tflops=round(rate / 1e12, 2),
         gpu=torch.cuda.get_device_name() if args.device == "cuda" else None,
-        **{k: getattr(args, k) for k in ("precision", "grad_cp", "rounds")},
+        **settings,
     )
 
 

@@ -3,13 +3,13 @@
 Its bare matrix products and HF peft in the same loop run beside it.
 
     python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1]
-    [--rounds 5] [--variants NAME ...] [--memory] [--device cuda --dtype bf16 --micro_bsz 8]
+    [--rounds 5] [--variants NAME ...] [--memory] [--device cuda --micro_bsz 8]
 
 A step is forward, loss, backward and AdamW on micro_bsz rows. The variants take turns and the fastest round
 of each counts: CPU time with one thread, wall time with several and on a GPU. `--memory` adds the most memory
 above the model that two steps of each took in a process of their own, and what its layers keep for the
-backward. A variant that does not fit in a GPU's
-memory is said so. The last line is JSON.
+backward. On a GPU the micro batch is halved until the first variant fits, and `asked_micro_bsz` says so;
+another variant that does not fit has a row without seconds. The last line is JSON.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.errors import UserError
 from rwkv_miss.gemm import product
 from src.common.device import PRECISIONS
 from src.common.freed_memory import keep_freed
@@ -35,7 +36,10 @@ from .common import (
     fastest_by_turns,
     json_of_process,
     peak_above_start,
+    precision_on,
     report,
+    report_so_far,
+    runs_out,
     same_flags,
     settings_without,
 )
@@ -230,7 +234,7 @@ def arguments() -> argparse.Namespace:
     add_integers(parser, version=7, n_layer=12, n_embd=768, vocab_size=65536, ctx_len=512, rank=64)
     add_integers(parser, micro_bsz=1, threads=1, rounds=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the base and the activations")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *PRECISIONS], help="of the base")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, help="by default all but none and the plain ones"
     )
@@ -238,6 +242,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_cpu = [name for name in VARIANTS if not name.startswith(("plain", "none"))]
+    args.dtype = precision_on(args.device, args.dtype)
     args.variants = args.variants or (on_cpu if args.device == "cpu" else ON_GPU)
     return args
 
@@ -268,50 +273,74 @@ def show(name: str, row: dict, tokens: int) -> None:
     )
 
 
-def fits(variant: str, step: Callable[[], None]) -> bool:
-    """Tell whether a step fits in the GPU's memory, and say where it does not."""
-    try:
-        step()
-    except torch.OutOfMemoryError:
+def steps_that_fit(base: RWKV, args) -> tuple[dict[str, Callable[[], None]], list[str], torch.Tensor]:
+    """Make the variants' steps: (those that fit in memory, names of the others, their rows of ids).
+
+    args.micro_bsz is halved until the first variant fits.
+    """
+    while True:
+        ids = torch.randint(
+            args.vocab_size, (args.micro_bsz, args.ctx_len + 1), device=base.emb.weight.device
+        )
+        steps = {variant: make_step(variant, base, args.rank, ids) for variant in args.variants}
+        if args.device == "cpu":
+            return steps, [], ids
+        first, *others = steps
+        if not runs_out(steps[first]):
+            break
+        if args.micro_bsz == 1:
+            raise UserError(f"one row of --ctx_len {args.ctx_len} does not fit in the GPU's memory: {first}")
+        print(f"micro batch {args.micro_bsz // 2}: {args.micro_bsz} does not fit in the GPU's memory")
+        args.micro_bsz //= 2
+    too_large = [variant for variant in others if runs_out(steps[variant])]
+    for variant in too_large:
         print(f"{variant}: the GPU's memory does not suffice")
-        return False
-    return True
+    return {name: step for name, step in steps.items() if name not in too_large}, too_large, ids
 
 
-def main() -> None:
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size, args.device)
-        ids = torch.randint(args.vocab_size, (args.micro_bsz, args.ctx_len + 1))
-    base.to(PRECISIONS[args.dtype])
-    steps = {variant: make_step(variant, base, args.rank, ids) for variant in args.variants}
-    if args.device == "cuda":
-        steps = {variant: step for variant, step in steps.items() if fits(variant, step)}
-    if args.peak:
-        print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
-        return
-    keep_freed()  # as a training does
-    seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds, args.device)
-    rows = {}
+def rows_of(seconds: dict[str, float], too_large: list[str]) -> dict[str, dict]:
+    """Set each time beside those of the bare products and of MiSS."""
+    rows: dict[str, dict] = {variant: {"out_of_memory": True} for variant in too_large}
     for name, s in seconds.items():
-        row = rows[name] = {
+        rows[name] = {
             "seconds": round(s, 4),
             "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3),
         }
         if "miss" in seconds:
-            row["of_miss"] = round(s / seconds["miss"], 3)
+            rows[name]["of_miss"] = round(s / seconds["miss"], 3)
+    return rows
+
+
+def main() -> None:
+    args = arguments()
+    asked = args.micro_bsz
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size, args.device)
+    base.to(PRECISIONS[args.dtype])
+    steps, too_large, ids = steps_that_fit(base, args)
+    if args.peak:
+        print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
+        return
+    keep_freed()  # as a training does
+    settings = settings_without(args, "peak", "variants", "memory")
+    settings["clock"] = clock_name(args.threads) if args.device == "cpu" else "wall time"
+    if args.micro_bsz < asked:
+        settings["asked_micro_bsz"] = asked
+
+    def so_far(seconds: dict[str, float]) -> None:
+        if args.device == "cuda":
+            report_so_far("step", rows=rows_of(seconds, too_large), **settings)
+
+    seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds, args.device, so_far)
+    rows = rows_of(seconds, too_large)
+    for name in seconds:
         if args.memory and name in VARIANTS:
-            row["peak_MB"] = round(peak(args, name) / 1e6)
-            row["kept_MB"] = round(kept(name, base, args.rank, ids) / 1e6, 1)
-        show(name, row, len(ids) * args.ctx_len)
-    report(
-        "step",
-        rows=rows,
-        clock=clock_name(args.threads) if args.device == "cpu" else "wall time",
-        **settings_without(args, "peak", "variants", "memory"),
-    )
+            rows[name]["peak_MB"] = round(peak(args, name) / 1e6)
+            rows[name]["kept_MB"] = round(kept(name, base, args.rank, ids) / 1e6, 1)
+        show(name, rows[name], len(ids) * args.ctx_len)
+    report("step", rows=rows, **settings)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ seconds that it was given. The table is Markdown, for the README.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
@@ -74,7 +75,7 @@ def write_record(folder: pathlib.Path) -> None:
         "not_tested": re.findall(r"^SKIPPED .*", output["tests"], re.MULTILINE),
         "ptx": f"{last_line(output['ptx'], 'kernels ran')}; {last_line(output['ptx'], 'findings')}",
         "errors": numerics.get("errors", {}),
-        "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in SANITIZERS},
+        "sanitizer": {tool: verdict(output[tool]) for tool in SANITIZERS},
         "failures": [
             *(problem(name, code, limit) for name, (code, _, limit) in sorted(ended.items()) if code),
             *numerics.get("failures", []),
@@ -104,8 +105,18 @@ def last_line(text: str, having: str = "") -> str:
     )
 
 
+def verdict(text: str) -> str:
+    """Find what a sanitizer says, or why it did not run."""
+    return last_line(text, "not run" if text.startswith("not run") else "SUMMARY")
+
+
 def last_json(text: str) -> dict:
-    return next((json.loads(line) for line in reversed(text.splitlines()) if line.startswith("{")), {})
+    """Read the last whole line of JSON. A benchmark that was stopped may have written half of one."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)
+    return {}
 
 
 def kernel_figures(text: str) -> dict[str, dict[str, float]]:
@@ -168,7 +179,7 @@ def figures_of(record: dict) -> list[str]:
     wkv = [
         row["ms"]
         for row in record.get("wkv", {}).get("rows", [])
-        if (row["shape"], row["form"]) == ("8,4096,2048", "wkv7 cuda")
+        if (row["shape"], row["form"]) == ("8,4096,2048", "wkv7 cuda") and "ms" in row
     ]
     ours, theirs = (seconds_of(record, "training", variant) for variant in ("miss", "peft miss"))
     chat = [row["tokens_per_second"] for row in record.get("decode", {}).get("rows", [])]
@@ -192,6 +203,8 @@ def speed_of(record: dict, step: str, variant: str) -> str:
         return "-"
     speed = record[step]["micro_bsz"] * record[step]["ctx_len"] / seconds
     text = f"{1e3 * seconds:.0f} ms, {speed:,.0f} tokens/s"
+    if asked := record[step].get("asked_micro_bsz"):
+        text += f", micro batch {record[step]['micro_bsz']} because {asked} did not fit"
     predicted = json.loads(PREDICTIONS.read_text())[step]
     name = record["card"].lower()
     return next(
