@@ -143,6 +143,18 @@ def test_a_run_in_half_precision_is_off_by_its_rounding(gpu, files, tmp_path, ca
     assert losses["gpu"] == pytest.approx(losses["exact"], rel=2**-8)
 
 
+@pytest.mark.parametrize("place", ["forward", slow("backward"), slow("optimizer")])
+def test_a_run_whose_first_step_does_not_fit_takes_half_the_micro_batch(gpu, files, tmp_path, place):
+    """It makes the run that was asked for with this micro-batch."""
+    folder, ours, theirs = files(7), tmp_path / "gpu", tmp_path / "cpu"
+    flags = flags_for(folder, ours, "miss", "--accelerator", "gpu", "--precision", "fp32")
+    output = succeed(gpu("train_out_of_memory", flags, place, 1))
+    assert "micro_bsz 1 and accumulate_grad_batches 2 in place of 2 and 1" in output
+    halved = ["--micro_bsz", "1", "--accumulate_grad_batches", "2"]
+    succeed(program.run(flags_for(folder, theirs, "miss", *halved)))
+    same_runs(ours, theirs, "miss")
+
+
 LONGER = "--epoch_steps 5 --save_steps 2".split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from rwkv_miss.interrupts import EXIT_CODE
 from rwkv_miss.progress import Progress, print_notes
 
 from . import ops
-from .common.device import PRECISIONS
+from .common.device import PRECISIONS, grow_segments
 from .common.files import read_lines, write_text
 from .common.freed_memory import freed_memory_kept
 from .common.startup import Start
@@ -88,6 +89,10 @@ from .training.validation_log import BEST, VALIDATION, best_trained, is_known_by
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
+
+
+# In later ones no batch needs much more memory. A run that has saved nothing can begin again.
+FIRST_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +232,8 @@ def train_in_folder(
 ) -> Result:
     """Do train() in a folder that is locked already."""
     config, resume_from = plan.settings, plan.resume_from
+    if config.accelerator == "gpu":
+        grow_segments()
     # before the model is there: the memory of this timing must not count as the run's
     with Progress("timing this machine", shown=is_first_process()):
         cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
@@ -253,10 +260,35 @@ def train_in_folder(
         if resume_from:
             put_best_back(config.proj_dir, history)
     if not over:
-        return do_steps(plan, model, shown, start.at, history, callbacks, objective(config))
+        try:
+            return do_steps(plan, model, shown, start.at, history, callbacks, objective(config))
+        except torch.OutOfMemoryError:  # in a first step, see fit()
+            del model  # with the traceback, which ends here, nothing holds what is on the GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+        return train_in_folder(with_half_micro_batch(plan), start, callbacks, objective)
     if is_first_process() and not is_summed_up(config.proj_dir, first_step):  # killed after its last step
         finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
+
+
+def with_half_micro_batch(plan: Plan) -> Plan:
+    """Plan the same steps with half the rows at once and twice the passes, and say so."""
+    config = plan.settings
+    now, passes = config.micro_bsz // 2, config.accumulation * 2
+    reason = f"the GPU's memory did not suffice for {config.micro_bsz} rows at once"
+    print(
+        f"note:      the GPU's memory ran out; beginning again with micro_bsz {now} and"
+        f" accumulate_grad_batches {passes} in place of {config.micro_bsz} and {config.accumulation}, which"
+        " makes the same steps",
+        flush=True,
+    )
+    draft = Draft(config)
+    draft.change("micro_bsz", now, reason)
+    if not config.value_or_zero("global_bsz"):  # it decides the number of passes
+        draft.change("accumulate_grad_batches", passes, reason)
+    schedule = dataclasses.replace(plan.schedule, micro_bsz=now, accumulate=passes)
+    return dataclasses.replace(plan, settings=draft.config, schedule=schedule)
 
 
 def try_rewards(objective: Objective, template: Template, data: Data) -> str | None:
@@ -392,7 +424,11 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], obje
 
 
 def fit(trainer, module, report) -> None:
-    """Run Trainer.fit, and describe its ends in our words."""
+    """Run Trainer.fit, and describe its ends in our words.
+
+    OutOfMemoryError means that the run can begin again with half the micro batch. Several processes end: one
+    that waits for the others' gradients cannot be told to begin again.
+    """
     from .training.trainer import naming_the_killed
 
     try:
@@ -402,7 +438,17 @@ def fit(trainer, module, report) -> None:
     except SystemExit:  # Lightning's answer to the second Ctrl-C, with another code
         sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError:
+        config, done = module.config, trainer.global_step - module.first_step
+        halves = config.micro_bsz % 2 == 0
+        if halves and config.world == 1 and done < min(FIRST_STEPS, config.save_steps or FIRST_STEPS):
+            raise
+        first = "lower --micro_bsz"
+        if halves:
+            first = f"give --micro_bsz {config.micro_bsz // 2}"
+            if not config.value_or_zero("global_bsz"):
+                first += f" --accumulate_grad_batches {config.accumulation * 2}"
+            first += " for the same steps"
         raise UserError(
-            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, if"
-            " an adapter is trained, then lower --ctx_len"
+            f"the GPU's memory ran out; {first}, then set --grad_cp 2 or 1, then --quant nf4, if an adapter"
+            " is trained, then lower --ctx_len"
         ) from None

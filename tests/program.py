@@ -273,7 +273,38 @@ def _spoil(kind, steps, rank):
         FineTuning.training_step = training_step
 
 
-at_file, in_turn, spoil = map(later, (_at_file, _in_turn, _spoil))
+def _out_of_memory(place, rows, rank):
+    """Run out of memory on rank 0 as a GPU does, with more than `rows` rows at once: in the forward, the
+    backward, or the optimizer's step after it has written.
+    """
+    from src.training.trainer import FineTuning
+
+    forward, step, largest = FineTuning.training_step, torch.optim.AdamW.step, [0]
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def training_step(module, batch, index):
+        largest[0] = 0 if rank else len(batch["ids"])
+        if largest[0] > rows and place == "forward":
+            run_out()
+        loss = forward(module, batch, index)
+        if largest[0] > rows and place == "backward":
+            loss.register_hook(run_out)
+        return loss
+
+    def half_a_step(optimizer, *given, **named):
+        result = step(optimizer, *given, **named)
+        if largest[0] > rows:
+            run_out()
+        return result
+
+    FineTuning.training_step = training_step
+    if place == "optimizer":
+        torch.optim.AdamW.step = half_a_step
+
+
+at_file, in_turn, spoil, out_of_memory = map(later, (_at_file, _in_turn, _spoil, _out_of_memory))
 
 
 def judge_late(rank):

@@ -35,6 +35,32 @@ from .program import at_file, flags_of, in_turn, interrupt, judge_late, kill, lo
 STEPS = 6
 
 
+@pytest.mark.parametrize("place", ["forward", slow("backward"), "optimizer"])
+def test_a_first_step_without_memory_is_done_again_with_half_the_micro_batch(run, tmp_path, place):
+    """The steps are those of the run that has this micro-batch from its start."""
+    output = succeed(run("halved", sabotage=program.out_of_memory(place, 1)))
+    assert "micro_bsz 2 and accumulate_grad_batches 2 in place of 4 and 1" in output
+    assert "micro_bsz 1 and accumulate_grad_batches 4 in place of 2 and 2" in output
+    assert "Traceback" not in output
+    succeed(run("given", "--micro_bsz", "1", "--accumulate_grad_batches", "4"))
+    assert losses(tmp_path / "halved") == pytest.approx(losses(tmp_path / "given"), rel=1e-6)
+    program.same_adapters(tmp_path / "halved", tmp_path / "given", 1e-6)
+    settings = (tmp_path / "halved" / "config.yaml").read_text()
+    assert "micro_bsz: 1" in settings and "accumulate_grad_batches: 4" in settings
+    assert "the GPU's memory did not suffice" in settings
+
+
+@pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2")])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_one_of_two_processes_without_memory_ends_both_and_says_what_to_give(run, place, strategy):
+    start = time.monotonic()
+    code, output = run(
+        "two", "--devices", "2", "--strategy", strategy, sabotage=program.out_of_memory(place, 1)
+    )
+    assert code == 2 and time.monotonic() - start < 60, output
+    assert "give --micro_bsz 2 --accumulate_grad_batches 2 for the same steps" in output
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A random base of odd width, which two processes do not share evenly, and 24 rows: 6 steps of 4."""

@@ -1,9 +1,13 @@
 """What a run asks of Lightning's Trainer, by the strategy object that comes of it."""
 
+import types
+
 import pytest
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from src.common.device import grow_segments
 from src.config import Config
 from src.distributed.deepspeed_strategy import zero_settings
 from src.training.trainer import make_trainer
@@ -19,6 +23,20 @@ def strategy_of():
         return trainer, trainer.strategy
 
     return make
+
+
+@pytest.mark.parametrize(
+    "name", ["_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings"]
+)
+def test_blocks_of_a_gpus_memory_grow_under_new_and_old_names_of_torch(monkeypatch, name):
+    asked = []
+    torch_c = types.SimpleNamespace(**{name: asked.append})
+    monkeypatch.setattr(torch, "_C", torch_c)
+    grow_segments()
+    assert asked == ["expandable_segments:True"]
+    torch_c._accelerator_getAllocatorSettings = lambda: "max_split_size_mb:64"
+    grow_segments()
+    assert len(asked) == 1, "the user's settings stay"
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])

@@ -70,6 +70,11 @@ def train(flags: list[str], stopped_at: str = "") -> tuple[int, str]:
     return program.run(flags, stop if stopped_at else None)
 
 
+def train_out_of_memory(flags: list[str], place: str, rows: int) -> tuple[int, str]:
+    """train.py on a card whose memory does not suffice for more than `rows` rows at once."""
+    return program.run(flags, program.out_of_memory(place, rows))
+
+
 def call(words: list[str]) -> tuple[int, str]:
     """python WORDS."""
     return program.call(words)
