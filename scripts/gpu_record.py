@@ -88,6 +88,12 @@ def write_record(folder: pathlib.Path) -> None:
     path = RECORDS / f"{card}-{record['date']}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{table(records())}\n\nwrote {path}: {'; '.join(record['failures']) or 'all passed'}")
+    # without a name or password that stands in it
+    address = re.sub("//[^/]*@", "//", run("git", "remote", "get-url", "origin").strip())
+    print(
+        f"send {path} and the table above, also if something failed: as an issue or a pull request at"
+        f" {address or 'the address that you have this project from'}"
+    )
     sys.exit(bool(record["failures"]))
 
 

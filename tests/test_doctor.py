@@ -368,6 +368,9 @@ def test_the_record_of_a_run(recorded, capsys):
     assert "failed there: racecheck" in next(
         check.text for check in doctor.evidence() if check.name == "wkv7 cuda"
     )
+    (path,) = doctor.RECORDS.glob("*.json")
+    assert f"send {path} and the table above, also if something failed:" in said
+    assert "an issue or a pull request at" in said
     row = said.splitlines()[3]
     assert row.startswith("| NVIDIA H100 80GB HBM3 | failed: racecheck: stopped after 80 s; sizes")
     predicted = json.loads(gpu_budget.PREDICTIONS.read_text())

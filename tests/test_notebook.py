@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import nbclient
 import nbformat
@@ -11,6 +12,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 BASE = ROOT / "demo" / "rwkv7-reverse.pth"
+
+
+def test_the_notebook_gets_the_program_from_an_uploaded_zip(tmp_path, monkeypatch):
+    """Its first two cells, without REPOSITORY; the zip has a folder around the files, as GitHub's have."""
+    with zipfile.ZipFile(tmp_path / "main.zip", "w") as archive:
+        archive.writestr("rwkv-miss-main/train.py", "")
+        archive.writestr("rwkv-miss-main/requirements.txt", "")
+    notebook = nbformat.read(ROOT / "demo" / "colab.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
+    notebook.cells[1].source += "\nprint('here:', pathlib.Path('train.py').resolve())"
+    assert "pip install" in notebook.cells[1].source
+    notebook.cells[1].source = notebook.cells[1].source.replace("%pip install", "# pip install")
+    nbclient.NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    printed = "".join(output.get("text", "") for output in notebook.cells[1].outputs)
+    assert f"here: {tmp_path}/rwkv-miss/rwkv-miss-main/train.py" in printed
 
 
 @pytest.mark.rare
