@@ -25,7 +25,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.gemm import product
 from src.common.device import PRECISIONS
 from src.common.freed_memory import keep_freed
-from src.model import RWKV, default_arch
+from src.model import RWKV, default_arch, rwkv7
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
@@ -43,7 +43,7 @@ from .common import (
     same_flags,
     settings_without,
 )
-from .ops import OpForm, wkv_inputs, wkv_of
+from .ops import OpForm, fla, wkv_inputs, wkv_of
 
 TARGETS = ["receptance", "key", "value", "gate", "output"]
 VARIANTS = {
@@ -59,10 +59,12 @@ VARIANTS = {
     "none": "no adapter, the whole model trained, as train.py --peft none runs it",
     "peft miss": "HF peft's MiSS r on the same model",
     "peft lora": "HF peft's LoRA r / 2 on the same model",
+    "fla": "the same, with the WKV of flash-linear-attention",
+    "compiled": "MiSS r, with everything but the adapters in plain torch, compiled by torch.compile",
     "plain": "MiSS r, with everything but the adapters in plain torch, WKV in chunks",
     "plain, by tokens": "MiSS r, with everything but the adapters in plain torch, WKV token by token",
 }
-KERNELS = {"plain": "torch", "plain, by tokens": "reference"}
+KERNELS = {"compiled": "torch", "plain": "torch", "plain, by tokens": "reference"}
 ON_GPU = ("miss", "lora", "peft miss", "peft lora")  # by default
 
 
@@ -100,9 +102,36 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
         method = "lora" if variant == "lora" else "miss"
         layers = variant.removeprefix("layers ") if variant.startswith("layers") else None
         rwkv_miss.inject(model, method, layers=layers, rank=rank // 2 if method == "lora" else rank)
+    if variant == "fla":
+        use_fla(model)
+    elif variant == "compiled":
+        model.features = torch.compile(model.features)
     if variant.startswith("grad_cp"):
         model.grad_cp = int(variant[-1])
     return model
+
+
+def use_fla(model: RWKV) -> None:
+    """Have an RWKV-7 run its WKV by flash-linear-attention, whose kernels keep the state in fp32, too."""
+    theirs, wkv7, mix7 = fla(7), rwkv7.wkv7, rwkv7.mix7
+
+    # rows of a step begin without a state, and nothing reads the last
+    def wkv(*heads, **named):
+        return (theirs(*heads[:6]), None) if "fla" in heads else wkv7(*heads, **named)
+
+    def mix(activations, vectors, eps, *rest):
+        if "fla" not in rest[3:4]:
+            return mix7(activations, vectors, eps, *rest)
+        r, w, k, v, a, g = activations
+        k_k, k_a, r_k, weight, bias = vectors
+        heads, native = len(model.blocks[0].att.r_k), rest[4]
+        k, alpha, beta = rwkv7.delta_inputs(k, a, k_k, k_a, heads, native)
+        y = theirs(*rwkv7.split_heads(heads, r, w, k, v, alpha, beta))
+        return rwkv7.readout7(y.flatten(-2), r, k, v, g, r_k, weight, bias, eps, native), None
+
+    rwkv7.wkv7, rwkv7.mix7 = wkv, mix
+    for block in model.blocks:
+        block.att.kernel = "fla"
 
 
 def add_peft(model: RWKV, variant: str, rank: int) -> None:
@@ -241,7 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    on_cpu = [name for name in VARIANTS if not name.startswith(("plain", "none"))]
+    on_cpu = [name for name in VARIANTS if not name.startswith(("plain", "none", "fla", "compiled"))]
     args.dtype = precision_on(args.device, args.dtype)
     args.variants = args.variants or (on_cpu if args.device == "cpu" else ON_GPU)
     return args

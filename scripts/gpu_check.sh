@@ -22,8 +22,8 @@ fi
 
 # another project's kernels, which are measured beside ours where they can be had
 python -c 'import fla' 2>/dev/null || python -m pip install --quiet --editable ".[bench]" || true
-peers=()
-! python -c 'import fla' 2>/dev/null || peers=(--peers)
+peers=() others=(compiled)
+! python -c 'import fla' 2>/dev/null || { peers=(--peers); others=(fla compiled); }
 
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)"
 if [ -z "$sanitizer" ]; then
@@ -57,13 +57,15 @@ step ptx 300 python -m gpu_emulation.ptx --quick --arch "$card"
 # built here, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import self_test; status = self_test.status("cuda"); print(status); raise SystemExit(not status.passed)'
 # The limits below add up to less than 10 minutes. What nobody knows yet comes first: how fast it is.
-step training 75 python -m benchmarks.step --device cuda --n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024
+step training 60 python -m benchmarks.step --device cuda --n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024
+# in a step of its own: a compiler may take its time, or fail
+step others 45 python -m benchmarks.step --device cuda --n_layer 24 --n_embd 2048 --micro_bsz 4 --ctx_len 1024 --rounds 3 --variants miss "${others[@]}"
 # as RWKV-LM publishes its own: 99,500 tokens a second on an RTX 5090
 step published 30 python -m benchmarks.step --device cuda --n_layer 12 --n_embd 768 --micro_bsz 16 --ctx_len 512 --variants none
 # these shapes do not fit in memory token by token under autograd
 step wkv 60 python -m benchmarks.ops wkv --device cuda --shapes 8,4096,2048 1,4096,2048 --kernels cuda cuda-exact torch --rounds 5 "${peers[@]}" "${rwkv_lm[@]}"
-step decode 60 python -m benchmarks.gpu_decode --layers 12 --rounds 3 --tokens 32 --rows 1 8 32
-step sizes 45 python -m benchmarks.sizes --ctx_len 4096
+step decode 50 python -m benchmarks.gpu_decode --layers 12 --rounds 3 --tokens 32 --rows 1 8 32
+step sizes 40 python -m benchmarks.sizes --ctx_len 4096
 step numerics 50 python -m benchmarks.gpu_numerics
 step tests 100 python -m pytest -m gpu -rs
 # our kernels only: a kernel's name has that of its file

@@ -25,7 +25,7 @@ if not __package__:  # started by its path, from which src is not found
 
 from .doctor import RECORDS, ROOT, driver_version, records, run
 
-BENCHMARKS = ("wkv", "training", "published", "decode", "sizes")
+BENCHMARKS = ("wkv", "training", "others", "published", "decode", "sizes")
 PREDICTIONS = ROOT / "benchmarks" / "gpu_predictions.json"  # by benchmarks.gpu_budget --predict
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STOPPED = (124, 137)  # exit codes of `timeout`
@@ -88,6 +88,7 @@ def write_record(folder: pathlib.Path) -> None:
     path = RECORDS / f"{card}-{record['date']}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{table(records())}\n\nwrote {path}: {'; '.join(record['failures']) or 'all passed'}")
+    print("\n".join(ratios(record["others"])))
     # without a name or password that stands in it
     address = re.sub("//[^/]*@", "//", run("git", "remote", "get-url", "origin").strip())
     print(
@@ -196,6 +197,17 @@ def figures_of(record: dict) -> list[str]:
         f"{theirs / ours:.2f} x the time" if ours and theirs else "-",
         speed_of(record, "published", "none"),
         f"{chat[0]:.0f} tokens/s" if chat else "-",
+    ]
+
+
+def ratios(others: dict) -> list[str]:
+    """Say for other kernels how long a step of the same model takes beside ours."""
+    rows = others.get("rows", {})
+    named = {"fla": "flash-linear-attention's WKV", "compiled": "plain torch with torch.compile"}
+    return [
+        f"a step with {text}: {rows[name]['of_miss']:.2f} x the time of ours"
+        for name, text in named.items()
+        if "of_miss" in rows.get(name, {})
     ]
 
 

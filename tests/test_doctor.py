@@ -22,7 +22,9 @@ from benchmarks import ops as op_benchmark
 from benchmarks.common import precision_on
 from rwkv_miss.errors import UserError
 from scripts import doctor, gpu_record
+from src import ops
 from src.common import device
+from src.model import rwkv7
 from src.ops import build, self_test, toolchain
 from src.ops.launch_errors import LaunchError
 
@@ -317,6 +319,7 @@ STEPS = {
     "synccheck": ("========= ERROR SUMMARY: 0 errors\n", 0),
     "wkv": ("table\n" + json.dumps({"benchmark": "wkv", "rows": ROWS}) + "\n", 0),
     "training": (json.dumps(STEP) + "\n", 0),
+    "others": (json.dumps({"rows": {"fla": {"of_miss": 1.5}, "compiled": {"out_of_memory": True}}}), 0),
     "published": (json.dumps(PUBLISHED) + "\n", 0),
     "decode": ('{"rows": [{"name": "base, one CUDA graph a token", "tokens_per_second": 210.4}]}\n', 0),
     "sizes": ('{"rows": []}\n{"rows": [1]}\nrow 2\n{"rows": [1, ', 1),
@@ -371,6 +374,8 @@ def test_the_record_of_a_run(recorded, capsys):
     (path,) = doctor.RECORDS.glob("*.json")
     assert f"send {path} and the table above, also if something failed:" in said
     assert "an issue or a pull request at" in said
+    assert "a step with flash-linear-attention's WKV: 1.50 x the time of ours" in said
+    assert "torch.compile" not in said
     row = said.splitlines()[3]
     assert row.startswith("| NVIDIA H100 80GB HBM3 | failed: racecheck: stopped after 80 s; sizes")
     predicted = json.loads(gpu_budget.PREDICTIONS.read_text())
@@ -610,6 +615,27 @@ def test_a_form_that_does_not_fit_has_a_row_that_says_so(monkeypatch, capsys):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row.get("out_of_memory") for row in rows] == [None, True] * 2
     assert ["ms" in row for row in rows] == [True, False] * 2
+
+
+def test_steps_with_other_kernels_compute_the_same(monkeypatch):
+    """fla's WKV, by our plain form in its place, and plain torch compiled, without its compiler."""
+    used = []
+
+    def plain(*inputs):
+        used.append(len(inputs))
+        return ops.wkv7(*inputs, kernel="torch")[0]
+
+    monkeypatch.setattr(step, "fla", lambda version: plain)
+    for name in ("wkv7", "mix7"):  # which the variant replaces
+        monkeypatch.setattr(rwkv7, name, getattr(rwkv7, name))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    base = step.random_base(7, 2, 128, 128, "torch")
+    ids = torch.randint(128, (2, 17), generator=torch.Generator().manual_seed(0))
+    want, _ = step.build("miss", base, 8).features(ids)
+    for variant in ("fla", "compiled"):
+        got, _ = step.build(variant, base, 8).features(ids)
+        assert torch.allclose(got, want, atol=1e-5), variant
+    assert used == [6, 6], "a call for each layer"
 
 
 def test_benchmarks_take_the_precision_that_train_takes(monkeypatch):
