@@ -115,7 +115,7 @@ def examine() -> Iterator[Check]:
             needed=True,
         )
         return
-    from src.common.device import driver_advice
+    from src.common.device import driver_advice, driver_version
 
     has_gpu = torch.cuda.is_available() or driver_version() is not None
     if has_gpu:
@@ -217,7 +217,7 @@ def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
 
 def gpus(torch) -> Iterator[Check]:
     """Yield lines on torch's CUDA, the driver, and each GPU with its architecture."""
-    from src.common.device import cuda_of_driver, driver_advice
+    from src.common.device import cuda_of_driver, driver_advice, driver_version, unseen_gpu
 
     built_for, driver = torch.version.cuda, driver_version()
     newest = cuda_of_driver()
@@ -251,17 +251,8 @@ def gpus(torch) -> Iterator[Check]:
         else:
             yield Check("ok", f"GPU {i}", text)
     if not torch.cuda.is_available():
-        why = "torch sees none, training runs on the CPU"
-        if driver and built_for:
-            why += f"; the driver may be too old for CUDA {built_for}: update it, {driver_advice()}"
-        yield Check("missing", "GPU", f"{why}; see the lines above" if not (driver and built_for) else why)
-
-
-def driver_version() -> str | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
-    return None
+        why = unseen_gpu() or "see the lines above"
+        yield Check("missing", "GPU", f"torch sees none, training runs on the CPU; {why}")
 
 
 def dotted(cuda: int) -> str:

@@ -5,7 +5,7 @@
 # It takes 10 minutes once .venv is made, the kernels' PTX was executed on the CPU, and the kernels are built. A
 # step that would take longer is stopped, and the file says so, with what was measured until then.
 # Usage: bash scripts/gpu_check.sh [RWKV_LM]     RWKV_LM: a checkout of RWKV-LM, to measure its kernels beside ours
-# Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU.
+# Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU, or torch sees none.
 set -euo pipefail
 if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
     echo "no GPU: nvidia-smi lists none; run this on a machine with an NVIDIA GPU and its driver" >&2
@@ -14,6 +14,7 @@ fi
 rwkv_lm=()
 [ $# = 0 ] || rwkv_lm=(--rwkv_lm "$(realpath "$1")")
 source "$(dirname "$0")/setup.sh" test
+python -c 'from src.common.device import unseen_gpu; raise SystemExit(unseen_gpu() or None)' || exit 2
 find_nvcc
 if ! python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     echo "no GPU for torch, though nvidia-smi lists one; python -m scripts.doctor says what to install" >&2

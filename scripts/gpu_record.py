@@ -23,7 +23,7 @@ import sys
 if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.gpu_record")
 
-from .doctor import RECORDS, ROOT, driver_version, records, run
+from .doctor import RECORDS, ROOT, records, run
 
 BENCHMARKS = ("wkv", "training", "others", "published", "decode", "sizes")
 PREDICTIONS = ROOT / "benchmarks" / "gpu_predictions.json"  # by benchmarks.gpu_budget --predict
@@ -55,6 +55,7 @@ def write_record(folder: pathlib.Path) -> None:
     """Write the file, print the table, and exit with 1 if something failed."""
     import torch
 
+    from src.common.device import driver_version
     from src.ops import build, toolchain
 
     output = {path.stem: (folder / path.stem).read_text(errors="replace") for path in folder.glob("*.code")}

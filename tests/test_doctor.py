@@ -25,8 +25,10 @@ from scripts import doctor, gpu_record
 from src import ops
 from src.common import device
 from src.model import rwkv7
+from src.config import Config
 from src.ops import build, self_test, toolchain
 from src.ops.launch_errors import LaunchError
+from src.planning.plan import device_here
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,7 +80,7 @@ def test_json_is_one_object_and_says_the_same_as_the_lines():
         "--wkv auto, cpu",
     }
     of_gpus = {"nvcc", "driver", "CUDA of torch", *doctor.CUDA_KERNELS}
-    if doctor.driver_version() is None:  # one line is enough where there is none
+    if device.driver_version() is None:  # one line is enough where there is none
         assert not of_gpus & set(names) and names.count("GPU") == 1 and " GPU  " in plain.stdout
     else:
         wanted |= of_gpus
@@ -116,7 +118,7 @@ def test_without_tools_training_works_and_each_line_has_the_fix(tmp_path):
 )
 def test_a_driver_comes_from_windows_in_wsl(monkeypatch, release, said):
     monkeypatch.setattr(platform, "release", lambda: release)
-    monkeypatch.setattr(doctor, "driver_version", lambda: None)
+    monkeypatch.setattr(device, "driver_version", lambda: None)
     driver = next(check for check in doctor.gpus(torch) if check.name == "driver")
     too_old = LaunchError("wkv7", 35)
     assert said in driver.text and said in str(too_old) and too_old.of_the_machine
@@ -200,7 +202,7 @@ def fake_torch(capabilities=(), cuda="13.0"):
 
 
 def test_gpus(monkeypatch):
-    monkeypatch.setattr(doctor, "driver_version", lambda: "580.65")
+    monkeypatch.setattr(device, "driver_version", lambda: "580.65")
     monkeypatch.setattr(device, "cuda_of_driver", lambda: 13000)
     checks = {check.name: check for check in doctor.gpus(fake_torch([(9, 0), (7, 0)]))}
     assert checks["driver"].text == "580.65, for CUDA up to 13.0" and checks["CUDA of torch"].text == "13.0"
@@ -208,11 +210,48 @@ def test_gpus(monkeypatch):
     assert checks["GPU 1"].state == "warn" and "--wkv torch" in checks["GPU 1"].text and "GPU" not in checks
 
     checks = {check.name: check for check in doctor.gpus(fake_torch())}
-    assert checks["GPU"].state == "missing" and "driver may be too old for CUDA 13.0" in checks["GPU"].text
+    assert checks["GPU"].state == "missing" and checks["GPU"].text.startswith("torch sees none")
     checks = {check.name: check for check in doctor.gpus(fake_torch(cuda=None))}
     assert checks["CUDA of torch"].state == "missing"
     assert "pip install --force-reinstall torch" in checks["CUDA of torch"].text
     assert not any(check.fatal for check in checks.values())
+
+
+@pytest.mark.parametrize(
+    "driver, of_torch, said",
+    [
+        ("570.133.20", "13.2", "driver 570.133.20 does not run torch's CUDA 13.2: pip install"),
+        ("570.133.20", "13.2", "--index-url https://download.pytorch.org/whl/cu128"),
+        ("550.54.15", "13.2", "--index-url https://download.pytorch.org/whl/cu126"),
+        ("535.104.05", "12.8", "nvidia-smi -L and CUDA_VISIBLE_DEVICES"),
+        ("470.57.02", "13.2", "update the driver"),
+        ("580.65.06", "13.2", "nvidia-smi -L and CUDA_VISIBLE_DEVICES"),
+        ("580.65.06", None, "is for CPUs: pip install --force-reinstall torch"),
+        ("No devices were found", "13.2", ""),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_stops_auto_with_the_wheel_that_fits(
+    tmp_path, monkeypatch, driver, of_torch, said
+):
+    stub(tmp_path, "nvidia-smi", f"echo '{driver}'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    assert device.choose_accelerator("cpu") == "cpu"
+    if not said:
+        assert device.choose_accelerator("auto") == "cpu"
+        return
+    with pytest.raises(UserError) as stopped:
+        device.choose_accelerator("auto")
+    assert said in str(stopped.value) and "--accelerator cpu" in str(stopped.value)
+    assert "toolkit" not in toolchain.how_to_install("12.8") and said in toolchain.how_to_install("12.8")
+    seen_by_doctor = next(check for check in doctor.gpus(torch) if check.name == "GPU")
+    assert seen_by_doctor.state == "missing" and said in seen_by_doctor.text
+    found = device_here(Config(accelerator="cpu", wkv="torch"), 64)
+    assert said in found.unseen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user hides it
+    assert device.choose_accelerator("auto") == "cpu"
 
 
 def test_nvcc_and_the_cuda_that_it_is_of(monkeypatch):
@@ -334,7 +373,7 @@ def recorded(records, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_record, "driver_version", lambda: "580.65")
+    monkeypatch.setattr(device, "driver_version", lambda: "580.65")
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: toolchain.Nvcc("nvcc"))
     monkeypatch.setattr(toolchain, "ask", lambda path: toolchain.Release("13.0", (90,)))
     logs = tmp_path / "logs"
@@ -511,6 +550,16 @@ def test_gpu_check_without_a_gpu_installs_nothing(checkout, nvidia_smi):
 
 
 GPU = "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'"
+
+
+def test_gpu_check_ends_where_torch_sees_no_gpu(checkout, tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        python.read_text() + "case \"$@\" in *unseen_gpu*) echo 'a GPU that torch...'; exit 1 ;; esac\n"
+    )
+    done, calls = checkout(GPU)
+    assert done.returncode == 2 and "a GPU that torch" in done.stdout + done.stderr
+    assert calls[0] == "setup test" and len(calls) == 2
 
 
 def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
+import subprocess
 
 import torch
 
@@ -14,15 +16,20 @@ from rwkv_miss.errors import UserError
 from .available_memory import status_bytes
 
 MOST_PROCESSES = 8  # on one core; they are slow then, but they finish
+# driver -> torch's newest wheel that it runs, the newest first. NVIDIA: CUDA 13.x needs a driver >= 580, and
+# 12.x >= 525 (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility); in full, 12.8 >= 570
+WHEELS = {580: "cu130", 570: "cu128", 525: "cu126"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_accelerator(asked: str, devices: int = 1) -> str:
-    """Choose cpu or gpu. Raises UserError if there are fewer GPUs than asked for.
+    """Choose cpu or gpu. Raises UserError if torch sees fewer GPUs than asked for, or none of those here.
 
     After gpu, products in half precision have fp32 sums.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked != "cpu" and not gpus and (unseen := unseen_gpu()):
+        raise UserError(f"{unseen}; to go on without the GPU: --accelerator cpu, or CUDA_VISIBLE_DEVICES=-1")
     if asked == "cpu" or asked == "auto" and not gpus:
         cores = os.cpu_count() or 1
         if devices > MOST_PROCESSES * cores:
@@ -119,6 +126,44 @@ def cuda_of_driver() -> int:
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
+
+
+def driver_version() -> str | None:
+    """Return the driver's version, "570.133.20", where nvidia-smi lists a GPU; else None."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        if found := re.match(r"\d+\.\d[\d.]*", said):
+            return found[0]
+    return None
+
+
+def unseen_gpu() -> str:
+    """Say why torch sees none of the GPUs that nvidia-smi lists, and what to do; "" if that is not so.
+
+    A GPU that CUDA_VISIBLE_DEVICES hides is not missed.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.cuda.is_available():
+        return ""
+    if not (driver := driver_version()):
+        return ""
+    seen, major = (
+        f"nvidia-smi lists a GPU that torch {torch.__version__} does not see",
+        int(driver.split(".")[0]),
+    )
+    wheel = next((name for least, name in WHEELS.items() if major >= least), "")
+    if not wheel:
+        return (
+            f"{seen}: driver {driver} is too old, {min(WHEELS)} or newer is needed; update the driver:"
+            f" {driver_advice()}"
+        )
+    install = f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{wheel}"
+    if not torch.version.cuda:
+        return f"{seen}: this torch is for CPUs: {install}"
+    if int(torch.version.cuda.split(".")[0]) > int(wheel[2:4]):
+        return f"{seen}: driver {driver} does not run torch's CUDA {torch.version.cuda}: {install}"
+    fits = f"though driver {driver} runs CUDA {torch.version.cuda}"
+    return f"{seen}, {fits}: look at nvidia-smi -L and CUDA_VISIBLE_DEVICES"
 
 
 def driver_advice() -> str:

@@ -135,7 +135,9 @@ def numbers(text: str) -> list[int]:
 
 
 def how_to_install(newest: str | None) -> str:
-    """Tell in one line how to install an nvcc of at most this CUDA."""
+    """Tell in one line how to install an nvcc of at most this CUDA, or first a torch that sees the GPU."""
+    if unseen := device.unseen_gpu():
+        return f"{unseen}; nvcc comes after that"
     # torch's own version if the driver runs it: then pip changes nothing of torch's
     torchs = torch.version.cuda
     wanted = torchs if torchs and (newest is None or numbers(torchs)[0] <= numbers(newest)[0]) else newest

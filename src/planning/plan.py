@@ -16,7 +16,7 @@ from rwkv_miss.progress import duration_text
 
 from .. import ops
 from ..common.available_memory import all_memory, free_memory
-from ..common.device import choose_accelerator, choose_precision
+from ..common.device import choose_accelerator, choose_precision, unseen_gpu
 from ..common.formatting import counted
 from ..common.moments import adamw_of_8_bits
 from ..config import Config
@@ -64,6 +64,7 @@ class Device:
     kernel_reason: str
     memory: int = 0  # bytes; 0: memory_of() finds it
     here: bool = True  # False for a device that is only described
+    unseen: str = ""  # about a GPU that is here, and that torch does not see
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,8 @@ def device_here(config: Config, head_size: int) -> Device:
         # kernels are tested on the GPU of this process, which takes no memory of another's
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     kernel = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", head_size)
-    return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
+    precision = choose_precision(config.precision, accelerator, config.strategy)
+    return Device(accelerator, *precision, *kernel, unseen=unseen_gpu() if accelerator == "cpu" else "")
 
 
 def check_packages(strategy: str, chunk_ctx: int) -> None:

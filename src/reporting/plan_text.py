@@ -58,6 +58,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     if not where and config.devices > 1:
         where = f" for {counted(config.devices, 'process', 'processes')}"
     lines = [
+        *([f"warning    {device.unseen}"] if device.unseen else []),
         *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
         f"{base(run, frozen_bytes(model))}; tokenizer {run.tokenizer.name}",
