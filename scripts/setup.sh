@@ -1,6 +1,6 @@
 # Sourced by the demo and test scripts. It goes to the checkout's root and activates .venv there.
 # The first call makes .venv and installs into it.
-# Usage: source scripts/setup.sh EXTRA      EXTRA is test for the test tools too, or "" for none
+# Usage: source scripts/setup.sh EXTRA      EXTRA is test or gpu-check for their tools too, or "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # for pytest, which does not come through src/common/startup.py

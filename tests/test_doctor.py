@@ -559,13 +559,13 @@ def test_gpu_check_ends_where_torch_sees_no_gpu(checkout, tmp_path):
     )
     done, calls = checkout(GPU)
     assert done.returncode == 2 and "a GPU that torch" in done.stdout + done.stderr
-    assert calls[0] == "setup test" and len(calls) == 2
+    assert calls[0] == "setup gpu-check" and len(calls) == 2
 
 
 def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
     done, calls = checkout(GPU)
     assert done.returncode == 0, done.stderr
-    assert calls[0] == "setup test" and calls[-1].startswith("python -m scripts.gpu_record ")
+    assert calls[0] == "setup gpu-check" and calls[-1].startswith("python -m scripts.gpu_record ")
     ours = "--kernel-name regex=wkv7_cu|wkv7_chunked_cu"
     for tool in gpu_record.SANITIZERS:
         (call,) = [line for line in calls if f"--tool {tool} " in line]
@@ -692,6 +692,18 @@ def test_benchmarks_take_the_precision_that_train_takes(monkeypatch):
     assert precision_on("cuda", "auto") == "fp16" and precision_on("cpu", "auto") == "fp32"
     monkeypatch.setattr(sys, "argv", ["step", "--device", "cuda"])
     assert step.arguments().dtype == "fp16"
+
+
+def test_gpu_check_asks_only_for_packages_that_python_3_10_has(checkout):
+    """trl needs 3.11, and the tests of a GPU need few packages: they stand in one file."""
+    extras = (ROOT / "pyproject.toml").read_text()
+    (needed,) = re.findall(r"^gpu-check = (\[.*\])", extras, re.MULTILINE)
+    assert [re.match(r"[a-z]+", name)[0] for name in json.loads(needed)] == ["pytest", "peft", "setuptools"]
+    assert """"trl>=1.16; python_version >= '3.11'",""" in extras
+    _, calls = checkout(GPU)
+    (tests,) = [call for call in calls if "-m pytest" in call]
+    marked = [path for path in (ROOT / "tests").glob("*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert [f"tests/{path.name}" for path in marked if path.name != "test_doctor.py"] == tests.split()[3:4]
 
 
 def test_every_command_of_gpu_check_parses(checkout):
