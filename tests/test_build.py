@@ -592,6 +592,37 @@ def test_setup_installs_nvcc_where_it_is_wanted_and_a_package_fits(
     assert called == (f"-m pip install cuda-toolkit[nvcc]{installs}\n" if installs else "")
 
 
+@pytest.mark.parametrize(
+    "glibc, releases, taken",
+    [("2.42", ["12.8", "13.1", "13.2"], 2), ("2.41", ["13.1", "13.2"], 0), ("", ["13.1"], 0)],
+)
+def test_an_nvcc_whose_headers_do_not_fit_the_glibc_is_passed_over(
+    machine, monkeypatch, glibc, releases, taken
+):
+    """glibc 2.42 declares rsqrt, with noexcept; nvcc up to 13.1 without."""
+    found = machine(13020, "13.2", *releases)
+    monkeypatch.setattr(toolchain.platform, "libc_ver", lambda: ("glibc", glibc))
+    assert toolchain.find_nvcc().path == found[taken]
+
+
+@pytest.mark.parametrize(
+    "driver, of_torch, help",
+    [
+        (13020, "13.0", "nvvm]>=13.2,<14"),
+        (13020, "13.3", "nvvm]==13.3.*"),
+        (12080, "12.8", "update the driver to 580"),
+    ],
+)
+def test_the_remedy_for_a_new_glibc_is_an_nvcc_that_fits_it(machine, monkeypatch, driver, of_torch, help):
+    machine(driver, of_torch, "12.8")
+    monkeypatch.setattr(toolchain.platform, "libc_ver", lambda: ("glibc", "2.43"))
+    message = failure(toolchain.find_nvcc)
+    assert (
+        "glibc 2.43" in message and ("13.2 or newer" in message) and help in message and "CXX" not in message
+    )
+    assert "cuda-toolkit-archive" not in message
+
+
 def test_an_nvcc_is_asked_once_in_its_life(machine, tmp_path):
     (path,) = machine(13000, "13.0", "13.0")
     asked = tmp_path / "record.asked"

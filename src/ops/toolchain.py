@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ TOOLKITS = "/usr/local/cuda*/bin"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 JETSON = (87, 101, 110)  # they run no code that was compiled for another GPU of their generation
 OLDEST = "11.8"  # the first CUDA whose PTX has movmatrix (PTX ISA 7.8), which the WKV kernels use
+# glibc 2.42 declares rsqrt with noexcept, and an older nvcc's headers without: no kernel compiles
+NEW_GLIBC, FIRST_FOR_NEW_GLIBC = "2.42", "13.2"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 # nvcc and what it needs, all of one release, on PyPI; before CUDA 13 there is no nvcc in it
 WHEELS, FIRST_WHEELS = "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]", 13
@@ -104,6 +107,11 @@ def find_nvcc() -> Nvcc:
         cuda = ask(nvcc.path).cuda
         if cuda and numbers(cuda) < numbers(OLDEST):
             unfit.append(f"{nvcc.path} of CUDA {cuda} cannot compile them: they need {OLDEST} or newer")
+        elif cuda and needs_new_headers() and numbers(cuda) < numbers(FIRST_FOR_NEW_GLIBC):
+            unfit.append(
+                f"{nvcc.path} of CUDA {cuda} does not compile with this system's glibc"
+                f" {platform.libc_ver()[1]}: expected CUDA {FIRST_FOR_NEW_GLIBC} or newer"
+            )
         elif newest and numbers(cuda)[:1] > numbers(newest)[:1]:
             unfit.append(
                 f"kernels by {nvcc.path} of CUDA {cuda} would not start (error 35): {whose} runs CUDA up to"
@@ -129,6 +137,12 @@ def newest_cuda() -> tuple[str | None, str]:
     return torch.version.cuda, f"torch {torch.__version__}"
 
 
+def needs_new_headers() -> bool:
+    """Tell whether this system's glibc is too new for the headers of nvcc before FIRST_FOR_NEW_GLIBC."""
+    name, version = platform.libc_ver()
+    return name == "glibc" and numbers(version) >= numbers(NEW_GLIBC)
+
+
 def numbers(text: str) -> list[int]:
     """Return the numbers in a version or a path: "11.8" -> [11, 8]."""
     return list(map(int, re.findall(r"\d+", text)))
@@ -142,12 +156,16 @@ def how_to_install(newest: str | None) -> str:
     torchs = torch.version.cuda
     wanted = torchs if torchs and (newest is None or numbers(torchs)[0] <= numbers(newest)[0]) else newest
     if newest and numbers(newest)[0] < FIRST_WHEELS:
+        if needs_new_headers():
+            return "update the driver to 580 or newer, which runs the nvcc that this glibc needs"
         return (
             f"PyPI has none before CUDA {FIRST_WHEELS}: install the toolkit of CUDA {wanted} from"
             " https://developer.nvidia.com/cuda-toolkit-archive (with --toolkit --toolkitpath=FOLDER, without"
             " root) and set CUDA_HOME to its folder, or update the driver to 580 or newer"
         )
     version = wanted if wanted and numbers(wanted)[0] >= FIRST_WHEELS else f"{FIRST_WHEELS}.0"
+    if needs_new_headers() and numbers(version) < numbers(FIRST_FOR_NEW_GLIBC):
+        return f'pip install "{WHEELS}>={FIRST_FOR_NEW_GLIBC},<{numbers(version)[0] + 1}" brings one'
     return f'pip install "{WHEELS}=={version}.*" brings one'
 
 
