@@ -41,7 +41,9 @@ def test_the_notebook_trains_on_rows_and_answers_a_new_question(tmp_path, monkey
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in code), "it is kept without outputs"
     (parameters,) = (cell for cell in code if cell.metadata.get("tags") == ["parameters"])
-    parameters.source += f"\nREPOSITORY = {str(ROOT)!r}\nMODEL = {str(BASE)!r}\n"
+    assert 'REPOSITORY = ""' in parameters.source
+    parameters.source = parameters.source.replace('REPOSITORY = ""', f"REPOSITORY = {str(ROOT)!r}")
+    parameters.source += f"\nMODEL = {str(BASE)!r}\n"
     # a notebook's `!python` is the first on PATH
     monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     nbclient.NotebookClient(
