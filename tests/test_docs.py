@@ -31,6 +31,8 @@ from .parse_commands import has_parser
 
 # of launchers and other tools that stand in code spans
 FOREIGN_FLAGS = {
+    "--force-reinstall",
+    "--index-url",
     "--hostfile",
     "--launcher",
     "--local_addr",

@@ -35,7 +35,7 @@ ORDER = {
         "objectives",
     },
     "reporting": {"common", "config", "model", "data", "planning", "evaluation", "objectives", "training"},
-    "studio": {"common", "config", "model", "data", "serving", "training"},
+    "studio": {"common", "config", "model", "data", "export", "serving", "training"},
 }
 ALL = {"run": set(ORDER), **ORDER}
 
