@@ -92,6 +92,12 @@ def _has_fp32_results() -> bool:
     return "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
+@functools.cache
+def _adds_to_fp32() -> bool:
+    """Tell whether addmm(out_dtype=) takes an fp32 total beside half-precision factors: since torch 2.10."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
 def product_exact(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T with unrounded sums, fp32 for factors in half precision; fp32 and fp64 stay.
 
@@ -125,12 +131,15 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add x W^T to `total` (N, out), fp32 for factors in half precision.
 
-    On CUDA with torch 2.8 or newer the product's own sums go on from `total`: nothing is rounded between.
+    On CUDA with torch 2.10 or newer the product's own sums go on from `total`: nothing is rounded between.
+    torch 2.8 and 2.9 add an fp32 product, in new memory.
     """
     if x.device.type == "cuda" and total.dtype == x.dtype:
         return total.addmm_(x, weight.t())
     # a subclass has no values: what a GPU would do is counted
     if total.dtype != x.dtype and (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
+        if not _adds_to_fp32():
+            return total.add_(torch.mm(x, weight.t(), out_dtype=total.dtype))
         return torch.addmm(total, x, weight.t(), out_dtype=total.dtype, out=total)
     return total.add_(product(x, weight))
 

@@ -109,6 +109,25 @@ def test_a_gpu_is_asked_for_the_sums_of_half_precision_as_they_are(monkeypatch, 
     assert since_2_8 or y.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "torch_version, sums_on", [("2.8.0", False), ("2.9.1+cu128", False), ("2.10.0", True)]
+)
+def test_a_total_in_fp32_is_added_to_by_a_torch_that_can(monkeypatch, torch_version, sums_on):
+    """torch 2.8 and 2.9 have addmm(out_dtype=), and want `self` in the dtype of the factors."""
+    asked = []
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch, "addmm", lambda *factors, **options: asked.append(factors))
+    monkeypatch.setattr(gemm, "product", lambda x, weight: torch.ones(3, 5, dtype=x.dtype))
+    monkeypatch.setattr(gemm, "_has_fp32_results", lambda: True)
+    monkeypatch.setattr(torch, "mm", lambda x, w, out_dtype: torch.ones(3, 5, dtype=out_dtype))
+    gemm._adds_to_fp32.cache_clear()
+    x = types.SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    total = torch.zeros(3, 5)
+    gemm.add_product_(total, x, types.SimpleNamespace(t=lambda: "transposed"))
+    gemm._adds_to_fp32.cache_clear()
+    assert len(asked) == sums_on and (sums_on or total.eq(1).all())
+
+
 def test_runs_on_a_gpu_sum_in_fp32(monkeypatch):
     """torch adds the parts of a sum in half precision, unless it is told not to."""
     settings = torch.backends.cuda.matmul
