@@ -417,7 +417,8 @@ def test_a_rule_holds_for_its_run_and_for_none_near_by(name):
 def judged(run, config=SFT, origin=GIVEN, step=None):
     """The verdict on a run that has ended."""
     step = run.history[-1]["step"] if step is None and run.history else step or 0
-    told = dataclasses.replace(config, origins={"lr_init": origin})
+    origins = {"peft_config": f"{CHOSEN}: a rank", **config.origins, "lr_init": origin}
+    told = dataclasses.replace(config, origins=origins)
     return verdict(told, run.lines, step, run.history)
 
 
@@ -480,6 +481,16 @@ def test_of_few_rows_none_are_held_out():
     assert advice(NAMED["nothing held out"], sft(steps=FELL, config=config)).startswith(
         "more rows, as of 20 or"
     )
+
+
+def test_a_larger_rank_is_not_advised_to_who_has_given_one():
+    """48 instead of the chosen 12 was the advice, gave no right answer, and the advice was the same."""
+    for origin, remedy in (
+        (f"{CHOSEN}: an eighth", "a larger rank (--peft_config)"),
+        ("command line", "more rows"),
+    ):
+        config = dataclasses.replace(SFT, origins={"peft_config": origin})
+        assert judged(answered(0.0, 0.0, config=config), config, BY_METHOD).remedy == remedy
 
 
 def test_more_passes_are_no_advice_where_they_did_harm():

@@ -396,8 +396,9 @@ def mended(f: Facts) -> str:
     if f.collapse:
         return lower_rate(f)
     adapter = f.config.adapter
-    if f.has_gap or not (adapter and adapter.gives_rank):
-        return "more rows"
+    is_chosen = f.config.origin_of("peft_config").startswith(CHOSEN)
+    if f.has_gap or not (adapter and adapter.gives_rank and is_chosen):
+        return "more rows"  # a rank that was given may have been the last run's advice
     return "a larger rank (--peft_config)"
 
 
