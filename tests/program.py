@@ -285,7 +285,7 @@ def _out_of_memory(place, rows, rank):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     def training_step(module, batch, index):
-        largest[0] = 0 if rank else len(batch["ids"])
+        largest[0] = 0 if rank else len(batch.ids)
         if largest[0] > rows and place == "forward":
             run_out()
         loss = forward(module, batch, index)

@@ -231,7 +231,7 @@ def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browse
     base, asked = shutil.copy(BASE, tmp_path), []
     run = made_run(tmp_path / "runs" / "whole", verdict=VERDICT)
     (run / "config.yaml").write_text(f"load_model: {base}\npacking: false\nwandb: mine\nloss: kto\n")
-    (run / "model.pth").touch()
+    shutil.copy(BASE, run / "model.pth")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "(1) 数据.jsonl").write_text("{}\n")
 
