@@ -253,7 +253,8 @@ def test_rows_for_another_loss_lead_to_the_plan_with_a_terminals_settings(browse
         assert page.get_by_label("Name", exact=True).input_value() == "1-数据"
         assert page.locator("#set-packing").input_value() == "false"
         visitor.step("Try").get_by_role("button").first.click()
-        expect(visitor.button("Export to GGUF")).to_be_enabled()
+        expect(visitor.button("Export to GGUF")).to_be_disabled()
+        expect(page.locator("#blocked")).to_contain_text("heads of 32")
 
 
 VERDICT = {
