@@ -1,11 +1,11 @@
-"""Walks through the code: which files and functions a training step, a rollout step and a chat request enter.
+"""Walks through the code: which files and functions a step, a save, a merge and a chat request enter.
 
     python -m benchmarks.walks [--files]
 
 The demo's base trains on a few rows, trains on rewards for a few prompts, and answers one streamed request of
 the server, under Python's profiler. A step is counted from the end of the second to the end of the third, so
-it has the reading of its batch, and the rollouts. The request is the second one. --files lists the files. The
-last line is JSON.
+it has the reading of its batch, and the rollouts. The request is the second one. The adapter that is saved
+and merged is a new one. --files lists the files. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from types import CodeType
 
 from lightning.pytorch import Callback
 
+import rwkv_miss
 from demo import serve
 from demo.task import rows as demo_rows
 from src.config import Config
+from src.model import RWKV
 from src.run import prepare, train
 from src.serving import program
 from src.serving.flags import limits_of
@@ -82,6 +85,28 @@ def walk_of_step(folder: str, data: list[dict], **settings) -> Walk:
     return walk
 
 
+def walks_of_adapter(folder: str) -> tuple[Walk, Walk]:
+    """Return the walks of saving an adapter and of merging it into the demo's base."""
+    model = RWKV.load(BASE)
+    rwkv_miss.inject(model, "miss", rank=8)
+    adapter = f"{folder}/adapter.pth"
+    return (
+        walk_of(lambda: rwkv_miss.save_adapter(model, adapter)),
+        walk_of(lambda: rwkv_miss.merge_file(BASE, adapter, f"{folder}/merged.pth")),
+    )
+
+
+def walk_of(work: Callable[[], object]) -> Walk:
+    walk = Walk()
+    walk.on = True
+    sys.setprofile(walk)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return walk
+
+
 def walk_of_request() -> Walk:
     """Serve the demo's base, and return the walk of the second of two chat requests, each of two tokens."""
     walk = Walk()
@@ -127,6 +152,7 @@ def main() -> None:
             "a step on rewards": walk_of_step(f"{folder}/grpo", questions, loss="grpo", max_tokens=8),
             "a chat request": walk_of_request(),
         }
+        walks["a save"], walks["a merge"] = walks_of_adapter(folder)
     for name, walk in walks.items():
         print(f"{name:20} {len(walk.files):3} files {len(walk.functions):4} functions")
         if args.files:
