@@ -330,7 +330,7 @@ def test_collate_pads_on_the_right_and_never_trains_the_padding():
     assert batch.ids.tolist() == [[5, 6, 7], [3, 0, 0]] and batch.targets.tolist() == [7, 8, 4]
     assert batch.where.tolist() == [1, 2, 3]
     assert batch.step_weight == 9
-    assert {batch[name].dtype for name in ("ids", "where", "targets")} == {torch.int64}
+    assert {batch.ids.dtype, batch.where.dtype, batch.targets.dtype} == {torch.int64}
 
 
 def test_no_rows_are_one_masked_row():

@@ -274,7 +274,7 @@ def test_nothing_in_a_field_is_as_if_it_were_absent(tmp_path, name, wanted):
         ("versions", "x"),
         ("tokenizer", ["/dev/zero"]),
         ("template", 7),
-        ("format_version", 3),
+        ("format_version", 4),
         ("format_version", "x"),
     ],
 )

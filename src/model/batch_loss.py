@@ -106,7 +106,7 @@ def run_rows(model: RWKV, batch: Batch, chunks: Chunks, part: Part, each: bool =
         return part(model, batch, after_prompts(model, batch))[0]
     if batch.chunk != chunks.size:
         raise ValueError(
-            f"the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size}; give"
+            f"the batch was made for chunks of {batch.chunk} tokens, expected {chunks.size}; give"
             " collate() the chunk"
         )
     count = chunks.count(batch.width or batch.ids.shape[1])
