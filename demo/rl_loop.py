@@ -5,7 +5,7 @@ python -m demo.task reverse --letters 10 --rows 2000 --out out/asked.jsonl --hel
 python -m demo.rl_loop --load_model demo/rwkv7-reverse.pth --data_file out/asked.jsonl \\
     --eval_file out/held.jsonl --proj_dir out/rl_loop
 
-Right answers to the 100 held-out questions: 38 before, 99 after, in half a minute of CPU time (one seed).
+38 of the 100 held-out answers are right before, 99 after, in 26 s of CPU time (one seed, AMD EPYC, fp32).
 Copy this file to try an idea, and demo/loop.py for training on given answers. Its rewards and losses are
 those of train.py --loss grpo with the same flags. It leaves out what train.py adds: several steps on a draw,
 a KL, other rewards and their time limits, several GPUs, resume, reports.
@@ -66,7 +66,10 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--eval_steps", type=int, default=50, help="steps between checks; default %(default)s")
     add("--lr_init", type=float, default=1e-3, help="the highest learning rate; default %(default)s")
     add("--random_seed", type=int, default=42, help="default %(default)s")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.group_size < 2:
+        parser.error(f"--group_size {args.group_size}: an answer is compared with others; give 2 or more")
+    return args
 
 
 def train(args: argparse.Namespace) -> list[tuple[float, float]]:

@@ -31,7 +31,7 @@ from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_c
 from .files.file_kinds import may_replace
 from .files.model_files import read_model
 from .files.untrusted import check_sums
-from .methods.token_rows import LAYERS, TokenOptions, TokenRows
+from .methods.token_rows import LAYERS, TokenOptions, TokenRows, layers_of_rows
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
@@ -92,7 +92,7 @@ class Injection:
     @property
     def rows(self) -> list[str]:
         """Name the layers of which only rows of tokens are trained."""
-        return [name for name in self.train_parts if self.tokens and name in LAYERS]
+        return layers_of_rows(self.tokens, self.train_parts)
 
     def beside(self) -> list[str]:
         """Describe what is trained beside the method's own linears."""
@@ -745,11 +745,8 @@ FIELDS = {
     "template": str,
     "bos": list,
 }
-ITEMS = {
-    "bos": int,
-    "layers": int,
-    "tokens": int,
-}  # type of the items of a list; other lists hold names of tensors
+# type of the items of a list; other lists hold names of tensors
+ITEMS = {"bos": int, "layers": int, "tokens": int}
 REQUIRED = ("method", "options", "linears")
 # the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
@@ -782,6 +779,12 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
             listed = "a list of names" if item_kind is str else "a list of numbers"
             wanted = listed if kind is list else kind.__name__
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
+    tokens = metadata.get("tokens") or []
+    if tokens != sorted({*tokens}) or min(tokens, default=0) < 0:
+        raise UserError(
+            f"{path} is damaged: its tokens are {str(tokens)[:60]}, expected ids of 0 or more, each once, in"
+            " their order"
+        )
     for name, view in (metadata.get("views") or {}).items():
         kinds = {"key": (str,), "transposed": (bool,), "index": (int, type(None)), "lookup": (bool,)}
         if not (
@@ -978,8 +981,8 @@ def _inject_as_trained(
     def find(model: nn.Module) -> dict[str, Target]:
         """Return the targets of these names, no others whose names end alike."""
         there, views = all_targets(model), metadata["views"]
-        rows = {part for part in metadata["train_parts"] if metadata["tokens"] and part in LAYERS}
-        names = {*metadata["linears"], *merged} - rows
+        rows = layers_of_rows(metadata["tokens"], metadata["train_parts"])
+        names = {*metadata["linears"], *merged}.difference(rows)
         if missing := sorted(names - there.keys()):
             raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
         found = {name: target for name, target in there.items() if name in names}

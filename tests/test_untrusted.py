@@ -274,6 +274,7 @@ def test_nothing_in_a_field_is_as_if_it_were_absent(tmp_path, name, wanted):
         ("versions", "x"),
         ("tokenizer", ["/dev/zero"]),
         ("template", 7),
+        ("tokens", [7, "x"]),
         ("format_version", 4),
         ("format_version", "x"),
     ],
@@ -281,6 +282,14 @@ def test_nothing_in_a_field_is_as_if_it_were_absent(tmp_path, name, wanted):
 def test_metadata_of_another_kind(tmp_path, name, value):
     write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, name: value})
     with pytest.raises(UserError, match=f"a.pth (is damaged: its {name}|has {name}|was made with {name})"):
+        read_adapter(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("tokens", [[66, 65], [65, 65], [-1, 65]])
+def test_ids_of_tokens_that_no_run_writes(tmp_path, tokens):
+    """Their rows would be added to others than a run has trained, or to none."""
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, "tokens": tokens})
+    with pytest.raises(UserError, match="a.pth is damaged: its tokens are .* each once, in their order"):
         read_adapter(tmp_path / "a.pth")
 
 

@@ -100,9 +100,14 @@ class TokenRows(AdapterLinear):
         return functional.linear(x, self.matrix, self.bias, exact=x.is_cuda)  # as in the model's Head
 
 
+def layers_of_rows(tokens: Sequence[int], train_parts: Sequence[str]) -> list[str]:
+    """Name the layers of which only rows of tokens are trained."""
+    return [name for name in train_parts if tokens and name in LAYERS]
+
+
 def method_of(metadata: Mapping[str, Any], name: str) -> tuple[type[AdapterLinear], NoOptions]:
     """Return class and options of an adapted layer, by an adapter's metadata."""
-    if metadata["tokens"] and name in metadata["train_parts"]:
+    if name in layers_of_rows(metadata["tokens"], metadata["train_parts"]):
         return TokenRows, TokenOptions(tuple(metadata["tokens"])).at(name)
     cls = METHODS[metadata["method"]]
     return cls, cls.Options.parse(metadata["options"]).at(name)

@@ -30,7 +30,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import fit_adapter
 from rwkv_miss.merging.members import is_state
-from rwkv_miss.methods.token_rows import LAYERS, method_of
+from rwkv_miss.methods.token_rows import layers_of_rows, method_of
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
@@ -362,7 +362,7 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
     # copies, because somebody may train the adapter again and overwrite its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
-    rows = [name for name in metadata["train_parts"] if metadata["tokens"] and name in LAYERS]
+    rows = layers_of_rows(metadata["tokens"], metadata["train_parts"])
     if other := next((name for name in metadata["views"] if name not in rows), ""):
         raise UserError(
             f"{path} adapts {other}, which is no linear; merge it into the base (rwkv-miss merge)"

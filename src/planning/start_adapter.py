@@ -19,7 +19,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import Identity, fingerprint
 from rwkv_miss.inject import adapter_tensors, checked_metadata, find_targets
-from rwkv_miss.methods.token_rows import LAYERS, token_ids, tokens_text
+from rwkv_miss.methods.token_rows import layers_of_rows, token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
@@ -117,10 +117,8 @@ def _has_part(adapter: Adapter, part: str) -> bool:
 def _settings(adapter: Adapter, arch: Arch) -> dict[str, Any]:
     """Return the settings with which a run on this base has such an adapter."""
     metadata = adapter.metadata
-    rows = LAYERS if metadata["tokens"] else ()
-    linears = [
-        name for name in metadata["linears"] if name not in rows or name not in metadata["train_parts"]
-    ]
+    rows = layers_of_rows(metadata["tokens"], metadata["train_parts"])
+    linears = [name for name in metadata["linears"] if name not in rows]
     usual = vars(METHODS[adapter.method].Options())
     options = vars(adapter.options).items()
     config = {name: value for name, value in options if name == "rank" or value != usual[name]}
