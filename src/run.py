@@ -24,10 +24,11 @@ from rwkv_miss.progress import Progress, print_notes
 from . import ops
 from .common.device import PRECISIONS, grow_segments
 from .common.files import read_lines, write_text
+from .common.first_process import is_first_process
 from .common.freed_memory import freed_memory_kept
 from .common.startup import Start
 from .config import Config, save
-from .config.launcher import is_first_process, starts_others
+from .config.launcher import starts_others
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
 from .config.schema import SCRIPT_NOTES

@@ -28,7 +28,8 @@ import src.training.run_folder
 from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
-from src.config.launcher import check_world, is_first_process
+from src.common.first_process import is_first_process
+from src.config.launcher import check_world
 from src.distributed.watchdog import Watchdog, watchdog
 from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment

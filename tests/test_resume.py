@@ -7,8 +7,8 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src import config as configuration
+from src.common.first_process import RANK_VARIABLES
 from src.config import AUTO, Config
-from src.config.launcher import RANK_VARIABLES
 from src.planning.draft import Draft
 from src.training.resume import earlier_settings, find_checkpoint, inherit, settings_of_first_process
 

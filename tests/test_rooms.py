@@ -12,7 +12,7 @@ ORDER = {
     "common": set(),
     "config": {"common"},
     "ops": {"common"},
-    "model": {"common", "config", "ops"},
+    "model": {"common", "ops"},
     "data": {"common", "config", "ops"},
     "distributed": {"common", "config"},
     "inference": {"common", "config", "ops", "model", "data"},

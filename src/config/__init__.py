@@ -3,7 +3,7 @@
 Imports common only. Other rooms take the public names below from here; schema.py has the settings.
 """
 
-from .option import AUTO
+from ..common.option import AUTO
 from .parse import command, parse, recorded_settings, save, settle
 from .schema import FIELDS, Config
 from .validate import validate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .option import opt
+from ..common.option import opt
 
 HERMES, MARKDOWN = "hermes", "markdown"
 TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)

@@ -168,12 +168,3 @@ def _needed_variables(world: int, num_nodes: int, launch: Launch | None) -> tupl
     if launch.by == "srun":
         return ()
     return PER_MACHINE[:2]
-
-
-# torchrun and deepspeed set RANK, Lightning's own launcher NODE_RANK and LOCAL_RANK, srun SLURM_PROCID
-RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
-
-
-def is_first_process() -> bool:
-    """Tell whether this process prints and writes for the whole run."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rwkv_miss.errors import UserError
 
+from ..common.option import AUTO, Auto
 from .loss_settings import DRAWING, LOSSES, TAUGHT
-from .option import AUTO, Auto
 from .schema import Config
 
 GRPO = ("grpo",)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..common.option import opt
 from .data_settings import DataSettings
-from .option import opt
 
 # losses on preferences; --loss also takes sft, the usual one, those with a teacher, and grpo, on rewards
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")

@@ -24,10 +24,11 @@ from rwkv_miss.files.hub_names import recorded
 
 from ..common.bounded_files import read_settings
 from ..common.files import write_text
+from ..common.first_process import is_first_process
+from ..common.option import AUTO
 from .adapter_options import METHOD_ALIASES, TARGET_NAMES
-from .launcher import drop_local_rank, follow_launcher, is_first_process
+from .launcher import drop_local_rank, follow_launcher
 from .loss_rules import check_by_hand
-from .option import AUTO
 from .schema import (
     CHOSEN,
     FIELDS,

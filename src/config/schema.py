@@ -16,9 +16,9 @@ from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
 from rwkv_miss.targets import layer_numbers
 
+from ..common.option import AUTO, opt
 from .adapter_options import AdapterOptions
 from .loss_settings import LossSettings
-from .option import AUTO, opt
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4

@@ -16,8 +16,8 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.methods.token_rows import LAYERS, token_ids
 from rwkv_miss.methods.whole_tensors import split_parts
 
+from ..common.option import AUTO, Bounds
 from .loss_rules import check_loss
-from .option import AUTO, Bounds
 from .reward_rules import check_rewards
 from .schema import FIELDS, Config, type_of
 

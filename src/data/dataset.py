@@ -14,7 +14,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from .chat_template import Template
 from .collate import collate
 from .encode import Encoder, Tokens

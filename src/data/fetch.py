@@ -10,8 +10,8 @@ from rwkv_miss.files import hub, hub_names
 from rwkv_miss.files.model_files import read_model
 from rwkv_miss.progress import print_notes
 
+from ..common.first_process import is_first_process
 from ..config import Config
-from ..config.launcher import is_first_process
 from .formats.sources import Reading, sources, weighted_paths
 
 KINDS = {

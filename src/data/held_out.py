@@ -11,9 +11,9 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
+from ..common.first_process import is_first_process
 from ..common.formatting import counted
 from ..config import Config
-from ..config.launcher import is_first_process
 from .batches import pack
 from .bos import begins_with
 from .dataset import Document

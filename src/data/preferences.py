@@ -16,8 +16,8 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
+from ..common.first_process import is_first_process
 from ..common.formatting import counted
-from ..config.launcher import is_first_process
 from .answer_batches import collate_answers
 from .answer_example import AnswerExample
 from .encode import Tokens

@@ -14,7 +14,7 @@ from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.untrusted import read_json
 from rwkv_miss.progress import clear, print_notes
 
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from .tokenizer import BUILT_IN, WORLD_IDS, ByteTokenizer, Tokenizer, byte_names, load_tokenizer
 
 ALIKE = 0.99  # share of World's pieces that a tokenizer.json must have under World's ids

@@ -20,8 +20,8 @@ from rwkv_miss.files.untrusted import read_json
 from rwkv_miss.progress import print_notes
 
 from ..common.files import read_text
+from ..common.first_process import is_first_process
 from ..config.data_settings import HERMES, TOOL_STYLES
-from ..config.launcher import is_first_process
 from .chat_template import Template, before_stops
 from .rwkv_template import MODES, RwkvTemplate
 from .tokenizer import WORLD_IDS, Tokenizer

@@ -27,7 +27,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.output import user_cache
 from rwkv_miss.progress import Progress
 
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from ..ops import build, longest_match
 from ..ops.build import announce, locked
 from .encode import DTYPES, Encoder, Tokens

@@ -26,7 +26,7 @@ from rwkv_miss.files.hf_names import VOCABULARY
 from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from ..ops import native
 from ..ops.build import announce
 from ..ops.longest_match import LARGEST_ID, LARGEST_TABLE, NativeMatch, PlainMatch

@@ -25,7 +25,7 @@ from rwkv_miss.progress import Progress, progress
 from rwkv_miss.quantised import quantise_
 from rwkv_miss.targets import layer_number
 
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7

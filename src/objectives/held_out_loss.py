@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkv_miss.progress import Progress
 
 from ..common.batch import Batch
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from ..data.bos import begins_with, without_bos
 from ..data.encode import Encoder
 from ..data.examples import Examples

@@ -21,8 +21,8 @@ from rwkv_miss.files.model_files import read_tensors
 
 from ..common.batch import Batch
 from ..common.device import PRECISIONS
+from ..common.first_process import is_first_process
 from ..config import Config
-from ..config.launcher import is_first_process
 from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence

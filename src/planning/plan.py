@@ -17,10 +17,11 @@ from rwkv_miss.progress import duration_text
 from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision, unseen_gpu
+from ..common.first_process import is_first_process
 from ..common.formatting import counted
 from ..common.moments import adamw_of_8_bits
 from ..config import Config
-from ..config.launcher import is_first_process, local_rank
+from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.bos import bos_ids
 from ..data.chat_template import Template

@@ -23,9 +23,9 @@ from rwkv_miss.methods.token_rows import layers_of_rows, token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
+from ..common.first_process import is_first_process
 from ..config import Config
 from ..config.adapter_options import TARGET_NAMES
-from ..config.launcher import is_first_process
 from ..config.schema import PUBLISHED
 from ..model import RWKV
 from .draft import Draft

@@ -26,9 +26,9 @@ from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from ..common.device import mapped_files, peak_memory
 from ..common.files import append_line, read_lines, write_lines
+from ..common.first_process import is_first_process
 from ..common.late_reading import Moment, Numbers
 from ..config import Config
-from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing

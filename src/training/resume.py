@@ -12,8 +12,9 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.identity import Identity
 
+from ..common.first_process import is_first_process
 from ..config import AUTO, FIELDS, Config
-from ..config.launcher import is_first_process, launched, whole_number
+from ..config.launcher import launched, whole_number
 from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
 from ..data.examples import Examples

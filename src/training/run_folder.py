@@ -16,7 +16,7 @@ from rwkv_miss.files.checkpoint import read_metadata
 
 from ..common.bounded_files import NUMBER, read_object
 from ..common.files import write_text
-from ..config.launcher import is_first_process
+from ..common.first_process import is_first_process
 from ..distributed.watchdog import Watchdog
 
 try:

@@ -17,7 +17,7 @@ from rwkv_miss.errors import UserError, similar_path
 from rwkv_miss.files.hub_names import of_address
 from rwkv_miss.progress import Progress
 
-from ...config.launcher import is_first_process
+from ...common.first_process import is_first_process
 from ...config.loss_settings import LOSSES
 from ...config.schema import FIELDS
 from . import binidx, json_text, tables, text

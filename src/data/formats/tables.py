@@ -15,7 +15,7 @@ from rwkv_miss.files import hub
 from rwkv_miss.files.hub_names import DATA, HubName
 from rwkv_miss.progress import print_notes
 
-from ...config.launcher import is_first_process
+from ...common.first_process import is_first_process
 from .text import Position, Record
 
 BATCH = 256  # records in memory at a time

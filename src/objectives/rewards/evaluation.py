@@ -17,8 +17,8 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, say
 
+from ...common.first_process import is_first_process
 from ...common.formatting import both_ends
-from ...config.launcher import is_first_process
 from ...data.encode import Encoder
 from ...data.held_out import SAMPLE_CHARACTERS
 from ...data.questions import Questions
