@@ -195,7 +195,7 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     for warning in data_text.cut_warnings(data.documents, config.ctx_len):
         print(f"warning    {warning}")
     print(
-        f"held out   {counted(len(data.held_out), objective_of(config).word)}, loss on"
+        f"held out   {counted(len(data.held_out), objective_of(config).loss.words.example)}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")

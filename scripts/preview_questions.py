@@ -17,7 +17,6 @@ from scripts.preview_lint import Lint, for_machines, odd_question
 from scripts.preview_samples import shown, spread_places
 from src.common.formatting import counted
 from src.config import Config
-from src.config.loss_settings import REWARDS
 from src.config.reward_rules import check_rewards
 from src.config.schema import CHOSEN
 from src.data.bos import describe_bos
@@ -27,6 +26,7 @@ from src.data.file_documents import Document
 from src.data.formats import Reading, Report, encodable
 from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
+from src.losses.grpo import REWARDS
 from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
@@ -221,7 +221,7 @@ def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, d
         f" {'are' if longer > 1 else 'is'} longer",
         f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
         f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
-        f"loss       {objective_of(config).description}",
+        f"loss       {objective_of(config).loss.description}",
         *(_worth_line(name, values) for name, values in worth.items()),
         *found.report.left_out_lines(),
     ]

@@ -39,7 +39,7 @@ from .model import RWKV
 from .objectives.base import Objective, TrainingData
 from .objectives.kinds import objective_of
 from .objectives.reference_model import reference_of
-from .objectives.rewards.metrics import SAMPLES
+from .objectives.rewards import SAMPLES
 from .planning.base_model import build_model, choose_train_parts, new_arch, read_base, template_of_run
 from .planning.defaults import choose_no_evaluations
 from .planning.draft import Draft

@@ -14,9 +14,9 @@ from rwkv_miss import METHODS
 from rwkv_miss.errors import UserError
 from src.common.formatting import size_text
 from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
-from src.config.loss_rules import OF_LOSSES
 from src.config.parse import Recorded
 from src.config.schema import CHOSEN
+from src.losses import options_of
 from src.objectives.base import Objective
 from src.planning.defaults import (
     choose_batch,
@@ -479,7 +479,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     assert "micro_bsz 2, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone
-    filled = AUTOMATIC - OF_LOSSES.keys() - {"lr_map"}  # empty where no part of the base was chosen
+    filled = AUTOMATIC - options_of().keys() - {"lr_map"}  # empty where no part of the base was chosen
     assert not [name for name in filled if saved.is_automatic(name)], "the saved settings are filled in"
 
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))

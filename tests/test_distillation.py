@@ -15,11 +15,11 @@ from src.data.dataset import Documents, load_documents
 from src.data.file_documents import Document
 from src.data.reference_values import LOG_PROB, are_finite, packed, top_tokens, unknown, unpacked
 from src.data.tokenizer import load_tokenizer
+from src.losses.distill import Teacher, distillation_sums
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.batch_loss import Chunks, batch_distillation
-from src.model.distillation_loss import Teacher, distillation_sums, head_distillation, top_of
-from src.model.loss import head_loss
+from src.model.batch_loss import Chunks, batch_sums
+from src.model.loss import head_loss, head_sums, top_of
 from src.objectives.kinds import objective_of
 from src.objectives.reference_blocks import Blocks
 from src.objectives.reference_model import build_reference
@@ -75,7 +75,7 @@ def test_value_and_gradient(monkeypatch, dtype, trained, native, exact, count, t
     trained_on = (1 - mix) * (nll + wrap) + mix * temperature**2 * kl
     want = torch.autograd.grad(2.5 * trained_on, doubles)
     numbers = top_of(of_teacher, count, temperature).to(torch.promote_types(dtype, torch.float32))
-    sums = head_distillation(
+    sums = head_sums(
         x, weight, targets, Teacher(numbers, mix, temperature), native, weights.to(numbers), exact
     )
     expected = torch.stack([(1 - mix) * nll + mix * temperature**2 * kl, nll, kl]).detach()
@@ -103,7 +103,7 @@ def test_the_kl_is_that_of_trl(case):
 def test_without_the_kl_the_gradient_is_that_of_the_cross_entropy_in_every_bit():
     x, weight, targets = head_inputs(13, torch.float32, True)
     teacher = Teacher(top_of(torch.randn(13, VOCAB), 3, 1.0), 0.0, 1.0)
-    ours, theirs = head_distillation(x, weight, targets, teacher)[0], head_loss(x, weight, targets)
+    ours, theirs = head_sums(x, weight, targets, teacher)[0], head_loss(x, weight, targets)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6), "a sum in another order"
     for a, b in zip(*(torch.autograd.grad(loss, [x, weight]) for loss in (ours, theirs)), strict=True):
         assert torch.equal(a, b)
@@ -115,7 +115,7 @@ def test_a_student_with_no_mass_elsewhere_has_a_finite_gradient():
     weight = torch.tensor([[1.0], [0.0], [0.0]])
     teacher = Teacher(top_of(torch.zeros(2, 3), 1, 1.0), 1.0, 1.0)
     teacher.numbers[:, 0] = 0
-    loss = head_distillation(x, weight, torch.zeros(2, dtype=torch.int64), teacher)[0]
+    loss = head_sums(x, weight, torch.zeros(2, dtype=torch.int64), teacher)[0]
     assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
 
 
@@ -125,7 +125,7 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
     teacher, weights = Teacher(top_of(torch.randn(13, 67), 4, 2.0), 0.25, 2.0), torch.rand(13)
     for of in (None, weights):
         got, want = (
-            adapted.distillation(x, targets, of, teacher),
+            adapted.logit_sums(x, targets, of, teacher),
             distillation_sums(adapted.head(x), targets, of, teacher),
         )
         torch.testing.assert_close(got, want)
@@ -159,7 +159,7 @@ def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
     for name, (rows, chunk) in layouts.items():
         batch = documents.collator(chunk)([[documents[i] for i in row] for row in rows], 1.0)
         batch = batch.having(weights=batch.weights.double(), teacher=batch.teacher.double())
-        sums = batch_distillation(model, batch, Chunks(chunk), Teacher(batch.teacher, 0.25, 1.5))
+        sums = batch_sums(model, batch, Chunks(chunk), Teacher(batch.teacher, 0.25, 1.5))
         found[name] = [sums.detach(), *torch.autograd.grad(sums[0], trained)]
     for name in ("chunks", "alone"):
         for got, want in zip(found[name], found["whole"], strict=True):

@@ -1,6 +1,5 @@
 """The loss of GRPO against its formula, written out for one token after the other in float64."""
 
-import dataclasses
 import json
 import math
 import statistics
@@ -9,17 +8,24 @@ import pytest
 import torch
 
 from src.common.batch import Batch
-from src.config import Config, parse
-from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
-from src.objectives.kinds import objective_of
+from src.config import parse
+from src.losses import loss_of
+from src.losses._drawn import SUMS
+from src.losses.grpo import CAP, Grpo, advantages, dead
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 
 from .conftest import ROOT
 
-LOSS = GrpoLoss("dapo", clip_low=0.2, clip_high=0.3, beta=0.0, max_tokens=17, rewards=("exact", "own"))
+
+def grpo(**options):
+    given = {"clip_low": 0.2, "clip_high": 0.3, "beta": 0.0, "max_tokens": 17}
+    return Grpo(Grpo.Options(**given | {"rewards": {"exact": 1, "own": 1}} | options))
+
+
+LOSS = grpo()
 KINDS = {
-    f"{kind}{' with KL' if beta else ''}": dataclasses.replace(LOSS, kind=kind, beta=beta)
+    f"{kind}{' with KL' if beta else ''}": grpo(grpo_type=kind, beta=beta)
     for kind in ("dapo", "grpo", "dr_grpo")
     for beta in (0.0, 0.04)
 }
@@ -60,13 +66,13 @@ def by_the_formula(loss, log_probs, batch):
         drawn, reference = math.exp(batch.drawn[i]), math.exp(batch.reference[i])
         advantage, ratio = batch.advantage[answer].item(), p / old
         gain = ratio * advantage
-        if advantage > 0 and ratio > 1 + loss.clip_high:
-            gain, sums["clipped"] = (1 + loss.clip_high) * advantage, sums["clipped"] + 1
-        if advantage < 0 and ratio < 1 - loss.clip_low:
-            gain, sums["clipped"] = (1 - loss.clip_low) * advantage, sums["clipped"] + 1
+        if advantage > 0 and ratio > 1 + loss.options.clip_high:
+            gain, sums["clipped"] = (1 + loss.options.clip_high) * advantage, sums["clipped"] + 1
+        if advantage < 0 and ratio < 1 - loss.options.clip_low:
+            gain, sums["clipped"] = (1 - loss.options.clip_low) * advantage, sums["clipped"] + 1
         kl = ratio * (reference / p - (reference / p).log() - 1)
-        token = -min(old / drawn, 2.0) * gain + loss.beta * kl
-        total = total + (token / sizes.count(answer) if loss.kind == "grpo" else token)
+        token = -min(old / drawn, 2.0) * gain + loss.options.beta * kl
+        total = total + (token / sizes.count(answer) if loss.options.grpo_type == "grpo" else token)
         gap = abs(math.log(old) - math.log(drawn))
         sums["gap"], sums["gap_max"] = sums["gap"] + gap, max(sums["gap_max"], gap)
         sums["kl"] += kl.item()
@@ -83,13 +89,13 @@ def gradient(of, log_probs):
 def test_losses_gradients_and_sums_are_those_of_the_formula(name, counts, first):
     log_probs, batch = make_batch(counts, seed=len(counts))
     batch = batch.having(old=None) if first else batch
-    loss, sums = KINDS[name](log_probs, batch)
+    loss, sums = KINDS[name].of(log_probs, batch)
     wanted, of = by_the_formula(KINDS[name], log_probs, batch)
     assert loss.dtype == sums.dtype == torch.float64 and not sums.requires_grad
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
     got, want = gradient(loss, log_probs), gradient(wanted, log_probs)
     assert (got - want).norm() <= 1e-6 * want.norm() and want.norm() > 0
-    found = dict(zip(LOSS.metrics, sums.tolist(), strict=True))
+    found = dict(zip(LOSS.sum_names, sums.tolist(), strict=True))
     assert {key: found[key] for key in of} == pytest.approx(of, abs=1e-9)
 
 
@@ -113,7 +119,7 @@ def test_both_ends_of_the_clip_and_of_the_weights_are_tried_above():
 @pytest.mark.parametrize("name", KINDS)
 def test_the_gradient_is_that_of_the_loss(name):
     log_probs, batch = make_batch([3, 1, 5], seed=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: KINDS[name](x, batch)[0], log_probs)
+    assert torch.autograd.gradcheck(lambda x: KINDS[name].of(x, batch)[0], log_probs)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -121,14 +127,14 @@ def test_a_step_in_parts_is_the_step(name):
     """The divisor is that of the whole step, so that it does not matter how answers are shared out."""
     loss = KINDS[name]
     log_probs, batch = make_batch([3, 1, 13, 5, 7, 2], seed=3)
-    whole, sums = loss(log_probs, batch)
+    whole, sums = loss.of(log_probs, batch)
     total, joined = 0.0, loss.sums()
     for of in ([0, 4], [3], [], [1, 2, 5]):
         taken = torch.isin(batch.answer, torch.tensor(of, dtype=torch.int64))
         part = Batch(old=batch.old[taken], reference=batch.reference[taken], drawn=batch.drawn[taken])
         part.answer = torch.tensor([of.index(i) for i in batch.answer[taken].tolist()], dtype=torch.int64)
         part.advantage = batch.advantage[of]
-        each, of_part = loss(log_probs[taken], part)
+        each, of_part = loss.of(log_probs[taken], part)
         total, joined = total + each, loss.joined(joined, of_part)
     assert total.item() == pytest.approx(whole.item(), rel=1e-12)
     assert torch.equal(gradient(total, log_probs), gradient(whole, log_probs))
@@ -136,12 +142,12 @@ def test_a_step_in_parts_is_the_step(name):
 
 
 def test_divisors():
-    assert [dataclasses.replace(LOSS, kind=kind).divisor(6, 31) for kind in ("dapo", "grpo", "dr_grpo")] == [
+    assert [grpo(grpo_type=kind).divisor(6, 31) for kind in ("dapo", "grpo", "dr_grpo")] == [
         31,
         6,
         6 * 17,
     ]
-    assert dataclasses.replace(LOSS, kind="grpo").divisor(0, 0) == 1, "a step of failed groups"
+    assert grpo(grpo_type="grpo").divisor(0, 0) == 1, "a step of failed groups"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -150,9 +156,9 @@ def test_answers_without_an_advantage_change_nothing_without_a_kl(name):
     loss = KINDS[name]
     log_probs, batch = make_batch([3, 1, 13, 5], seed=4)
     batch.advantage[[1, 3]] = 0
-    got = gradient(loss(log_probs, batch)[0], log_probs)
+    got = gradient(loss.of(log_probs, batch)[0], log_probs)
     theirs = (batch.answer == 1) | (batch.answer == 3)
-    assert bool(got[theirs].any()) == bool(loss.beta) and got[~theirs].any()
+    assert bool(got[theirs].any()) == bool(loss.options.beta) and got[~theirs].any()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -161,7 +167,7 @@ def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
     empty = torch.zeros(0)
     batch = Batch(answer=empty.long(), advantage=empty, drawn=empty)
     for old, reference in ((empty, empty), (None, None)):
-        loss, sums = KINDS[name](weights[:0] * 2, batch.having(old=old, reference=reference))
+        loss, sums = KINDS[name].of(weights[:0] * 2, batch.having(old=old, reference=reference))
         assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
 
 
@@ -172,7 +178,7 @@ def over_all_tokens(loss, logits, drawn, reference, advantage):
         one = slice(token, token + 1)
         batch = Batch(answer=torch.tensor([0]), advantage=advantage[one], old=None)
         batch = batch.having(drawn=drawn[one].log(), reference=reference[one].log())
-        total = total + chance * loss(new[one], batch)[0]
+        total = total + chance * loss.of(new[one], batch)[0]
     return total
 
 
@@ -188,9 +194,7 @@ def some_distributions():
 def test_the_kl_has_the_gradient_of_the_kl_to_the_reference():
     logits, reference, _, advantage = some_distributions()
     p = logits.softmax(0)
-    found = over_all_tokens(
-        dataclasses.replace(LOSS, beta=1.0), logits, p.detach(), reference, torch.zeros_like(advantage)
-    )
+    found = over_all_tokens(grpo(beta=1.0), logits, p.detach(), reference, torch.zeros_like(advantage))
     kl = (p * (p / reference).log()).sum()
     assert found.item() == pytest.approx(kl.item(), rel=1e-12)
     got, wanted = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (found, kl))
@@ -211,7 +215,7 @@ def test_weights_make_up_for_an_engine_that_draws_with_other_probabilities():
 def test_a_kl_without_its_reference_is_told():
     log_probs, batch = make_batch([2])
     with pytest.raises(ValueError, match="has no `reference`"):
-        KINDS["grpo with KL"](log_probs, batch.having(reference=None))
+        KINDS["grpo with KL"].of(log_probs, batch.having(reference=None))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -228,14 +232,14 @@ def test_nothing_is_infinite_or_no_number_however_far_apart_the_models_are(name,
         setattr(batch, key, log_probs.detach() + (apart if key == of else 0))
     if of == "old":
         batch.drawn = batch.old
-    loss, sums = KINDS[name](log_probs, batch)
+    loss, sums = KINDS[name].of(log_probs, batch)
     got = gradient(loss, log_probs)
     assert loss.isfinite() and sums.isfinite().all() and got.isfinite().all() and got.norm().isfinite()
     bad = got[batch.answer == 1]
     if of == "old" and apart < 0:
         assert (bad > 1e7).all(), "-e^20"
     if of == "drawn" and apart < 0:
-        weighed = KINDS[name](log_probs, batch.having(drawn=log_probs.detach() - 1))[0]
+        weighed = KINDS[name].of(log_probs, batch.having(drawn=log_probs.detach() - 1))[0]
         assert loss.item() == pytest.approx(weighed.item(), rel=1e-9)
 
 
@@ -275,7 +279,7 @@ def test_metrics_are_means_of_what_was_summed():
         reward_own=32, spread=0.5, length=64, cut=4, entropy=16, draws=2, draw_seconds=3, drawn_tokens=90,
         tokens=32, clipped=8, gap=4, kl=16, kl_tokens=32,
     )  # fmt: skip
-    assert sums.shape == (len(METRICS) + 2,)
+    assert sums.shape == (len(SUMS) + 2,)
     wanted = dict(
         reward=0.75, reward_exact=0.25, reward_own=2, reward_std=0.25, dead_groups=0.5, failed_groups=3
     )
@@ -303,8 +307,10 @@ def test_the_loss_has_all_its_settings():
     )
     draft = Draft(parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
     choose_loss(draft)
-    assert objective_of(draft.config).loss == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
-    assert objective_of(Config()).loss is None
+    given = loss_of(draft.config)
+    options, names = given.options, ("grpo_type", "clip_low", "clip_high", "beta", "max_tokens")
+    assert [getattr(options, name) for name in names] == ["dr_grpo", 0.1, 0.1, 0.04, 33]
+    assert given.reward_names == ("number", "partial")
 
 
 # Losses and advantages of TRL 1.16.0 on random numbers; docs/worklog.md names the commit that wrote them.
@@ -324,7 +330,7 @@ def flat(answers, dtype=torch.float32):
 def test_losses_and_gradients_are_those_of_trl(case, name):
     """To 1e-6, in as many micro-batches as there, which begin with whole answers."""
     settings, wanted, gradients = case["losses"][name].values()
-    loss = GrpoLoss(settings["kind"], beta=settings["beta"], **TRL["settings"])
+    loss = grpo(grpo_type=settings["kind"], beta=settings["beta"], **TRL["settings"])
     counts = [len(answer) for answer in case["old"]]
     each, total, found = len(counts) // case["micro_batches"], 0.0, []
     for begin in range(0, len(counts), each):
@@ -335,7 +341,7 @@ def test_losses_and_gradients_are_those_of_trl(case, name):
         if not settings["corrected"]:
             batch.drawn = batch.old
         log_probs = flat(case["log_probs"][part]).requires_grad_()
-        mean = loss(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
+        mean = loss.of(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
         found.append(gradient(mean, log_probs))
         total += mean.item()
     want = flat(gradients, torch.float64)

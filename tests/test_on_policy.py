@@ -13,12 +13,12 @@ from src.config import parse
 from src.data.answer_batches import GROUP, collate_answers
 from src.data.answer_example import AnswerGroup
 from src.data.tokenizer import load_tokenizer
+from src.losses.distill_on_policy import WholeTeacher
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.batch_loss import Chunks, batch_distillation
-from src.model.distillation_loss import head_distillation
+from src.model.batch_loss import Chunks, batch_sums
 from src.model.log_probs import token_features
-from src.model.reverse_kl import WholeTeacher
+from src.model.loss import head_sums
 from src.objectives.kinds import objective_of
 from src.planning.memory import memory_parts
 from src.planning.step_memory import Live
@@ -61,7 +61,7 @@ def test_value_and_gradient(monkeypatch, dtype, trained, exact, temperature):
     want = torch.autograd.grad(2.5 * expected, doubles)
     teacher = WholeTeacher(inputs, head, temperature)
     of = weights.to(torch.promote_types(dtype, torch.float32))
-    got = head_distillation(x, weight, targets, teacher, False, of, exact)
+    got = head_sums(x, weight, targets, teacher, False, of, exact)
     assert got.item() == pytest.approx(expected.item(), rel=ROUNDING[dtype])
     for mine, theirs in zip(torch.autograd.grad(2.5 * got, leaves), want, strict=True):
         assert mine.dtype == dtype
@@ -74,7 +74,7 @@ def test_the_logits_of_all_tokens_are_never_there(monkeypatch):
     x, weight, targets = head_inputs(512, torch.float32, False)
     teacher = WholeTeacher(torch.randn(512, 7), torch.randn(VOCAB, 7), 2.0)
     with Live([x, weight, targets, *teacher[:2]]) as live:
-        head_distillation(x, weight, targets, teacher).backward()
+        head_sums(x, weight, targets, teacher).backward()
     assert 2 * x.nbytes <= live.peak < 2 * x.nbytes + 8 * 4 * VOCAB * 4, "with x.grad"
 
 
@@ -96,7 +96,7 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
     monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
     adapted, x, targets, leaves = adapted_head("lora", 13)
     teacher = WholeTeacher(torch.randn(13, 5), torch.randn(67, 5), 2.0)
-    got = adapted.distillation(x, targets, None, teacher)
+    got = adapted.logit_sums(x, targets, None, teacher)
     logits, others = adapted.head(x), F.linear(teacher.numbers, teacher.head)
     want = 4.0 * reverse_kl(logits.double(), others.double(), 2.0).sum().float()
     torch.testing.assert_close(got, want)
@@ -121,7 +121,7 @@ def test_shared_prompts_rows_and_chunks_make_the_same_loss_and_gradients():
         with torch.no_grad():
             batch.teacher = token_features(other, batch, Chunks(chunk))
         teacher = WholeTeacher(batch.teacher, other.head.weight, 1.5)
-        loss = batch_distillation(model, batch, Chunks(chunk), teacher)
+        loss = batch_sums(model, batch, Chunks(chunk), teacher)
         found[name] = [loss.detach(), *torch.autograd.grad(loss, trained)]
     for name in ("rows", "chunks"):
         for got, want in zip(found[name], found["shared"], strict=True):

@@ -8,30 +8,43 @@ import pytest
 import torch
 
 from src.common.batch import Batch
-from src.model.preference_loss import METRICS, PreferenceLoss, log_odds
+from src.losses import LOSSES
+from src.losses._preference import SUMS, log_odds
 
 from .conftest import ROOT
 
-LOSS = PreferenceLoss(
-    "dpo",
-    beta=0.3,
-    sft_weight=0.0,
-    average=False,
-    label_smoothing=0.0,
-    gamma=0.7,
-    orpo_lambda=0.4,
-    desirable_weight=1.3,
-    undesirable_weight=0.6,
-)
+GIVEN = {
+    "beta": 0.3,
+    "sft_weight": 0.0,
+    "label_smoothing": 0.0,
+    "simpo_gamma": 0.7,
+    "orpo_lambda": 0.4,
+    "desirable_weight": 1.3,
+    "undesirable_weight": 0.6,
+}
+
+
+def loss_named(name, **options):
+    """A loss with those of GIVEN that it has, and these."""
+    loss = LOSSES[name]
+    has = {field.name for field in dataclasses.fields(loss.Options)}
+    return loss(loss.Options(**{key: GIVEN[key] for key in GIVEN.keys() & has} | options))
+
+
+def changed(loss, **options):
+    return type(loss)(dataclasses.replace(loss.options, **options))
+
+
+LOSS = loss_named("dpo")
 KINDS = {
     "dpo": LOSS,
-    "dpo of means": dataclasses.replace(LOSS, average=True),
-    "cdpo": dataclasses.replace(LOSS, label_smoothing=0.1),
-    "ipo": dataclasses.replace(LOSS, kind="ipo"),
-    "orpo": dataclasses.replace(LOSS, kind="orpo", sft_weight=1.0),
-    "simpo": dataclasses.replace(LOSS, kind="simpo", beta=2.0),
-    "smoothed simpo": dataclasses.replace(LOSS, kind="simpo", label_smoothing=0.2),
-    "kto": dataclasses.replace(LOSS, kind="kto"),
+    "dpo of means": loss_named("dpo", loss_average="mean"),
+    "cdpo": loss_named("dpo", label_smoothing=0.1),
+    "ipo": loss_named("ipo"),
+    "orpo": loss_named("orpo", sft_weight=1.0),
+    "simpo": loss_named("simpo", beta=2.0),
+    "smoothed simpo": loss_named("simpo", label_smoothing=0.2),
+    "kto": loss_named("kto"),
 }
 LN2 = torch.tensor(2.0).log().item()  # in fp32
 
@@ -66,35 +79,34 @@ def by_the_formula(loss, log_probs, batch):
     ratio = [a - b for a, b in zip(logp, ref, strict=True)]
     mean = [a / n for a, n in zip(logp, size, strict=True)]
     mean_ratio = [a / n for a, n in zip(ratio, size, strict=True)]
-    score = {"dpo": mean_ratio if loss.average else ratio, "ipo": mean_ratio, "kto": ratio}.get(
-        loss.kind, mean
-    )
+    given, is_mean = loss.options, getattr(loss.options, "loss_average", "sum") == "mean"
+    score = {"dpo": mean_ratio if is_mean else ratio, "ipo": mean_ratio, "kto": ratio}.get(loss.name, mean)
     chosen = [i for i, is_chosen in enumerate(batch.chosen) if is_chosen]
     rejected = [i for i, is_chosen in enumerate(batch.chosen) if not is_chosen]
-    total = loss.sft_weight * -sum(mean[i] for i in chosen)
-    smoothing = loss.label_smoothing
+    total = given.sft_weight * -sum(mean[i] for i in chosen)
+    smoothing = getattr(given, "label_smoothing", 0.0)
     right = 0
     for c, r in zip(chosen, rejected, strict=True) if loss.paired else ():
         right += int(score[c] > score[r])
         apart = score[c] - score[r]
-        if loss.kind == "ipo":
-            total = total + (apart - 0.5 / loss.beta) ** 2
-        elif loss.kind == "orpo":
+        if loss.name == "ipo":
+            total = total + (apart - 0.5 / given.beta) ** 2
+        elif loss.name == "orpo":
             odds = [mean[i].exp() / (1 - mean[i].exp()) for i in (c, r)]
-            total = total - loss.orpo_lambda * sigmoid((odds[0] / odds[1]).log()).log()
+            total = total - given.orpo_lambda * sigmoid((odds[0] / odds[1]).log()).log()
         else:
-            apart = loss.beta * apart - (loss.gamma if loss.kind == "simpo" else 0)
+            apart = given.beta * apart - (given.simpo_gamma if loss.name == "simpo" else 0)
             total = total - (1 - smoothing) * sigmoid(apart).log() - smoothing * sigmoid(-apart).log()
     for i, is_chosen in enumerate(batch.chosen) if not loss.paired else ():
         above = score[i] - batch.baseline
         right += int((above > 0) == is_chosen)
-        weight = loss.desirable_weight if is_chosen else loss.undesirable_weight
-        total = total + weight * (1 - sigmoid(loss.beta * (above if is_chosen else -above)))
+        weight = given.desirable_weight if is_chosen else given.undesirable_weight
+        total = total + weight * (1 - sigmoid(given.beta * (above if is_chosen else -above)))
 
     def of(numbers, which, factor=1.0):
         return factor * sum(numbers[i].item() for i in which) / len(which) if which else math.nan
 
-    scale = loss.orpo_lambda if loss.kind == "orpo" else loss.beta
+    scale = given.orpo_lambda if loss.name == "orpo" else given.beta
     found = {
         "nll": of(mean, chosen, -1),
         "logp_chosen": of(logp, chosen),
@@ -116,9 +128,9 @@ def by_the_formula(loss, log_probs, batch):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("examples", [1, 5, 17])
 def test_losses_gradients_and_metrics_are_the_formulas(name, examples, sft_weight):
-    loss = KINDS[name] if sft_weight is None else dataclasses.replace(KINDS[name], sft_weight=sft_weight)
+    loss = KINDS[name] if sft_weight is None else changed(KINDS[name], sft_weight=sft_weight)
     log_probs, batch = make_batch(examples, loss.paired, seed=examples)
-    got, sums = loss(log_probs, batch)
+    got, sums = loss.of(log_probs, batch)
     (gradient,) = torch.autograd.grad(got, log_probs)
     exact = log_probs.detach().double().requires_grad_()
     wanted, metrics = by_the_formula(loss, exact, batch)
@@ -127,8 +139,8 @@ def test_losses_gradients_and_metrics_are_the_formulas(name, examples, sft_weigh
     assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert (gradient - wanted_gradient).norm() <= 1e-7 * wanted_gradient.norm()
     assert wanted_gradient.norm() > 0.01, "there is something to compare"
-    found = PreferenceLoss.means(sums.tolist())
-    assert not sums.requires_grad and sums.shape == (len(METRICS),) and sums.dtype == torch.float64
+    found = LOSS.means(sums.tolist())
+    assert not sums.requires_grad and sums.shape == (len(SUMS),) and sums.dtype == torch.float64
     assert found == pytest.approx(metrics, rel=1e-12, nan_ok=True) and found.keys() == metrics.keys()
 
 
@@ -137,7 +149,7 @@ def test_a_batch_may_be_cut_anywhere(name):
     """Losses and sums of parts add up to those of the whole."""
     loss = KINDS[name]
     log_probs, batch = make_batch(7, loss.paired, seed=3)
-    whole, whole_sums = loss(log_probs, batch)
+    whole, whole_sums = loss.of(log_probs, batch)
     size, losses, sums = 2 if loss.paired else 1, [], []
     for begin, end in ((0, 2 * size), (2 * size, 2 * size), (2 * size, 7 * size)):
         of = (batch.answer >= begin) & (batch.answer < end)
@@ -147,7 +159,7 @@ def test_a_batch_may_be_cut_anywhere(name):
             reference=batch.reference[of],
             baseline=batch.baseline,
         )
-        one, metrics = loss(log_probs[of], part)
+        one, metrics = loss.of(log_probs[of], part)
         losses.append(one)
         sums.append(metrics)
     assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-13)
@@ -164,10 +176,10 @@ def test_a_batch_without_examples_has_no_loss_but_a_graph(name):
         baseline=torch.zeros(()),
     )
     for sft_weight in (0.0, 1.0):
-        loss, sums = dataclasses.replace(KINDS[name], sft_weight=sft_weight)(log_probs, batch)
+        loss, sums = changed(KINDS[name], sft_weight=sft_weight).of(log_probs, batch)
         loss.backward()
         assert loss.item() == 0 and not sums.any() and log_probs.grad.shape == (0,)
-    assert all(math.isnan(value) for value in PreferenceLoss.means(sums.tolist()).values())
+    assert all(math.isnan(value) for value in LOSS.means(sums.tolist()).values())
 
 
 @pytest.mark.parametrize("examples", range(1, 130, 16))
@@ -176,15 +188,17 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
     log_probs, batch = make_batch(examples, True, seed=examples)
     batch.reference = log_probs.detach()
     for name in ("dpo", "dpo of means", "cdpo"):
-        loss, sums = KINDS[name](log_probs, batch)
+        loss, sums = KINDS[name].of(log_probs, batch)
         assert (loss / examples).float().item() == LN2
-        found = PreferenceLoss.means(sums.tolist())
+        found = LOSS.means(sums.tolist())
         assert (found["margin"], found["reward_accuracy"]) == (0, 0.5), "a tie counts as half"
     log_probs, batch = make_batch(examples, False, seed=examples)
     batch = batch.having(reference=log_probs.detach(), baseline=torch.zeros(()))
     desirable = int(batch.chosen.sum())
-    wanted = 0.5 * (LOSS.desirable_weight * desirable + LOSS.undesirable_weight * (examples - desirable))
-    assert KINDS["kto"](log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
+    wanted = 0.5 * (
+        GIVEN["desirable_weight"] * desirable + GIVEN["undesirable_weight"] * (examples - desirable)
+    )
+    assert KINDS["kto"].of(log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
 
 
 def test_a_small_beta_is_a_sum_of_log_ratios():
@@ -193,7 +207,7 @@ def test_a_small_beta_is_a_sum_of_log_ratios():
     ratio = (log_probs - batch.reference).detach().double()
     sides = torch.where(batch.answer % 2 == 0, 1.0, -1.0).double()
     for beta in (1e-3, 1e-5):
-        loss = dataclasses.replace(LOSS, beta=beta)(log_probs, batch)[0]
+        loss = changed(LOSS, beta=beta).of(log_probs, batch)[0]
         (gradient,) = torch.autograd.grad(loss, log_probs)
         wanted = 9 * math.log(2) - beta / 2 * (ratio * sides).sum().item()
         assert loss.item() == pytest.approx(wanted, abs=200 * beta**2)
@@ -202,17 +216,17 @@ def test_a_small_beta_is_a_sum_of_log_ratios():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_ipo_is_least_where_the_means_are_apart_by_half_over_beta(beta):
-    loss = dataclasses.replace(KINDS["ipo"], beta=beta)
+    loss = changed(KINDS["ipo"], beta=beta)
     batch = Batch(answer=torch.tensor([0, 0, 1]), chosen=torch.tensor([True, False]))
     batch.reference = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     apart = torch.tensor(0.5 / beta, dtype=torch.float64)
     log_probs = (batch.reference + torch.stack([apart, apart, 0 * apart])).requires_grad_()
-    least = loss(log_probs, batch)[0]
+    least = loss.of(log_probs, batch)[0]
     assert least.item() == pytest.approx(0, abs=1e-20)
     assert torch.autograd.grad(least, log_probs)[0].abs().max() < 1e-12
     for shift in (-0.1, 0.1):
         moved = log_probs.detach() + shift * torch.tensor([1.0, 1.0, 0.0])
-        assert loss(moved, batch)[0].item() == pytest.approx(0.01)
+        assert loss.of(moved, batch)[0].item() == pytest.approx(0.01)
 
 
 def test_the_baseline_of_kto_decides_where_an_answer_stands():
@@ -220,17 +234,17 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
     log_probs, batch = make_batch(21, False)
     losses, right = [], []
     for baseline in (0.0, 1.0, 40.0):
-        loss, sums = KINDS["kto"](log_probs, batch.having(baseline=torch.tensor(baseline)))
+        loss, sums = KINDS["kto"].of(log_probs, batch.having(baseline=torch.tensor(baseline)))
         losses.append(loss.item())
-        right.append(PreferenceLoss.means(sums.tolist())["reward_accuracy"])
-        assert PreferenceLoss.means(sums.tolist())["baseline"] == baseline
+        right.append(LOSS.means(sums.tolist())["reward_accuracy"])
+        assert LOSS.means(sums.tolist())["baseline"] == baseline
     bad = 1 - batch.chosen.double().mean()
     assert right[-1] == bad, "no answer is above a baseline of 40"
-    lower = LOSS.desirable_weight * int(batch.chosen.sum())
+    lower = GIVEN["desirable_weight"] * int(batch.chosen.sum())
     assert losses[-1] == pytest.approx(lower, abs=1e-3) and losses[0] != losses[1]
     # 1 - s(b (r - z)) of a good answer alone, by hand
     one = Batch(answer=torch.tensor([0]), chosen=torch.tensor([True]), reference=torch.tensor([-2.0]))
-    got = KINDS["kto"](torch.tensor([-1.0]), one.having(baseline=0.25))[0].item()
+    got = KINDS["kto"].of(torch.tensor([-1.0]), one.having(baseline=0.25))[0].item()
     assert got == pytest.approx(1.3 * (1 - 1 / (1 + math.exp(-0.3 * 0.75))), rel=1e-14)
 
 
@@ -243,10 +257,10 @@ def test_losses_and_gradients_are_finite_however_sure_a_model_is(name, gap):
     batch = batch.having(reference=torch.tensor([-1.0, -1.0]), baseline=0.0)
     for values in ([0.0, -gap], [-gap, 0.0]):
         log_probs = torch.tensor(values, requires_grad=True)
-        value = loss(log_probs, batch)[0]
+        value = loss.of(log_probs, batch)[0]
         (gradient,) = torch.autograd.grad(value, log_probs)
         assert value.isfinite() and gradient.isfinite().all()
-        if "ipo" not in name and loss.label_smoothing == 0:
+        if "ipo" not in name and not getattr(loss.options, "label_smoothing", 0):
             assert gradient[0] <= 0 <= gradient[1]
 
 
@@ -264,20 +278,16 @@ def test_the_odds_keep_their_digits_on_both_sides():
 def test_a_missing_reference_is_said():
     log_probs, batch = make_batch(2, True)
     with pytest.raises(ValueError, match="dpo: the batch has no `reference`"):
-        LOSS(log_probs, batch.having(reference=None))
-    found = PreferenceLoss.means(KINDS["simpo"](log_probs, batch.having(reference=None))[1].tolist())
+        LOSS.of(log_probs, batch.having(reference=None))
+    found = LOSS.means(KINDS["simpo"].of(log_probs, batch.having(reference=None))[1].tolist())
     assert "kl" not in found and found["nll"] > 0
 
 
 def test_two_answers_that_are_as_likely_are_half_a_right_pair():
     batch = Batch(answer=torch.tensor([0, 1, 1, 2, 3]), chosen=torch.arange(4) % 2 == 0, reference=None)
-    found = PreferenceLoss.means(
-        KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist()
-    )
+    found = LOSS.means(KINDS["simpo"].of(torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist())
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
-    found = PreferenceLoss.means(
-        KINDS["simpo"](torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist()
-    )
+    found = LOSS.means(KINDS["simpo"].of(torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist())
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
 
 
@@ -300,13 +310,14 @@ def flat(answers):
 def test_losses_and_gradients_are_those_of_trl(case, name):
     """To 1e-6; TRL's are means over the batch. Its ORPO computes the odds in fp32."""
     settings, loss, gradient = case["losses"][name].values()
-    neutral = dict.fromkeys((field.name for field in dataclasses.fields(PreferenceLoss)), 0)
-    ours = PreferenceLoss(**neutral | {"average": False} | settings)
+    options = {{"gamma": "simpo_gamma"}.get(key, key): value for key, value in settings.items()}
+    kind, is_mean = options.pop("kind"), options.pop("average", False)
+    ours = loss_named(kind, **options | ({"loss_average": "mean"} if is_mean else {}))
     counts = torch.tensor([len(answer) for answer in case["log_probs"]])
     batch = Batch(answer=torch.repeat_interleave(counts), chosen=torch.tensor(case["chosen"]))
     batch = batch.having(reference=flat(case["reference"]).float(), baseline=case.get("baseline"))
     log_probs = flat(case["log_probs"]).float().requires_grad_()
-    mean = ours(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
+    mean = ours.of(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
     (got,) = torch.autograd.grad(mean, log_probs)
     wanted = flat(gradient)
     assert mean.item() == pytest.approx(loss, rel=1e-6)

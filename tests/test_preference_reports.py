@@ -10,9 +10,9 @@ import pytest
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
+from src.losses._preference import PREFERENCES
+from src.losses.metrics import SUPERVISED
 from src.objectives.kinds import objective_of
-from src.objectives.preferences.metrics import PREFERENCES
-from src.objectives.sft import SUPERVISED
 from src.reporting import curves, run_card, run_end
 from src.reporting.diagnosis import LEARNT, Verdict, Warnings
 from src.reporting.run_log import RunLog

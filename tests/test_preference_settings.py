@@ -9,11 +9,9 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import AUTO, Config, parse, recorded_settings, save
-from src.config.loss_rules import OF_LOSSES
-from src.config.loss_settings import LOSSES
 from src.config.parse import Recorded
 from src.config.schema import type_of
-from src.objectives.kinds import objective_of
+from src.losses import loss_of, options_of
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
@@ -21,6 +19,8 @@ from src.training.resume import MAY_CHANGE, inherit
 
 from .conftest import make_arch, random_tensors
 
+OF_LOSSES = {name: losses for name, (_, losses) in options_of().items()}
+LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
 
@@ -56,7 +56,7 @@ def test_every_setting_of_a_loss_is_tried_below():
 def test_a_setting_belongs_to_its_losses_and_is_an_error_elsewhere(name, loss):
     given = {**GIVEN, **ALONE}[name]
     flags = ("--loss", loss, f"--{name}", given)
-    if loss in OF_LOSSES[name][0] and (loss, name) != ("orpo", "sft_weight"):
+    if loss in OF_LOSSES[name] and (loss, name) != ("orpo", "sft_weight"):
         assert str(getattr(parse([*REQUIRED, *flags]), name)).removesuffix(".0") == given
     else:
         said = mistake(*flags)
@@ -81,7 +81,7 @@ def test_the_tokens_of_a_preference_are_whole_answers(flags):
         ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
         ("--beta 0", "--beta 0: must be above 0; leave it out for the usual one of --loss dpo"),
         ("--beta -1", "--beta -1: must be above 0; leave it out"),
-        ("--loss tdpo", "expected one of sft, distill, distill_on_policy, dpo, ipo, orpo, simpo, kto"),
+        ("--loss tdpo", "expected one of sft, distill, dpo, ipo, orpo, simpo, kto, distill_on_policy, grpo"),
     ],
 )
 def test_mistakes_are_explained(flags, words):
@@ -136,14 +136,13 @@ def test_a_run_that_goes_on_keeps_its_loss():
 
 
 def test_the_loss_has_all_its_settings():
-    assert objective_of(Config()).loss is None
     given = {name: type_of(name)(text) for name, text in GIVEN.items()}
-    loss = objective_of(Config(loss="dpo", **given)).loss
-    assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
-    assert {name for name in LOSSES if objective_of(Config(loss=name)).loss.needs_reference} == {
-        *OF_LOSSES["reference"][0]
+    options = dataclasses.asdict(loss_of(Config(loss="dpo", **given)).options)
+    assert options == {name: given[name] for name in options} and len(options) == 5
+    assert {name for name in LOSSES if loss_of(Config(loss=name)).needs_reference} == {
+        *OF_LOSSES["reference"]
     } - {"grpo", "distill", "distill_on_policy"}
-    assert [name for name in LOSSES if not objective_of(Config(loss=name)).loss.paired] == ["kto"]
+    assert [name for name in LOSSES if not loss_of(Config(loss=name)).paired] == ["kto"]
 
 
 def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):

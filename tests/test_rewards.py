@@ -8,11 +8,11 @@ import torch
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.config.loss_settings import REWARDS
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.rewards import GUARDED, JUDGES, Failed, Rewards, overlong, partial
+from src.losses.grpo import REWARDS
 
 BYTES = load_tokenizer("bytes", 256)
 QUESTION = Question(["User: 3 + 4?\n\nAssistant:"], "7")

@@ -17,8 +17,8 @@ from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
 from rwkv_miss.progress import Progress
 from src.config import Config
+from src.losses.metrics import SUPERVISED
 from src.model import RWKV, read_model_file
-from src.objectives.sft import SUPERVISED
 from src.training import callbacks, trainer
 from src.training.callbacks import StepReport
 from src.training.resume import earlier_settings

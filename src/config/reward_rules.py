@@ -8,7 +8,7 @@ import re
 from rwkv_miss.errors import UserError, did_you_mean
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from .loss_settings import REWARDS
+from ..losses.grpo import REWARDS
 from .schema import Config
 
 # rewards with a setting of their own, which is set exactly if they are used

@@ -17,6 +17,7 @@ from rwkv_miss.methods.token_rows import LAYERS, token_ids
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from ..common.option import AUTO, Bounds
+from ..losses import LOSSES
 from .loss_rules import check_loss
 from .reward_rules import check_rewards
 from .schema import FIELDS, Config, type_of
@@ -120,7 +121,8 @@ def check_tokens(config: Config) -> None:
 
 def check_start(config: Config) -> None:
     """Check that an adapter to begin with is not beside a reference without it."""
-    compares = config.loss in ("dpo", "ipo", "kto") or config.loss == "grpo" and config.value_or_zero("beta")
+    loss, has_kl = LOSSES[config.loss], config.on_rewards and config.value_or_zero("beta")
+    compares = has_kl or loss.needs_reference and not loss.needs_teacher
     if config.init_adapter and compares and not config.reference:
         raise UserError(
             f"--loss {config.loss} compares with a reference, and --init_adapter {config.init_adapter} leaves"
@@ -178,7 +180,7 @@ def check_evaluation(config: Config) -> None:
                 "or --eval_split 0.05"
             )
     # with nothing held out the training loss may end a run, but not the reward of drawn answers
-    by_heart = not config.eval_file and config.eval_split == 0 and config.loss != "grpo"
+    by_heart = not config.eval_file and config.eval_split == 0 and not config.on_rewards
     if config.value_or_zero("early_stop") and not every and not by_heart:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 

@@ -19,10 +19,11 @@ from ..data.encode import Encoder
 from ..data.formats import LABELS, PAIRS, Reading, Report, read_records
 from ..data.preferences import Preferences
 from ..data.tokenizer import Tokenizer
+from ..losses import LOSSES
+from ..losses._preference import SUMS, Preference
 from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
-from ..model.preference_loss import METRICS, PreferenceLoss
 
 TOKENS = 1 << 13  # in one pass, padding included
 CHUNK = 1 << 11  # tokens of a longer row at once
@@ -206,7 +207,7 @@ class Compared:
 
 def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float = 0.0) -> MeasuredPreferences:
     """Measure by ln p of every trained token, (data.targets,) float32. `baseline` is KTO's."""
-    sums = np.zeros(len(METRICS))
+    sums = np.zeros(len(SUMS))
     answers, end = [], 0  # (trained tokens, ln p, ln p by the reference)
     # without a reference all rewards are 0, and are not shown
     compared = data.with_reference(np.zeros_like(log_p)) if data.reference is None else data
@@ -214,7 +215,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     for example in compared:
         start, end = end, end + example.targets
         batch = collate_answers([[example]], 1.0).having(baseline=baseline)
-        sums += loss(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
+        sums += loss.of(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
         for answer, reference in zip(example.answers, example.reference, strict=True):
             part = slice(start, start := start + answer.targets)
             totals = [values.sum(dtype=np.float64) for values in (log_p[part], reference)]
@@ -230,19 +231,10 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     return result
 
 
-def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
+def loss_for(data: Preferences, beta: float) -> Preference:
     """Choose the loss with the metrics: DPO, or without pairs KTO, whose rewards are the same."""
-    return PreferenceLoss(
-        kind="dpo" if data.paired else "kto",
-        beta=beta,
-        sft_weight=0.0,
-        average=False,
-        label_smoothing=0.0,
-        gamma=0.0,
-        orpo_lambda=0.0,
-        desirable_weight=1.0,
-        undesirable_weight=1.0,
-    )
+    loss = LOSSES["dpo" if data.paired else "kto"]
+    return loss(loss.Options(beta=beta, sft_weight=0.0))
 
 
 def _reference_figures(found: MeasuredPreferences) -> dict[str, float]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..config import Config
-from ..config.loss_settings import REWARDS
 from ..data.chat_template import Template
 from ..data.questions import Question
 from ..data.templates import answer_text, whole_text
 from ..data.tokenizer import Tokenizer
+from ..losses.grpo import REWARDS
 from .mathematics import require_math_verify
 from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable

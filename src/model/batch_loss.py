@@ -23,8 +23,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.files.checkpoint import Arch
 
 from ..common.batch import Batch
-from .distillation_loss import Teacher
-from .reverse_kl import WholeTeacher
+from .loss import LogitLoss
 from .rwkv import RWKV, LayerState, State
 
 
@@ -76,16 +75,16 @@ def batch_loss(model: RWKV, batch: Batch, chunks: Chunks) -> Tensor:
     return run_rows(model, batch, chunks, part_loss)
 
 
-def batch_distillation(model: RWKV, batch: Batch, chunks: Chunks, teacher: Teacher | WholeTeacher) -> Tensor:
-    """Add up the sums of a teacher over the trained tokens, each weighted.
+def batch_sums(model: RWKV, batch: Batch, chunks: Chunks, logit_loss: LogitLoss) -> Tensor:
+    """Add up the sums of a loss of all logits over the trained tokens, each weighted.
 
-    batch.teacher are the teacher's numbers for these tokens. Others are as for batch_loss().
+    Its numbers for these tokens are batch.teacher. Others are as for batch_loss().
     """
 
     def part_sums(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
         x, state = model.features(part.ids, state, part.reset, part.where)
-        of_part = teacher._replace(numbers=part.teacher)
-        return model.distillation(x, part.targets, part.weights, of_part), state
+        of_part = logit_loss._replace(numbers=part.teacher)
+        return model.logit_sums(x, part.targets, part.weights, of_part), state
 
     return run_rows(model, batch, chunks, part_sums)
 

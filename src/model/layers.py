@@ -13,9 +13,7 @@ from rwkv_miss.gemm import uses_onednn
 
 from ..ops.elementwise import add_layer_norm, native_functions
 from ..ops.elementwise_reference import layer_norm
-from .distillation_loss import Teacher, head_distillation
-from .loss import head_log_probs, head_loss
-from .reverse_kl import WholeTeacher
+from .loss import LogitLoss, head_log_probs, head_loss, head_sums
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
@@ -129,9 +127,9 @@ class Embedding(nn.Embedding):
 class Head(Linear):
     """The map to the vocabulary: logits.
 
-    With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed; with a
-    `teacher` its sums, of distillation_loss.py or reverse_kl.py; with `each` ln p of each target, (tokens,).
-    None of them ever holds all logits.
+    With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed; with
+    `logit_loss` the sums of that loss; with `each` ln p of each target, (tokens,). None of them ever
+    holds all logits.
 
     On a GPU logits are fp32 from the product on: rounded to bf16, those of 16 to 32 would have steps of
     0.125. On a CPU they have the dtype of x, since nothing there hands out the sums of a product in bf16.
@@ -148,7 +146,7 @@ class Head(Linear):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         each: bool = False,
-        teacher: Teacher | WholeTeacher | None = None,
+        logit_loss: LogitLoss | None = None,
     ) -> Tensor:
         on_gpu = self.on_gpu or x.is_cuda
         if targets is None:
@@ -159,6 +157,6 @@ class Head(Linear):
         if each:
             return head_log_probs(x, self.weight, targets, native, exact=on_gpu)
         weight = self.weight.to(x.dtype)
-        if teacher:
-            return head_distillation(x, weight, targets, teacher, native, weights, exact=on_gpu)
+        if logit_loss:
+            return head_sums(x, weight, targets, logit_loss, native, weights, exact=on_gpu)
         return head_loss(x, weight, targets, native, weights, exact=on_gpu)

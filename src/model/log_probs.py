@@ -31,8 +31,8 @@ def token_features(model: RWKV, batch: Batch, chunks: Chunks) -> Tensor:
 
 
 def top_log_probs(model: RWKV, batch: Batch, chunks: Chunks, count: int, temperature: float) -> Tensor:
-    """Compute distillation_loss.Teacher.numbers for each trained token, (n, 2 count + 1), without gradient,
-    in token_log_probs()' order."""
+    """Compute loss.top_of() for each trained token, (n, 2 count + 1), without gradient, in
+    token_log_probs()' order."""
 
     def top(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
         x, state = part_features(model, part, state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library, once_
 
 L2WRAP = 1e-4
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
+LOWEST = -65504.0  # the smallest ln p, in fp16; its exp() is 0
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -86,6 +87,35 @@ def head_loss(
         x, weight = x.detach(), weight.detach()
     native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
     return HeadLoss.apply(x, weight, Blocks(x, weight, targets, weights, native, exact))
+
+
+class LogitLoss(Protocol):
+    """Loss of tokens that needs all of their logits; src/losses/distill.py has one."""
+
+    numbers: Tensor  # (tokens, ...), what else it reads of each token
+    blocks: type[Blocks]  # computes it with its gradient, and takes the loss as `logit_loss`
+
+    def sums(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum the loss, or numbers that begin with it, over tokens: the definition. logits (tokens, V)."""
+
+    def _replace(self, **fields: Any) -> LogitLoss: ...
+
+
+def head_sums(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logit_loss: LogitLoss,
+    native: bool = False,
+    weights: Tensor | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """Compute logit_loss.sums(x W^T, targets, weights). All others are as for head_loss()."""
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+    native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
+    blocks = logit_loss.blocks(x, weight, targets, weights, native, exact, logit_loss=logit_loss)
+    return HeadLoss.apply(x, weight, blocks)
 
 
 def head_log_probs(
@@ -209,6 +239,18 @@ class _HeadLogProbs(torch.autograd.Function):
 def wide(logits: Tensor) -> Tensor:
     """Return the logits in at least fp32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def top_of(logits: Tensor, count: int, temperature: float) -> Tensor:
+    """Return (tokens, 2 count + 1) in at least fp32, from logits (tokens, V).
+
+    Of each token these are the ids of the `count` likeliest tokens, ln p of each at the temperature, and ln p
+    of all others together.
+    """
+    log_probs = (wide(logits) / temperature).log_softmax(1)
+    top, ids = log_probs.topk(count, 1)
+    rest = log_probs.scatter_(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([ids.to(top.dtype), top.clamp(min=LOWEST), rest.clamp(min=LOWEST)], 1)
 
 
 def in_place_of(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,10 +29,8 @@ from ..common.first_process import is_first_process
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
-from .distillation_loss import Teacher, top_of
 from .layers import Embedding, Head, LayerNorm, chosen
-from .loss import LOGITS_AT_ONCE, loss_sum
-from .reverse_kl import WholeTeacher
+from .loss import LOGITS_AT_ONCE, LogitLoss, loss_sum, top_of
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -333,19 +331,16 @@ class RWKV(nn.Module):
             return self.head(x, targets, weights)
         return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
 
-    def distillation(
-        self, x: Tensor, targets: Tensor, weights: Tensor | None, teacher: Teacher | WholeTeacher
-    ) -> Tensor:
-        """Compute the sums of a teacher, of distillation_loss.py or reverse_kl.py; all others are as for
-        loss()."""
+    def logit_sums(self, x: Tensor, targets: Tensor, weights: Tensor | None, logit_loss: LogitLoss) -> Tensor:
+        """Compute the sums of a loss of all logits; all others are as for loss()."""
         if isinstance(self.head, Head):
-            return self.head(x, targets, weights, teacher=teacher)
+            return self.head(x, targets, weights, logit_loss=logit_loss)
 
         def of_block(x: Tensor, targets: Tensor, numbers: Tensor, *weights: Tensor) -> Tensor:
             own = weights[0] if weights else None
-            return teacher._replace(numbers=numbers).sums(self.head(x), targets, own)
+            return logit_loss._replace(numbers=numbers).sums(self.head(x), targets, own)
 
-        return torch.stack(self._in_blocks(of_block, x, targets, teacher.numbers, weights)).sum(0)
+        return torch.stack(self._in_blocks(of_block, x, targets, logit_loss.numbers, weights)).sum(0)
 
     def log_probs(self, x: Tensor, targets: Tensor) -> Tensor:
         """Compute ln p (tokens,), at least fp32, of targets (tokens,) int64 for x (tokens, C) from
@@ -358,7 +353,7 @@ class RWKV(nn.Module):
         return torch.cat(self._in_blocks(self._log_probs_of, x, targets))
 
     def top_log_probs(self, x: Tensor, count: int, temperature: float) -> Tensor:
-        """Compute what a teacher tells of each token, distillation_loss.Teacher.numbers, without gradient."""
+        """Compute top_of() of each token's logits, without gradient."""
         return torch.cat(self._in_blocks(lambda x: top_of(self.head(x), count, temperature), x.detach()))
 
     def _in_blocks(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:

@@ -31,12 +31,10 @@ from ..data.formats import Reading, Report
 from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, SampleQuestion, questions
 from ..data.tokenizer import Tokenizer
 from ..evaluation.rewards import Rewards
-from ..model import RWKV
+from ..losses import Loss, loss_of
 from ..model.batch_loss import Chunks
-from ..model.log_probs import token_log_probs
 from .estimates import BatchSizes, Speed, Times, largest_batch
 from .held_out_answers import ASKED, affordable, limit_of
-from .loss_metrics import LossMetrics
 from .policy import Policy
 from .reference_model import TeacherBeside
 
@@ -137,40 +135,16 @@ class PromptReading:
 
 
 class Objective(abc.ABC):
-    """Kind of training: its data, its loss and its measures."""
+    """Kind of training: its loss, and where the loss's examples come from."""
 
-    word = "document"  # name of an example
-    same = "word for word"  # how an example is in two files
-    usual_rows = 8  # the most rows that are chosen for a step
-    usual_steps = 600  # of a run over few data, which are read several times
-    has_small_steps = True  # whether a step has fewer of them over few data
-    rate_share = 1.0  # the chosen rate, as a part of a supervised training's
-    looks = 1  # how often an example is looked at in a step or an evaluation
-    evaluations_between = 0  # the most that are chosen between the first evaluation and the last
-    row = "row"  # name of the parts that a step consists of
-    one_row = ""  # content of a row; "": as many documents as fit
-    evaluates = "loss on"  # text for an evaluation
-    asks_samples = True  # whether it has sample answers beside that
-    called = "reference"  # the model of --reference, in a run's lines
-    keeps_reference = False  # whether the model of --reference stays beside the one in training
-
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, loss: Loss | None = None):
+        self.config, self.loss = config, loss or loss_of(config)
         self.chunks = Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
-
-    @property
-    @abc.abstractmethod
-    def metrics(self) -> LossMetrics:
-        """Return the metrics beside the loss, once the settings are filled in."""
 
     # before a run
 
-    def defaults(self) -> Iterator[tuple[str, object, str]]:
-        """Yield (setting, value, why) for settings of the loss that are left to the program."""
-        return iter(())
-
     def defaults_by_data(self, loaded: Loaded, tokenizer: Tokenizer) -> Iterator[tuple[str, object, str]]:
-        """Yield the same for those that the data decide."""
+        """Yield (setting, value, why) for settings that the data decide."""
         return iter(())
 
     def load(self, path: str, encoder: Encoder, found: Report) -> Loaded:
@@ -180,7 +154,7 @@ class Objective(abc.ABC):
 
     def longest(self, loaded: Loaded) -> tuple[int, int, str]:
         """Return (inputs of the longest row that is needed, inputs of all running text, what the row is)."""
-        return loaded.longest, loaded.texts, self.word
+        return loaded.longest, loaded.texts, self.loss.words.example
 
     def examples(self, loaded: Loaded) -> Examples:
         """Return what a run has of a file, with rows of ctx_len."""
@@ -205,7 +179,7 @@ class Objective(abc.ABC):
 
     def reads(self) -> Reads:
         """Name a batch's entries beside tokens, as for a step."""
-        return Reads()
+        return self.loss.reads()
 
     @property
     def packs(self) -> bool:
@@ -242,7 +216,7 @@ class Objective(abc.ABC):
 
     def evaluation_budget(self, held_out: Examples, schedule: Schedule, steps: int) -> float:
         """Return what all evaluations of a run may take, in the same."""
-        return EVALUATION * self.trained_tokens(schedule, steps) / self.looks
+        return EVALUATION * self.trained_tokens(schedule, steps) / self.loss.facts.passes
 
     def asked(
         self, held_out: Examples, encoder: Encoder, schedule: Schedule, steps: int, evaluations: int
@@ -264,9 +238,10 @@ class Objective(abc.ABC):
     ) -> Times:
         """Estimate the times of a run with `evaluations` evaluations."""
         tokens, share = self.trained_tokens(schedule, steps), self.share_read(data.documents, schedule, arch)
+        passes = self.loss.facts.passes
         held_out_tokens = float((data.evaluated.lengths - 1).sum()) * share
-        read = FORWARD * evaluations * held_out_tokens * self.looks
-        training = tokens * share * (1 + FORWARD * (self.looks - 1))
+        read = FORWARD * evaluations * held_out_tokens * passes
+        training = tokens * share * (1 + FORWARD * (passes - 1))
         if not speed.tokens:
             return Times(tokens, read / training)
         asked = []
@@ -282,18 +257,14 @@ class Objective(abc.ABC):
 
     def judged_by(self) -> Objective:
         """Return the objective whose loss decides between rates."""
-        return self
+        judge = self.loss.judge()
+        return self if judge is self.loss else type(self)(self.config, judge)
 
     # in words
 
-    @property
-    def description(self) -> str:
-        """The loss with its settings; "" for cross entropy."""
-        return ""
-
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         """Return the plan's lines about the loss and how prompts are read."""
-        return []
+        return [f"loss       {said}"] if (said := self.loss.description) else []
 
     def warnings(self, documents: Examples, tokenizer: Tokenizer) -> list[str]:
         """Tell what of the loss or of its data is probably not meant so."""
@@ -305,39 +276,10 @@ class Objective(abc.ABC):
 
     def evaluated_text(self, evaluated: Examples) -> str:
         """Tell what evaluations do with these."""
-        return f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated), self.word)}"
+        examples = counted(len(evaluated), self.loss.words.example)
+        return f"the loss is on {counted(evaluated.targets, 'token')} of {examples}"
 
     # in a run
-
-    @property
-    @abc.abstractmethod
-    def loss(self) -> Any:
-        """Loss of ln p of trained tokens and their batch, with its settings filled in."""
-
-    def __call__(
-        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (the loss of a batch, summed over what its step's weight counts; sums of the metrics).
-
-        The sums are float64, as means() takes them. `keep` gets ln p of the trained tokens, (n,).
-        """
-        log_probs = token_log_probs(model, batch, self.chunks)
-        if keep:
-            keep(log_probs.detach())
-        return self.loss(log_probs, batch)
-
-    def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        """Return the loss of a batch that reports show, summed as the trained one is, from __call__()'s
-        results."""
-        return loss.detach()
-
-    def joined(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sums of two micro-batches or processes together."""
-        return self.loss.joined(a, b)
-
-    def means(self, sums: list[float]) -> dict[str, float]:
-        """Return the metrics by name."""
-        return self.loss.means(sums) if sums else {}
 
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool

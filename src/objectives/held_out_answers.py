@@ -17,14 +17,10 @@ from ..data.templates import answer_text
 from ..evaluation.scoring import SCORES, concluded
 from ..inference.request import Answer
 from .estimates import DRAWN
-from .loss_metrics import Shown, percent
 
 ASKED = 40  # the most questions; two standard errors of a half of them are 16 points
 SHORT = 40  # characters of an answer that is compared as a whole: a longer one has other words for the same
 LOOP = re.compile(r"(.{1,60}?)\1{3}$", re.DOTALL)  # an end that says the same four times
-RIGHT = {"right_answers": "right answers, greedy"}  # title of the share in tables
-BITS = {"bits_per_byte": "bits a byte"}  # of running text; title of the score in tables
-SHOWN = Shown(("right_answers",), lambda share: f"right answers {percent(share)}", of="asked")
 
 
 def affordable(samples: Sequence[SampleQuestion], more: Sequence[SampleQuestion], budget: float) -> int:

@@ -44,7 +44,7 @@ class HeldOutLoss(Evaluation):
         # questions come before texts, which are shown and not judged
         self.questions = sorted(asked, key=lambda question: question.is_text)
 
-        is_entropy = module.objective.metrics.nats[:1] == ("loss",)
+        is_entropy = module.objective.loss.metrics.nats[:1] == ("loss",)
         self.bytes = text_bytes(data.evaluated, data.encoder) if is_entropy else 0
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
@@ -143,7 +143,7 @@ def validation_loss(
     except _Stopped:
         return None
     loss = float(processes.total(total)) / weight
-    return loss, objective.means(processes.total(sums).tolist()) if len(sums) else {}
+    return loss, objective.loss.means(processes.total(sums).tolist()) if len(sums) else {}
 
 
 class _Stopped(Exception):

@@ -1,8 +1,9 @@
-"""Choice of a run's kind of training."""
+"""Choice of the source of a run's examples."""
 
 from __future__ import annotations
 
 from ..config import Config
+from ..losses import LOSSES
 from .base import Objective
 from .distillation import Distilled
 from .on_policy.objective import OnOwnAnswers
@@ -10,13 +11,18 @@ from .preferences.objective import OnPreferences
 from .rewards.objective import OnRewards
 from .sft import Supervised
 
+# (source of the loss, whether it needs a teacher) -> class that reads or draws its examples
+KINDS = {
+    ("documents", False): Supervised,
+    ("documents", True): Distilled,
+    ("pairs", False): OnPreferences,
+    ("labels", False): OnPreferences,
+    ("questions", False): OnRewards,
+    ("questions", True): OnOwnAnswers,
+}
+
 
 def objective_of(config: Config) -> Objective:
     """Return the objective of --loss."""
-    if config.on_rewards:
-        return OnRewards(config)
-    if config.draws_answers:
-        return OnOwnAnswers(config)
-    if config.on_preferences:
-        return OnPreferences(config)
-    return Distilled(config) if config.has_teacher else Supervised(config)
+    loss = LOSSES[config.loss]
+    return KINDS[loss.source, loss.needs_teacher](config)

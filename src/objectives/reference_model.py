@@ -69,7 +69,7 @@ class TeacherBeside:
 
     @torch.no_grad()
     def beside(self, batch: Batch) -> Batch:
-        """Give a batch on the device the teacher's entries for reverse_kl.WholeTeacher."""
+        """Give a batch on the device the teacher's entries for losses.distill_on_policy.WholeTeacher."""
         inputs = token_features(self.model, batch, self.chunks)
         return batch.having(teacher=inputs, teacher_head=self.model.head.weight)
 

@@ -104,7 +104,7 @@ class ReferencePass:
 
     def __init__(self, objective: Objective, shared: bool, policy: Policy, values: TokenValues = LOG_PROBS):
         self.config, self.chunks, self.shared = objective.config, objective.chunks, shared
-        self.called = objective.called
+        self.called = objective.loss.words.reference
         self.model, self.policy, self.values = policy.model, policy, values
         self.processes, self.device = policy.processes, policy.device
         reference = reference_of(self.config.reference)

@@ -1,51 +1,26 @@
-"""Supervised fine-tuning: the weighted cross entropy over the trained tokens of documents."""
+"""Documents, whose trained tokens a loss takes one by one."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 
-from ..common.batch import Batch
 from ..data.batches import Schedule
 from ..data.examples import Examples
-from ..model import RWKV
-from ..model.batch_loss import batch_loss
 from .base import Objective
 from .estimates import BatchSizes, fullest_rows
-from .held_out_answers import BITS, RIGHT, SHOWN
 from .held_out_loss import HeldOutLoss
-from .loss_metrics import LossMetrics, Shown
-
-SUPERVISED = LossMetrics(
-    RIGHT | BITS,
-    shares=(*RIGHT,),
-    line=(SHOWN, Shown((*BITS,), lambda bits: f"{bits:.3f} bits a byte")),
-    nats=("loss", "the loss"),
-)
-NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
 
 class Supervised(Objective):
-    """Objective of --loss sft."""
-
-    loss = None  # is part of the model's pass over a batch
-    metrics = SUPERVISED
+    """Documents of --data_file."""
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         found = super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
         return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config.micro_bsz))
-
-    def __call__(
-        self, model: RWKV, batch: Batch, keep: Callable[[Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return batch_loss(model, batch, self.chunks), NO_METRICS
 
     def trained_text(self, documents: Examples) -> str:
         config = self.config

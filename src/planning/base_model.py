@@ -31,7 +31,6 @@ from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from ..model.dtypes import dtype_of, dtype_of_base
-from ..objectives.kinds import objective_of
 from . import start_adapter
 from .defaults import first_rate, first_rate_of_all, own_rank
 from .draft import Draft
@@ -88,7 +87,7 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
         if config.init_adapter and config.origin_of("train_parts").startswith(CHOSEN):
             choose_factors(draft, arch, config.train_parts)
         return
-    has_kl = config.value_or_zero("beta") and objective_of(config).keeps_reference and not config.reference
+    has_kl = config.on_rewards and config.value_or_zero("beta") and not config.reference
     if config.peft in ("none", "state") or has_kl:
         draft.choose("train_parts", "", "a KL needs the base" if has_kl else f"--peft {config.peft} is given")
         return

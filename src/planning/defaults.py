@@ -12,7 +12,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config
-from ..objectives.kinds import objective_of
+from ..losses import LOSSES, loss_of
 from .draft import Draft
 
 GUESSED = "from method, rank and widths"  # the reason of a chosen rate
@@ -32,7 +32,7 @@ WARM_UP = 0.05  # share of a run's steps
 
 def choose_loss(draft: Draft) -> None:
     """Fill in what the loss has of its own; the longest answer, max_tokens, is chosen with the data."""
-    for choice in objective_of(draft.config).defaults():
+    for choice in LOSSES[draft.config.loss].defaults(draft.config):
         draft.choose(*choice)
 
 
@@ -101,13 +101,13 @@ def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: b
     Those of a run on rewards follow from what they cost. Few documents, of which none is held out, are
     repeated, too.
     """
-    config, by_loss = draft.config, objective_of(draft.config).metrics.by_loss
+    config, by_loss = draft.config, loss_of(draft.config).metrics.by_loss
     if config.is_automatic("epoch_count"):
         evaluates = held_out and (config.is_automatic("eval_steps") or config.eval_steps > 0)
         can_tell = evaluates or by_loss and not held_out and documents < UNDIVIDED
         count, reason = 1, "--epoch_steps is given"
         if not config.epoch_steps:
-            count, reason = passes(steps_per_pass, objective_of(config).usual_steps, can_tell)
+            count, reason = passes(steps_per_pass, loss_of(config).facts.usual_steps, can_tell)
         draft.choose("epoch_count", count, reason)
         if count > 1 and held_out and by_loss:
             between = -(-BETWEEN // config.inner_steps) * config.inner_steps  # it falls between two draws
@@ -122,7 +122,7 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
 
     Rewards may fall within a few steps, and best.pth is from an evaluation. Two are made anyway.
     """
-    between = min(objective_of(draft.config).evaluations_between, int(affordable) - 2)
+    between = min(loss_of(draft.config).facts.evaluations_between, int(affordable) - 2)
     if between < 1:
         return
     inner_steps = draft.config.inner_steps
@@ -160,10 +160,10 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
         is_given = config.global_bsz or not config.is_automatic("accumulate_grad_batches")
-        objective = objective_of(config)
-        small = objective.has_small_steps and _rows_of_a_step(config, rows) < objective.usual_rows
+        facts = loss_of(config).facts
+        small = facts.has_small_steps and _rows_of_a_step(config, rows) < facts.usual_rows
         if small and not is_given:
-            reason += f"; with more rows in a step a pass would have fewer than {objective.usual_steps} steps"
+            reason += f"; with more rows in a step a pass would have fewer than {facts.usual_steps} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
         reason = "--micro_bsz is given"
@@ -176,7 +176,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """Yield the ways to run a step, the fastest first."""
     most, given = _rows_of_a_process(config, rows), config.value_or_zero("accumulate_grad_batches")
-    sizes = [n for n in range(min(most, objective_of(config).usual_rows), 0, -1) if most % n == 0]
+    sizes = [n for n in range(min(most, loss_of(config).facts.usual_rows), 0, -1) if most % n == 0]
     if config.global_bsz and given:
         sizes = [most]
     for grad_cp in RECOMPUTE if config.is_automatic("grad_cp") else (config.grad_cp,):
@@ -191,20 +191,20 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
     if config.global_bsz:
         return config.global_bsz // (config.world * (passes or 1))
     if passes:
-        return objective_of(config).usual_rows
+        return loss_of(config).facts.usual_rows
     return max(_rows_of_a_step(config, rows) // config.world, 1)
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
     """Choose a power of two from FEWEST_ROWS to usual_rows with which one pass has usual_steps, if it can."""
-    objective = objective_of(config)
-    enough = rows * (config.value_or_zero("epoch_count") or 1) // objective.usual_steps
+    facts = loss_of(config).facts
+    enough = rows * (config.value_or_zero("epoch_count") or 1) // facts.usual_steps
     if config.epoch_steps:
-        enough = objective.usual_rows
-    elif not objective.has_small_steps:
+        enough = facts.usual_rows
+    elif not facts.has_small_steps:
         enough = rows
     fewest = min(rows, FEWEST_ROWS)
-    return 1 << max(min(enough, objective.usual_rows), fewest, 1).bit_length() - 1
+    return 1 << max(min(enough, facts.usual_rows), fewest, 1).bit_length() - 1
 
 
 def cheapest_fix(
@@ -280,7 +280,7 @@ def chosen_rate(config: Config, arch: Arch) -> float:
 
     A preference without the chosen answers' cross entropy gets a smaller one, and so do rewards.
     """
-    return float(f"{first_rate(config, arch) * objective_of(config).rate_share:.2g}")
+    return float(f"{first_rate(config, arch) * loss_of(config).facts.rate_share:.2g}")
 
 
 def first_rate(config: Config, arch: Arch) -> float:

@@ -155,7 +155,7 @@ def memory_parts(
         parts["values"] = values
     size = PRECISIONS[precision].itemsize
     held = reference_weights(config.reference, config.quant, size) if config.reference else 0
-    if config.reference and objective.keeps_reference:
+    if config.reference and objective.loss.facts.keeps_reference:
         # it reads a micro-batch before the forward begins
         forward = step_bytes(
             reference_arch(config.reference),

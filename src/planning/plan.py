@@ -32,6 +32,7 @@ from ..data.examples import Examples
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import evaluations, hold_out, in_hash_order, paid_for
 from ..data.tokenizer import Tokenizer
+from ..losses import loss_of
 from ..objectives.base import TrainingData
 from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
@@ -154,7 +155,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
         provided=found.provided,
-        called=objective.called,
+        called=objective.loss.words.reference,
     )
 
 
@@ -242,7 +243,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     longest, texts, word = objective_of(draft.config).longest(loaded)
     draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
     documents = objective_of(draft.config).examples(loaded)
-    word, eval_steps = objective_of(config).word, config.value_or_zero("eval_steps")
+    word, eval_steps = loss_of(config).words.example, config.value_or_zero("eval_steps")
     count = len(documents)
     if count < PROMPTS_COUNTED:  # those with one prompt are held out together
         count = len({part.tobytes() for part in documents.held_out_by()})
@@ -258,7 +259,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):
         found.notes.append(
-            f"left out   {counted(both, objective.word)} of {config.data_file}, {objective.same} in"
+            f"left out   {counted(both, word)} of {config.data_file}, {objective.loss.words.duplicate} in"
             f" {config.eval_file} too"
         )
     train, held_out = (objective.estimated(part, loaded, tokenizer) for part in (train, held_out))
@@ -278,15 +279,15 @@ def choose_evaluation(
     steps, objective = config.total_steps(schedule.steps_per_pass), objective_of(config)
     costs = objective.evaluation_costs(held_out.take(order))
     budget = objective.evaluation_budget(held_out, schedule, steps)
-    if objective.evaluations_between and not goes_without:
+    if objective.loss.facts.evaluations_between and not goes_without:
         taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(steps, draft.config.value_or_zero("eval_steps")))
     if fits < len(order):
-        of_all = counted(len(order), f"held-out {objective.word}")
+        of_all = counted(len(order), f"held-out {objective.loss.words.example}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
-        reason = f"all held-out {objective.word}s take less than a tenth of the run"
+        reason = f"all held-out {objective.loss.words.example}s take less than a tenth of the run"
     draft.choose("eval_docs", min(fits, len(order)), reason)
     return held_out.take(np.sort(order[: draft.config.eval_docs]))
 

@@ -160,7 +160,7 @@ def _count(
         ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward):
-                loss, _ = objective(model, batch)
+                loss, _ = objective.loss(model, batch, objective.chunks)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)

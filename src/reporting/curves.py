@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ..common.files import write_bytes
-from ..objectives.loss_metrics import LossMetrics
+from ..losses.metrics import LossMetrics
 
 CURVE = "loss.png"
 

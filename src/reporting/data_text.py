@@ -35,10 +35,10 @@ def rows(plan: Plan) -> str:
     """Describe how documents lie in rows."""
     config, schedule = plan.settings, plan.schedule
     objective, longest = objective_of(config), counted(max(schedule.lengths), "token")
-    if objective.one_row:
-        return f"up to {longest} for a {objective.one_row}"
+    if content := objective.loss.words.content:
+        return f"up to {longest} for a {content}"
     if not config.packing:
-        return f"rows of up to {longest}, a {objective.word} in each"
+        return f"rows of up to {longest}, a {objective.loss.words.example} in each"
     full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
     return f"rows of {config.ctx_len} tokens, {full:.0%} full"
 
@@ -72,7 +72,8 @@ def held_out(plan: Plan) -> list[str]:
         return []
     cut = f", {held.cut:,} of them cut" if held.cut else ""
     source, objective = recorded(config.eval_file or config.data_file), objective_of(config)
-    count, looked_at = counted(len(held), objective.word), objective.evaluated_text(plan.evaluated)
+    count = counted(len(held), objective.loss.words.example)
+    looked_at = objective.evaluated_text(plan.evaluated)
     return [f"held out   {count} of {source}{cut}; {looked_at}"]
 
 

@@ -16,8 +16,8 @@ from rwkv_miss.files.hub_names import recorded
 
 from ..config import Config
 from ..config.schema import CHOSEN, PUBLISHED
-from ..objectives.kinds import objective_of
-from ..objectives.loss_metrics import percent
+from ..losses import loss_of
+from ..losses.metrics import percent
 from ..training.validation_log import base_wins
 from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest, steps_text
 
@@ -285,7 +285,7 @@ def verdict(config: Config, metrics: list[dict], step: int, history: list[dict])
     """Judge a run that has ended, by the first rule that holds. The arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
-    if not objective_of(config).metrics.by_loss:
+    if not loss_of(config).metrics.by_loss:
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
     facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history)
     rule = next(rule for rule in RULES if rule.when(facts))

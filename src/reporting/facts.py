@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..config import Config
 from ..evaluation.rewards import RANGES
-from ..objectives.kinds import objective_of
-from ..objectives.loss_metrics import percent
-from ..objectives.preferences.metrics import ACCURACIES
+from ..losses import loss_of
+from ..losses._preference import ACCURACIES
+from ..losses.metrics import percent
 from ..training.validation_log import any_right, evaluation_at, is_over, is_worse
 
 WINDOW = 10  # steps that are averaged
@@ -54,9 +54,9 @@ class Facts:
         history: Sequence[dict] = (),
     ):
         self.config, self.lines, self.top, self.history = config, lines, top, history
-        self.by_loss = objective_of(config).metrics.by_loss
+        self.by_loss = loss_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
-        self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
+        self.steps, self.documents = steps_text(self.last), f"held-out {loss_of(config).words.example}s"
         self.range = None if self.by_loss else bounds(config.rewards)  # of a reward
         self.step = step
         self.is_enough = step is not None or len(lines) >= WINDOW

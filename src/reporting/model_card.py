@@ -20,8 +20,7 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
-from ..objectives.base import Objective
-from ..objectives.kinds import objective_of
+from ..losses import Loss, loss_of
 from .curves import pictures
 from .run_card import evaluations_table, table, training_score
 
@@ -56,8 +55,8 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         "## What was trained",
         table(["", ""], _trained(config, arch, base, metadata, metrics, summary)),
         "## What was measured",
-        *_measured(objective_of(config), summary, history),
-        *pictures(objective_of(config).metrics),
+        *_measured(loss_of(config), summary, history),
+        *pictures(loss_of(config).metrics),
         "## How to use it",
         _usage(base, name, is_adapter),
     ]
@@ -129,7 +128,7 @@ def _trained(
         "layers with adapters": layers_text(config.adapted_layers(arch.n_layer)) if config.layers else "",
         "rows of tokens" if config.train_tokens else "whole tensors": config.value_or_zero("train_parts")
         + (f", of tokens {config.train_tokens}" if config.train_tokens else ""),
-        "loss": objective_of(config).description,
+        "loss": loss_of(config).description,
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"
         f" {sum(line['trained_tokens'] for line in metrics):,} of them trained",
@@ -153,15 +152,15 @@ def _data_name(path: str, weight: float) -> str:
     return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
 
 
-def _measured(objective: Objective, summary: dict, history: list[dict]) -> list[str]:
+def _measured(loss: Loss, summary: dict, history: list[dict]) -> list[str]:
     """Write the results of the training and of the held-out data, as in the run card."""
-    described = objective.metrics
+    described = loss.metrics
     rows = [[f"training {described.score}", training_score(described, summary)]]
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
     parts = [table(["", ""], rows)]
     if history:
-        parts += [f"On held-out {objective.word}s:", evaluations_table(described, history)]
+        parts += [f"On held-out {loss.words.example}s:", evaluations_table(described, history)]
     return parts
 
 

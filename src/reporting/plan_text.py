@@ -210,7 +210,9 @@ def evaluation(run: Plan, cost: Cost) -> str:
     """Write the line of the plan about evaluations: the loss on some of the held-out documents, or the
     answers to some of the questions."""
     config, held, evaluated = run.settings, len(run.data.held_out), len(run.evaluated)
-    objective, word = objective_of(config), objective_of(config).word
+    objective = objective_of(config)
+    words, facts = objective.loss.words, objective.loss.facts
+    word = words.example
     if not held:
         return (
             f"evaluation none: no {word}s are held out (--eval_file FILE or --eval_split 0.05"
@@ -221,12 +223,12 @@ def evaluation(run: Plan, cost: Cost) -> str:
     if config.early_stop > 0:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     times, answers = evaluations(run.steps, config.eval_steps), ""
-    if objective.asks_samples and (
+    if facts.asks_samples and (
         asked := objective.asked(run.data.held_out, run.data.encoder, run.schedule, run.steps, times)
     ):
         answers = f" and {counted(len(asked), 'greedy answer')}"
     return (
-        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{answers}, "
+        f"evaluation {words.evaluation} {evaluated:,} of {counted(held, f'held-out {word}')}{answers}, "
         f"{times} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
@@ -295,11 +297,13 @@ def steps(run: Plan) -> str:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     most = ""
     if config.early_stop > 0:
-        flat = "held-out " + ("loss falls" if objective.metrics.by_loss else "reward rises") + " no further"
+        score = "loss falls" if objective.loss.metrics.by_loss else "reward rises"
+        flat = f"held-out {score} no further"
         end = "data are known by heart" if learns_by_heart(config) else flat
         length, most = f"{length}; ends when the {end}", "at most "
     return (
-        f"steps      {most}{counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
+        f"steps      {most}{counted(total, 'step')} of"
+        f" {counted(schedule.rows_per_step, objective.loss.words.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
         f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(run)}"
     )

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 
 from ..config import Config, command
-from ..objectives.kinds import objective_of
-from ..objectives.loss_metrics import LossMetrics, loss_text, percent
+from ..losses import loss_of
+from ..losses.metrics import LossMetrics, loss_text, percent
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
 from .diagnosis import Verdict
@@ -31,7 +31,7 @@ def card(
     judged: Verdict,
 ) -> str:
     """Write the text of run_card.md: what was run, its results, and what it changed."""
-    described, metrics = objective_of(config).metrics, log.metrics
+    described, metrics = loss_of(config).metrics, log.metrics
     seconds = sum(line["seconds"] for line in metrics)
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
@@ -59,7 +59,7 @@ def card(
         *pictures(described),
         *_training_metrics(described, metrics),
         *_drawn(log.drawn),
-        f"## Held-out {objective_of(config).word}s",
+        f"## Held-out {loss_of(config).words.example}s",
         *_validation(described, summary, log.history),
         "## Forgetting",
         *_forgetting(config.load_model, summary),

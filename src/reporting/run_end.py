@@ -14,8 +14,8 @@ from rwkv_miss.version import VERSION, commit
 
 from ..common.files import write_text
 from ..config import Config
-from ..objectives.kinds import objective_of
-from ..objectives.loss_metrics import LossMetrics
+from ..losses import loss_of
+from ..losses.metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_known_by_heart, is_over
 from .curves import draw_pictures
@@ -59,7 +59,7 @@ def finish(
             "no step of the run had a finite loss: it diverged at once; lower --lr_init, or check the data"
             " and the base"
         )
-    described = objective_of(config).metrics
+    described = loss_of(config).metrics
     draw_pictures(described, metrics, history, config.proj_dir)
     summary = {
         "version": VERSION,
@@ -147,7 +147,7 @@ def _last_words(
     """Write the last lines of a run: its results, the verdict, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
-    described = objective_of(config).metrics
+    described = loss_of(config).metrics
     what = "loss" if described.by_loss else "reward of drawn answers"
     lines = [
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, {what}"

@@ -165,12 +165,12 @@ def _backward(
     """Backpropagate a micro-batch; return its part of the loss that reports show. `shares`: micro-batches in
     the step."""
     batch = batch.to(model.emb.weight.device)
-    total, metrics = objective(model, batch)
+    total, metrics = objective.loss(model, batch, objective.chunks)
     weight = batch.step_weight or 1.0
     loss = total / weight
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
-    return (objective.reported(total, metrics) / weight).double()
+    return (objective.loss.reported(total, metrics) / weight).double()
 
 
 @torch.no_grad()
@@ -189,5 +189,5 @@ def held_out_loss(model: RWKV, objective: Objective, held_out: Examples) -> floa
     with ops.nan_passes():
         beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks))
         for batch in batches(held_out):
-            total += objective.reported(*objective(model, batch.having(**beside)))
+            total += objective.loss.held_out(model, batch.having(**beside), objective.chunks)[0]
     return float(total) / held_out.weight

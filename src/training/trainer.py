@@ -170,12 +170,13 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        loss, metrics = self.objective(self.model, batch.having(**self.beside), self.feed.keep)
+        given, trained = batch.having(**self.beside), self.objective.loss
+        loss, metrics = trained(self.model, given, self.objective.chunks, self.feed.keep)
         weight = batch.step_weight or 1.0
-        self.step_loss += self.objective.reported(loss, metrics) / weight
+        self.step_loss += trained.reported(loss, metrics) / weight
         if len(metrics):
             before = self.feed.step_sums if self.step_metrics is None else self.step_metrics
-            self.step_metrics = metrics if before is None else self.objective.joined(before, metrics)
+            self.step_metrics = metrics if before is None else trained.joined(before, metrics)
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
@@ -186,7 +187,7 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """Compute the objective for a batch of held-out rows; held_out_loss.validation_loss() calls it."""
-        return self.objective(self.model, batch)
+        return self.objective.loss.held_out(self.model, batch, self.objective.chunks)
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Compute ln p of the trained tokens of a batch."""

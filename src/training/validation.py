@@ -11,7 +11,6 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
 from ..common.files import append_line, write_lines
-from ..objectives.kinds import objective_of
 from .callbacks import StepReport, refuse_overwritten
 from .validation_log import (
     BEST,
@@ -49,7 +48,7 @@ class Watch(Callback):
         self.evaluation.start(trainer)
 
     def on_train_start(self, trainer, module) -> None:
-        self.metrics = objective_of(module.config).metrics
+        self.metrics = module.objective.loss.metrics
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
         self._if_due(trainer, module)

@@ -7,7 +7,7 @@ import os
 
 from ..common.files import read_lines
 from ..config import Config
-from ..objectives.loss_metrics import LossMetrics
+from ..losses.metrics import LossMetrics
 from .run_folder import METRICS
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"

@@ -18,8 +18,8 @@ from rwkv_miss.files.hub_names import of_address
 from rwkv_miss.progress import Progress
 
 from ...common.first_process import is_first_process
-from ...config.loss_settings import LOSSES
 from ...config.schema import FIELDS
+from ...losses import LOSSES
 from . import binidx, json_text, tables, text
 from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
 from .text import MB
@@ -37,6 +37,9 @@ WATCHED = 16  # records between two updates of the progress
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
+ROWS_OF = {"pairs": PAIRS, "labels": LABELS}  # source of a loss -> what its rows are; else SFT
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """Settings about how data are read."""
@@ -50,7 +53,7 @@ class Reading:
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
-        rows = (dict.fromkeys(LOSSES, PAIRS) | {"kto": LABELS}).get(getattr(config, "loss", ""), SFT)
+        rows = ROWS_OF.get(LOSSES[getattr(config, "loss", "sft")].source, SFT)
         return cls(tuple(filter(None, names)), config.sft_split, rows, config.largest_row * MB)
 
 

@@ -49,9 +49,10 @@ class TaughtEvaluation(RewardEvaluation):
     def _read(self, model: RWKV, groups: list[AnswerGroup]) -> None:
         """Add the KL of some answers."""
         objective, shared = self.module.objective, self.module.shared
+        loss = objective.loss
         rows = [[group] for group in groups]
         batch = collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP).to(self.sums.device)
-        self.sums[0] += objective.reported(*objective(model, self.module.data.teacher.beside(batch)))
+        self.sums[0] += loss.reported(*loss(model, self.module.data.teacher.beside(batch), objective.chunks))
         self.sums[1] += batch.targets.numel()
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:

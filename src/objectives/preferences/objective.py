@@ -4,101 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.files.hub_names import recorded
 
 from ... import ops
-from ...common.batch import Batch, Reads
+from ...common.batch import Batch
 from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.examples import Examples
 from ...data.held_out import FORWARD
 from ...data.preferences import Preferences
 from ...data.tokenizer import Tokenizer
-from ...model.preference_loss import PreferenceLoss
 from ..base import Evaluated, Feed, Objective, PromptReading, TrainingData
 from ..estimates import BatchSizes, largest_shared
 from ..held_out_loss import HeldOutLoss
-from ..loss_metrics import LossMetrics
 from ..policy import Policy
 from ..reference_model import ReferenceKl, relative_work
 from ..reference_pass import ReferencePass
 from .kto_baseline import WithBaseline, baseline
-from .metrics import PREFERENCES
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
-
-# values of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
-BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
-# The rate of a preference without cross entropy, relative to a supervised training's: in TRL 1e-6 and 2e-5;
-# 1/10 and 1/30 were measured on small models (docs/preferences.md).
-RATE_SHARE = 1 / 20
 
 
 class OnPreferences(Objective):
-    """Objective of a loss on pairs of answers, or under kto on single ones."""
-
-    same = "whose prompts are"
-
-    @functools.cached_property
-    def loss(self) -> PreferenceLoss:
-        config = self.config
-        return PreferenceLoss(
-            config.loss,
-            beta=config.beta,
-            sft_weight=config.sft_weight,
-            average=config.loss_average == "mean",
-            label_smoothing=config.label_smoothing,
-            gamma=config.simpo_gamma,
-            orpo_lambda=config.orpo_lambda,
-            desirable_weight=config.desirable_weight,
-            undesirable_weight=config.undesirable_weight,
-        )
-
-    @property
-    def word(self) -> str:
-        return "pair" if self.loss.paired else "answer"
-
-    @property
-    def metrics(self) -> LossMetrics:
-        return dataclasses.replace(PREFERENCES, loss_of=self.word)
-
-    @property
-    def looks(self) -> int:
-        """Under kto each example is looked at once more with another prompt, for the baseline."""
-        return 1 if self.loss.paired else 2
-
-    @property
-    def rate_share(self) -> float:
-        """A preference alone gets a smaller rate than what has the cross entropy of right answers in it."""
-        return RATE_SHARE if self.config.sft_weight == 0 else 1.0
-
-    def defaults(self) -> Iterator[tuple[str, object, str]]:
-        config = self.config
-        beta = config.beta
-        if config.is_automatic("beta") and config.loss in BETAS:
-            beta = BETAS[config.loss]
-            yield "beta", beta, f"the usual one of --loss {config.loss}"
-        weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
-        if config.loss == "ipo":
-            weight = float(f"{1 / beta:.3g}")  # IPO's own gradient is 1 / beta at first
-            reason = f"1 / beta, as much as the preference pulls; {reason}"
-        elif config.loss == "orpo":
-            reason = "a part of --loss orpo"
-        yield "sft_weight", weight, reason
-
-    def judged_by(self) -> Objective:
-        """Return this objective, with the cross entropy of the chosen answers at weight 1 or more.
-
-        A preference alone is the smaller the higher the rate, also where the right answers get lost.
-        """
-        if self.config.sft_weight >= 1:
-            return self
-        return OnPreferences(dataclasses.replace(self.config, sft_weight=1.0))
+    """Pairs of answers, or under kto single ones."""
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         if not documents.paired:
@@ -134,57 +65,21 @@ class OnPreferences(Objective):
             return found
         return dataclasses.replace(found, shared=largest_shared(documents, sized))
 
-    def reads(self) -> Reads:
-        # how many answers there are is not known; what there is of each is a few numbers
-        reference = ("reference",) if self.loss.needs_reference else ()
-        return Reads(("answer", "chosen", *reference), answers=2)
-
     def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         if not self.loss.needs_reference:
             return 0.0
-        return FORWARD * relative_work(self.config.reference, arch) * self.looks * (trained + held_out)
-
-    @property
-    def description(self) -> str:
-        """The loss with its settings and what it compares with.
-
-        "dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base, adapter off"
-        """
-        loss = self.loss
-        said = [loss.kind]
-        if loss.kind != "orpo":
-            said.append(f"beta {loss.beta:g}")
-        if loss.kind == "dpo":
-            said.append("log p per token" if loss.average else "log p summed")
-        if loss.kind == "simpo":
-            said.append(f"gamma {loss.gamma:g}")
-        if loss.kind == "orpo":
-            said.append(f"lambda {loss.orpo_lambda:g}")
-        if loss.label_smoothing:
-            said.append(f"label smoothing {loss.label_smoothing:g}")
-        if loss.kind == "kto":
-            said.append(f"weights {loss.desirable_weight:g} and {loss.undesirable_weight:g}")
-        said.append(
-            f"with {loss.sft_weight:g} x the NLL of the chosen answer" if loss.sft_weight else "without NLL"
-        )
-        return f"{', '.join(said)}; {self._reference_text()}"
-
-    def _reference_text(self) -> str:
-        if not self.loss.needs_reference:
-            return "no reference"
-        if self.config.reference:
-            return f"reference: {os.path.basename(recorded(self.config.reference).rstrip('/'))}"
-        return "reference: the base" + (", adapter off" if self.config.peft != "none" else "")
+        work = FORWARD * relative_work(self.config.reference, arch) * self.loss.facts.passes
+        return work * (trained + held_out)
 
     def lines(self, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
-        config, said = self.config, self.description
+        config, said = self.config, f"{self.loss.description}; {self.loss.reference_text(self.config.peft)}"
         if self.loss.needs_reference:
             kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
             said += f", read once before step 1 and kept in {kept_in}"
         if not self.loss.paired:
             of_all = f"of {counted(len(documents), 'answer')}"
             said += f"; {int(documents.chosen.sum()):,} {of_all} to be preferred"
-        in_a_step = counted(round(len(documents) / schedule.steps_per_pass), self.word)
+        in_a_step = counted(round(len(documents) / schedule.steps_per_pass), self.loss.words.example)
         prompts = self.prompt_reading(documents, schedule, arch).explanation
         return [
             f"loss       {said}; about {in_a_step} in a step",
@@ -197,10 +92,10 @@ class OnPreferences(Objective):
             return [f"all {count} have label true: nothing says what to avoid; --loss sft may be meant"]
         if not preferred:
             return [f"all {count} have label false: nothing says what to prefer, and the model may be lost"]
-        if self.loss.sft_weight != 0:
+        if self.config.sft_weight != 0:
             return []
         return [
-            f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {self.loss.kind} may lose"
+            f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {self.loss.name} may lose"
             " them while its accuracy rises; watch log p of the chosen, and right answers"
         ]
 

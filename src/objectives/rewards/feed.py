@@ -27,7 +27,7 @@ from ...data.answer_batches import GROUP, collate_answers
 from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
 from ...evaluation.rewards import Failed
-from ...model.grpo_loss import DrawnAnswers, reward_metric
+from ...losses._drawn import Drawn, reward_metric
 from ..base import BetweenSteps, Feed, Objective, StepSize
 from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
@@ -101,7 +101,7 @@ class RolloutFeed(Feed):
         reference: Reference | None,
     ):
         self.rollouts, self.schedule, self.steps, self.policy = rollouts, schedule, steps, policy
-        self.loss: DrawnAnswers = objective.loss
+        self.loss: Drawn = objective.loss
         self.rewards, self.chunk = rollouts.rewards, objective.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
         self.reference = reference
@@ -177,7 +177,7 @@ class RolloutFeed(Feed):
                 batch.reference = self.reference.of(batch, phase)
 
     def _is_trained(self, group: Group) -> bool:
-        return not group.failed and (group.live or self.loss.beta > 0)
+        return not group.failed and (group.live or self.loss.options.beta > 0)
 
     def _totals(self, groups: list[Group], examples: list[AnswerGroup], error: UserError | None) -> Totals:
         scored = [group for group in groups if not group.failed]

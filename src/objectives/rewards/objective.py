@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
 from collections.abc import Iterator
 
 import numpy as np
 
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.files.hub_names import recorded
 
-from ...common.batch import Reads
 from ...common.device import PRECISIONS
 from ...common.formatting import counted
 from ...data.batches import Schedule
@@ -25,12 +21,9 @@ from ...data.questions import LoadedQuestions, QuestionReader, Questions, text_l
 from ...data.tokenizer import Tokenizer
 from ...evaluation.rewards import Rewards
 from ...model.batch_loss import state_bytes
-from ...model.grpo_loss import GrpoLoss
 from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
 from ..estimates import BatchSizes, Speed, Times, Work
-from ..loss_metrics import LossMetrics
 from ..policy import Policy
-from .metrics import reward_metrics
 from .sizes import (
     LIKELIHOODS,
     READING,
@@ -45,52 +38,11 @@ from .sizes import (
     usual_length,
 )
 
-CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier faster than others rarer
-
 
 class OnRewards(Objective):
-    """Objective of GRPO on answers that the model gives to questions."""
+    """Questions, whose answers the model draws, and their rewards."""
 
-    word = "question"
-    same = "whose prompts are"
-    usual_rows = 16
-    has_small_steps = False  # a question or two of a step may be dead
-    usual_steps = 200  # each draws answers, which takes longer than training on them
-    # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training has 3e-3
-    rate_share = 1 / 2
-    evaluations_between = 5
-    row = "question"
-    one_row = "question with its answers"
-    evaluates = "greedy answers to"
-    asks_samples = False  # they are some of the answers that are counted anyway
-    keeps_reference = True  # each rollout phase is looked at
     packs = True  # the answers to a question share a row
-
-    @functools.cached_property
-    def loss(self) -> GrpoLoss:
-        config = self.config
-        return GrpoLoss(
-            config.grpo_type,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            beta=config.beta,
-            max_tokens=config.max_tokens,
-            rewards=tuple(config.rewards),
-        )
-
-    @property
-    def metrics(self) -> LossMetrics:
-        return reward_metrics(self.config.rewards)
-
-    def defaults(self) -> Iterator[tuple[str, object, str]]:
-        config = self.config
-        of_type = f"as in the paper of --grpo_type {config.grpo_type}"
-        yield "rewards", {"exact": 1.0}, "the reference answer, and nothing else"
-        wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
-        high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
-        yield "clip_high", high, reason
-        yield "advantage_scale", "none" if config.grpo_type == "dr_grpo" else "group", of_type
-        yield "beta", 0.0, "no KL, as rewards are checked and not learned"
 
     def defaults_by_data(
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
@@ -123,11 +75,6 @@ class OnRewards(Objective):
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         return largest_groups(documents, self.config.micro_bsz, self.config.chunk_ctx)
-
-    def reads(self) -> Reads:
-        config, names = self.config, ["answer", "advantage", "drawn"]
-        names += ["old"] * (config.inner_steps > 1) + ["reference"] * (config.beta > 0)
-        return Reads(tuple(names), answers=config.group_size)
 
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
         config = self.config
@@ -178,33 +125,6 @@ class OnRewards(Objective):
         tokens = schedule.repeats * sum(rollout_tokens(schedule, steps, asked))
         return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
 
-    @property
-    def description(self) -> str:
-        """The loss with its settings.
-
-        "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, against the
-        mean of a question's answers, in units of their spread; clip 0.2 and 0.28; no KL"
-        """
-        config = self.config
-        terms = " + ".join(
-            name if weight == 1 else f"{weight:g} {name}" for name, weight in config.rewards.items()
-        ).replace("+ -", "- ")
-        scale = ", in units of their spread" if config.advantage_scale == "group" else ""
-        inner = f"; {config.inner_steps} steps on each draw" if config.inner_steps > 1 else ""
-        return (
-            f"grpo ({config.grpo_type}), {config.group_size} answers to a question, of at most"
-            f" {counted(config.max_tokens, 'token')}; reward {terms}, against the mean of a question's"
-            f" answers{scale}; clip {config.clip_low:g} and {config.clip_high:g}{inner}; {self._kl_text()}"
-        )
-
-    def _kl_text(self) -> str:
-        beta, reference = self.config.beta, self.config.reference
-        if not beta:
-            return "no KL"
-        if reference:
-            return f"KL {beta:g} to {os.path.basename(recorded(reference).rstrip('/'))}"
-        return f"KL {beta:g} to the base, adapter off"
-
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         config = self.config
         rows = self.sampled_at_once(arch, config.precision, config.accelerator)
@@ -212,7 +132,7 @@ class OnRewards(Objective):
         if config.chunk_ctx:
             read = "is read once to draw, and before each answer to train on it, as rows run in chunks"
         return [
-            f"loss       {self.description}",
+            f"loss       {self.loss.description}",
             f"prompts    each {read}; {counted(rows, 'answer')} are drawn at once, at temperature 1",
         ]
 
@@ -232,7 +152,7 @@ class OnRewards(Objective):
 
     def evaluated_text(self, evaluated: Examples) -> str:
         answered = "is" if len(evaluated) == 1 else "are"
-        return f"{counted(len(evaluated), self.word)} of them {answered} answered"
+        return f"{counted(len(evaluated), self.loss.words.example)} of them {answered} answered"
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool

@@ -28,8 +28,8 @@ from ...inference.decoders import for_training
 from ...inference.engine import Engine
 from ...inference.request import Answer, Request
 from ...inference.sampling import Sampling
+from ...losses.grpo import advantages
 from ...model import RWKV
-from ...model.grpo_loss import advantages
 from .sizes import TOGETHER, rows_at_once
 
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)

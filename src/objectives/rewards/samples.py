@@ -11,7 +11,7 @@ from ...common.files import append_line, read_lines, write_lines
 from ...common.formatting import both_ends
 from ...data.held_out import SAMPLE_CHARACTERS
 from ...evaluation.rewards import Failed
-from .metrics import SAMPLES
+from . import SAMPLES
 
 LINES = 20  # approximate number in a run
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
-from ...config.loss_settings import REWARDS
 from ...data.batches import Schedule
 from ...data.chat_template import begins_thoughts
 from ...data.held_out import FORWARD
@@ -23,6 +22,7 @@ from ...data.questions import (
     text_length,
 )
 from ...data.tokenizer import Tokenizer
+from ...losses.grpo import REWARDS
 from ...model.batch_loss import state_bytes
 from ..estimates import BatchSizes, SharedPrompts, Work
 

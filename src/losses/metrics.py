@@ -1,6 +1,6 @@
 """Metrics beside the loss in metrics.jsonl and validation.jsonl, and their text.
 
-Each objective has one description: LossMetrics. The bar, the printed lines, the pictures, the
+Each loss has one description: LossMetrics. The bar, the printed lines, the pictures, the
 cards, run.json and the writers all follow it.
 """
 
@@ -156,3 +156,15 @@ def loss_text(line: dict) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
+
+
+# of greedy answers to held-out questions, beside every loss
+RIGHT = {"right_answers": "right answers, greedy"}  # title of the share in tables
+SHOWN = Shown(("right_answers",), lambda share: f"right answers {percent(share)}", of="asked")
+BITS = {"bits_per_byte": "bits a byte"}  # of running text; title of the score in tables
+SUPERVISED = LossMetrics(
+    RIGHT | BITS,
+    shares=(*RIGHT,),
+    line=(SHOWN, Shown((*BITS,), lambda bits: f"{bits:.3f} bits a byte")),
+    nats=("loss", "the loss"),
+)

@@ -1,4 +1,4 @@
-"""Loss of distillation: the cross entropy of a token, and the KL to a student q from a teacher p.
+"""Distillation: the cross entropy of a token, and the KL to a student q from a teacher p, --loss distill.
 
     (1 - mix) CE + mix T^2 KL(p || q)
 
@@ -8,31 +8,93 @@ tokens are known. All others are one class more, in p and in q, as with `loss_ad
 teacher's server: without it a model could move all it has of them anywhere. KL of fewer classes is a lower
 bound of KL over the vocabulary. Inside the last class the gradient keeps the model's own proportions.
 
-`distillation_sums` defines the loss, from logits. `head_distillation` computes it from the head's input by
-blocks of tokens, as loss.py does. The cross entropy has the term of L2Wrap, and the KL none.
+`distillation_sums` defines the loss, from logits. `TeacherBlocks` compute it with its gradient by blocks of
+tokens. The cross entropy has the term of L2Wrap, and the KL none. The loss that reports show is the cross
+entropy, which can be compared with any other run's; the KL stands beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.native import ACTIVATION_DTYPES
-from .loss import Blocks, HeadLoss, in_place_of, loss_sum, wide
-from .reverse_kl import WholeTeacher
+from rwkv_miss.files.hub_names import recorded
 
-LOWEST = -65504.0  # the smallest ln p, in fp16; its exp() is 0
+from ..common.batch import Batch, Reads
+from ..common.option import opt
+from ..model.batch_loss import Chunks, batch_sums
+from ..model.loss import Blocks, in_place_of, loss_sum, wide
+from ..model.rwkv import RWKV
+from . import options
+from .base import DocumentLoss, Keep, Words, register
+from .metrics import SUPERVISED, Shown
+
+
+@register
+class Distill(DocumentLoss):
+    name = "distill"
+    about = "the cross entropy and the KL from a teacher, the model of --reference (docs/training.md)"
+    needs_reference = needs_teacher = True
+    words = Words(reference="teacher")
+    metrics = dataclasses.replace(
+        SUPERVISED,
+        titles={**SUPERVISED.titles, "kl": "KL from the teacher, per token"},
+        bar=(Shown(("kl",), lambda nats: f"KL {nats:.3f}"),),
+        line=(*SUPERVISED.line, Shown(("kl",), lambda nats: f"KL from the teacher {nats:.4f}")),
+    )
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(options.Teacher):
+        distill_top: int = opt(
+            64,
+            "distill: the number of likeliest tokens that are kept of the teacher at each trained token. All"
+            " others count as one",
+            low=1,
+            high=2**16,
+        )
+        distill_mix: float = opt(
+            0.9,
+            "distill: the weight of the KL; the cross entropy has 1 minus that",
+            low=0,
+            high=1,
+        )
+
+    def reads(self) -> Reads:
+        return Reads(("teacher",), teacher=2 * self.options.distill_top + 1)
+
+    def __call__(self, model: RWKV, batch: Batch, chunks: Chunks, keep: Keep = None) -> tuple[Tensor, Tensor]:
+        teacher = Teacher(batch.teacher, self.options.distill_mix, self.options.distill_temperature)
+        sums = batch_sums(model, batch, chunks, teacher)
+        count = sums.new_full((1,), batch.targets.numel())
+        weight = count if batch.weights is None else batch.weights.sum(0, keepdim=True)
+        return sums[0], torch.cat([sums[1:].detach(), weight]).double()
+
+    def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
+        return metrics[0]
+
+    def means(self, sums: list[float]) -> dict[str, float]:
+        return {"kl": sums[1] / max(sums[2], 1e-30)}
+
+    @property
+    def description(self) -> str:
+        """The loss with its settings: 0.1 x the cross entropy + 0.9 x T^2 x the KL from big.pth, T 2."""
+        mix = self.options.distill_mix
+        teacher = os.path.basename(recorded(self.options.reference).rstrip("/"))
+        return (
+            f"distill, {1 - mix:g} x the cross entropy + {mix:g} x T^2 x the KL from {teacher},"
+            f" T {self.options.distill_temperature:g}"
+        )
 
 
 class Teacher(NamedTuple):
-    """Values of a teacher for some tokens, and the settings of the loss.
+    """Values of a teacher for some tokens, and the settings of the loss: a model.loss.LogitLoss.
 
-    `numbers` are (tokens, 2 k + 1) in fp32: the ids of its k likeliest tokens, ln p of each at the
-    temperature, and ln p of all others together.
+    `numbers` are those of model.loss.top_of(), (tokens, 2 k + 1) in fp32.
     """
 
     numbers: Tensor
@@ -53,14 +115,6 @@ class Teacher(NamedTuple):
         return self.numbers[:, :count].long(), self.numbers[:, count:].to(dtype).log_softmax(1)
 
 
-def top_of(logits: Tensor, count: int, temperature: float) -> Tensor:
-    """Return Teacher.numbers of logits (tokens, V), in at least fp32."""
-    log_probs = (wide(logits) / temperature).log_softmax(1)
-    top, ids = log_probs.topk(count, 1)
-    rest = log_probs.scatter_(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat([ids.to(top.dtype), top.clamp(min=LOWEST), rest.clamp(min=LOWEST)], 1)
-
-
 def distillation_sums(logits: Tensor, targets: Tensor, weights: Tensor | None, teacher: Teacher) -> Tensor:
     """Sum over tokens, each times its weight: the loss, the cross entropy, the KL. (3,) in at least fp32.
 
@@ -78,32 +132,15 @@ def distillation_sums(logits: Tensor, targets: Tensor, weights: Tensor | None, t
     return torch.stack([loss, cross_entropy.detach(), kl.detach()])
 
 
-def head_distillation(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher: Teacher | WholeTeacher,
-    native: bool = False,
-    weights: Tensor | None = None,
-    exact: bool = False,
-) -> Tensor:
-    """Compute teacher.sums(x W^T, targets, weights). All others are as for loss.head_loss()."""
-    if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()
-    native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-    blocks = teacher.blocks(x, weight, targets, weights, native, exact, teacher=teacher)
-    return HeadLoss.apply(x, weight, blocks)
-
-
 @dataclasses.dataclass(frozen=True)
 class TeacherBlocks(Blocks):
     """Blocks whose tokens have the loss, the cross entropy and the KL, each times its weight."""
 
-    teacher: Teacher | None = None
+    logit_loss: Teacher | None = None
     numbers: ClassVar[tuple[int, ...]] = (3,)
 
     def losses_of(self, logits: Tensor, part: slice) -> Tensor:
-        teacher = self.teacher._replace(numbers=self.teacher.numbers[part])
+        teacher = self.logit_loss._replace(numbers=self.logit_loss.numbers[part])
         scale = teacher.mix * teacher.temperature**2
         kl, gradient_of_kl = kl_and_gradient(logits, teacher)
         cross_entropy = dataclasses.replace(self, weights=None).cross_entropy(logits, part)
