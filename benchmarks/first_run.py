@@ -47,7 +47,7 @@ from src.data.questions import answer_limit, read_questions
 from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
-from src.objectives.kinds import objective_of
+from src.sources.kinds import source_of
 from src.training import trainer
 from src.training.short_runs import held_out_loss
 
@@ -279,7 +279,7 @@ def test_loss(task: Task, model, tokenizer, template: Template) -> float:
     encoder = Encoder(tokenizer, template, config.loss_mask)
     reading = Reading.of(config)
     tokens = load_documents(str(task.test), encoder, "none", reading, Report(config.on_bad_row, ""), 0)
-    return held_out_loss(model, objective_of(config), tokens.documents(config.ctx_len))
+    return held_out_loss(model, source_of(config), tokens.documents(config.ctx_len))
 
 
 def best_rate(trainings: Trainings, seed: int) -> float:

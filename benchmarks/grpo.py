@@ -30,7 +30,7 @@ from rwkv_miss import merge_file
 from rwkv_miss.version import commit
 from src.data.templates import recorded_template
 from src.inference.load import load
-from src.objectives.rewards.rollouts import FROM_THE_MODEL
+from src.sources.drawn.rollouts import FROM_THE_MODEL
 
 from . import experiment
 from .common import as_flags

@@ -40,14 +40,13 @@ with importing():
     from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.model import RWKV
-    from src.objectives.base import Objective
-    from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
     from src.planning.plan import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
+    from src.sources.base import Source
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
-    from src.training.short_runs import Trial, held_out_loss, trials, with_reference
+    from src.training.short_runs import Trial, held_out_loss, judge_of, trials, with_reference
     from src.training.validation_log import BEST
 
 OWN = ("rates", "steps", "setting")
@@ -162,12 +161,12 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
         f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
         f" {counted(plan.schedule.rows_per_step, 'row')} each"
     )
-    data, schedule, objective = plan.data, plan.schedule, objective_of(config)
-    documents, held_out = with_reference(model, objective, data.documents, data.held_out, schedule, steps)
-    before = loss_before(model, objective.judged_by(), held_out)
-    show_header(ours.setting, objective, before)
+    data, schedule, source = plan.data, plan.schedule, plan.source.having(config)
+    documents, held_out = with_reference(model, source, data.documents, data.held_out, schedule, steps)
+    before = loss_before(model, judge_of(source), held_out)
+    show_header(ours.setting, source, before)
     done = []
-    for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
+    for trial in trials(model, source, documents, held_out, steps, ours.setting, rates):
         done.append(trial)
         print(line(trial, before), flush=True)
     shortened = given.epoch_steps if not ours.steps and plan.steps <= STEPS else 0
@@ -195,30 +194,30 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     for warning in data_text.cut_warnings(data.documents, config.ctx_len):
         print(f"warning    {warning}")
     print(
-        f"held out   {counted(len(data.held_out), objective_of(config).loss.words.example)}, loss on"
+        f"held out   {counted(len(data.held_out), plan.source.loss.words.example)}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
 
 
-def loss_before(model: RWKV, objective: Objective, held_out: Examples) -> float:
+def loss_before(model: RWKV, source: Source, held_out: Examples) -> float:
     """Compute the held-out loss before any training. Raises UserError if it is not finite."""
-    before = held_out_loss(model, objective, held_out)
+    before = held_out_loss(model, source, held_out)
     if not math.isfinite(before):
         raise UserError(
             f"the loss on the held-out documents is {before} before any training; the base, or --precision"
-            f" {objective.config.precision}, gives numbers that are not finite"
+            f" {source.config.precision}, gives numbers that are not finite"
         )
     return before
 
 
-def show_header(setting: str, objective: Objective, before: float) -> None:
-    per = objective.metrics.loss_of
+def show_header(setting: str, source: Source, before: float) -> None:
+    per = source.loss.metrics.loss_of
     print(
         f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss, per {per}; last: mean of"
         " the last tenth of the steps"
     )
-    if objective.judged_by() is not objective:
+    if judge_of(source).loss is not source.loss:
         print(f"{'':>40}    held out: with the cross entropy of the chosen answers, which is not trained")
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
 

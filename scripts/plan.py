@@ -35,8 +35,6 @@ with importing():
     from src.config.parse import flag_parser, read_flags
     from src.config.schema import CHOSEN, FIELDS
     from src.model import RWKV
-    from src.objectives.estimates import Speed
-    from src.objectives.kinds import objective_of
     from src.planning.defaults import cheapest_fix
     from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed
@@ -45,6 +43,8 @@ with importing():
     from src.planning.throughput import speed_here
     from src.reporting import data_text, plan_text
     from src.run import prepare
+    from src.sources.estimates import Speed
+    from src.sources.kinds import source_of
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
@@ -144,11 +144,11 @@ def shown(found: Needs) -> list[str]:
     """Write the lines of the plan."""
     plan, cost = found.plan, found.cost
     config, device, data = plan.settings, plan.device, plan.data
-    objective = objective_of(config)
+    source = source_of(config)
     warnings = [
         *data.found.warnings(),
         *data_text.cut_warnings(data.documents, config.ctx_len),
-        *objective.warnings(data.documents, plan.tokenizer),
+        *source.warnings(data.documents, plan.tokenizer),
     ]
     bound = "estimated, at most" if cost.provided else "estimated"
     slow = slow_line(plan)
@@ -159,7 +159,7 @@ def shown(found: Needs) -> list[str]:
         data_text.documents_line(plan),
         *data_text.sources(plan),
         plan_text.steps(plan),
-        *objective.lines(data.documents, plan.schedule, plan.arch),
+        *source.lines(data.documents, plan.schedule, plan.arch),
         plan_text.evaluation(plan, cost),
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}",

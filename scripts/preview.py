@@ -56,10 +56,10 @@ with importing():
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer
     from src.model import read_model_file
-    from src.objectives.sft import mask_text
     from src.planning.defaults import longest_uncut, row_length
     from src.planning.draft import Draft
     from src.reporting import data_text
+    from src.sources.documents import mask_text
 
 OWN = ("samples", "plain", "json", "strict")
 SHOWN_WEIGHTS = 6  # of more different weights only the range is shown

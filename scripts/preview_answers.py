@@ -8,7 +8,7 @@ from src.config import Config
 from src.data.examples import Examples
 from src.data.formats import Report
 from src.data.preferences import Preferences
-from src.objectives.kinds import objective_of
+from src.sources.kinds import source_of
 
 
 def answer_figures(examples: Examples, report: Report) -> dict:
@@ -45,7 +45,7 @@ def answer_lines(config: Config, figures: dict, examples: Examples, report: Repo
     lines = [_compared(figures, examples), *report.left_out_lines()]
     if too_long := examples.too_long_text(config.ctx_len):
         lines.append(f"left out   {too_long}")
-    return lines + [f"warning    {text}" for text in objective_of(config).warnings(examples, None)]
+    return lines + [f"warning    {text}" for text in source_of(config).warnings(examples, None)]
 
 
 def _compared(figures: dict, examples: Preferences) -> str:

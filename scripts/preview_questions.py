@@ -27,9 +27,9 @@ from src.data.formats import Reading, Report, encodable
 from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.losses.grpo import REWARDS
-from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
+from src.sources.kinds import source_of
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards of all reference answers; the others run in other processes, and see JUDGED of them
@@ -94,8 +94,8 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
         for name in odd_question(row, encoder):
             lint.note(name, asked.where)
 
-    objective = objective_of(config)
-    reader = QuestionReader(encoder, reading, report, objective.needs_answers)
+    source = source_of(config)
+    reader = QuestionReader(encoder, reading, report, source.needs_answers)
     loaded = reader.load(config.data_file, config.random_seed, note)
     for file in report.files.values():
         if file.bad:
@@ -111,7 +111,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
                 lint.note("known prompt", asked.where)
 
         QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)
-    for choice in objective.defaults_by_data(loaded, encoder.tokenizer):
+    for choice in source.defaults_by_data(loaded, encoder.tokenizer):
         draft.choose(*choice)
     draft.choose("ctx_len", *row_length(loaded.longest + draft.config.max_tokens - 1, config.chunk_ctx))
     config = draft.config
@@ -221,7 +221,7 @@ def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, d
         f" {'are' if longer > 1 else 'is'} longer",
         f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
         f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
-        f"loss       {objective_of(config).loss.description}",
+        f"loss       {source_of(config).description}",
         *(_worth_line(name, values) for name, values in worth.items()),
         *found.report.left_out_lines(),
     ]

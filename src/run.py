@@ -36,10 +36,6 @@ from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
 from .model import RWKV
-from .objectives.base import Objective, TrainingData
-from .objectives.kinds import objective_of
-from .objectives.reference_model import reference_of
-from .objectives.rewards import SAMPLES
 from .planning.base_model import build_model, choose_train_parts, new_arch, read_base, template_of_run
 from .planning.defaults import choose_no_evaluations
 from .planning.draft import Draft
@@ -61,6 +57,9 @@ from .planning.throughput import speed_here
 from .reporting import plan_text
 from .reporting.diagnosis import Warnings
 from .reporting.run_end import finish, is_summed_up
+from .sources.base import Source, TrainingData
+from .sources.drawn import SAMPLES
+from .sources.reference_model import reference_of
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import write_new_model, writer
 from .training.resume import (
@@ -172,7 +171,7 @@ def prepare(
         keep_rows_per_step(draft, before.rows_per_step, before.accumulation)
     data = read_data(draft, tokenizer, template)
     choose_train_parts(draft, arch, data.documents, tokenizer)
-    reward_digest = try_rewards(objective_of(draft.config), template, data) if for_run else None
+    reward_digest = try_rewards(draft.source, template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
     goes_without = before is not None and not before.value_or_zero("eval_steps")
@@ -192,6 +191,7 @@ def prepare(
         reward_digest=reward_digest,
         schedule=schedule,
         evaluated=evaluated,
+        source=draft.source,
     )
 
 
@@ -207,30 +207,20 @@ def with_rows(config: Config, rows: Iterable[dict]) -> Config:
     return dataclasses.replace(config, data_file=path)
 
 
-def train(
-    plan: Plan,
-    callbacks: Sequence[Callback] = (),
-    objective: Callable[[Config], Objective] = objective_of,
-) -> Result:
+def train(plan: Plan, callbacks: Sequence[Callback] = ()) -> Result:
     """Do what a plan says, and write the files of the run, whose folder nobody else uses meanwhile.
 
     `callbacks` are Lightning's. They are called after the report of a step, and before its checkpoint.
-    `objective` makes what is minimised.
     """
     start = Start(time.time())
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
         write_script_notes(plan.settings)
-        return train_in_folder(plan, start, callbacks, objective)
+        return train_in_folder(plan, start, callbacks)
 
 
-def train_in_folder(
-    plan: Plan,
-    start: Start,
-    callbacks: Sequence[Callback] = (),
-    objective: Callable[[Config], Objective] = objective_of,
-) -> Result:
+def train_in_folder(plan: Plan, start: Start, callbacks: Sequence[Callback] = ()) -> Result:
     """Do train() in a folder that is locked already."""
     config, resume_from = plan.settings, plan.resume_from
     if config.accelerator == "gpu":
@@ -262,12 +252,12 @@ def train_in_folder(
             put_best_back(config.proj_dir, history)
     if not over:
         try:
-            return do_steps(plan, model, shown, start.at, history, callbacks, objective(config))
+            return do_steps(plan, model, shown, start.at, history, callbacks)
         except torch.OutOfMemoryError:  # in a first step, see fit()
             del model  # with the traceback, which ends here, nothing holds what is on the GPU
         gc.collect()
         torch.cuda.empty_cache()
-        return train_in_folder(with_half_micro_batch(plan), start, callbacks, objective)
+        return train_in_folder(with_half_micro_batch(plan), start, callbacks)
     if is_first_process() and not is_summed_up(config.proj_dir, first_step):  # killed after its last step
         finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
@@ -289,12 +279,13 @@ def with_half_micro_batch(plan: Plan) -> Plan:
     if not config.value_or_zero("global_bsz"):  # it decides the number of passes
         draft.change("accumulate_grad_batches", passes, reason)
     schedule = dataclasses.replace(plan.schedule, micro_bsz=now, accumulate=passes)
-    return dataclasses.replace(plan, settings=draft.config, schedule=schedule)
+    source = plan.source.having(draft.config)
+    return dataclasses.replace(plan, settings=draft.config, schedule=schedule, source=source)
 
 
-def try_rewards(objective: Objective, template: Template, data: Data) -> str | None:
+def try_rewards(source: Source, template: Template, data: Data) -> str | None:
     """Check that rewards can judge these questions, or raise UserError; return --reward_file's hash."""
-    with objective.judge(template) as rewards:
+    with source.judge(template) as rewards:
         if not rewards:
             return None
         notes = rewards.check([*data.documents, *data.held_out], data.encoder.tokenizer)
@@ -327,7 +318,6 @@ def do_steps(
     started: float,
     history: list[dict],
     callbacks: Sequence[Callback],
-    objective: Objective,
 ) -> Result:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come.
 
@@ -343,7 +333,7 @@ def do_steps(
         say_running(config.proj_dir, steps=plan.steps, plan=shown)
 
     first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
-    report, *watch, saver = reporters(plan, model, started, history, objective)
+    report, *watch, saver = reporters(plan, model, started, history)
     # the base is only there for a measure if nothing but linears is adapted
     linears_alone = not config.init_adapter or only_linears_change(model)
     base = config.load_model if linears_alone else ""
@@ -352,10 +342,10 @@ def do_steps(
         config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, *callbacks, saver], first_step
     )
     begun = time.perf_counter()
-    with objective.judge(plan.template) as rewards:
+    with plan.source.judge(plan.template) as rewards:
         found = plan.data
         data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
-        module = FineTuning(model, config, data, plan.steps, first_step, objective, history)
+        module = FineTuning(model, plan.source, data, plan.steps, first_step, history)
         fit(trainer, module, report)
     step = trainer.global_step
     if trainer.is_global_zero:
@@ -390,8 +380,8 @@ def prepare_folder(plan: Plan) -> None:
     save(config, os.path.join(folder, CONFIG))
 
 
-def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], objective: Objective) -> list:
-    """Make the callbacks that write: the StepReport, the objective's, a Watch if documents are held out, else
+def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:
+    """Make the callbacks that write: the StepReport, the source's, a Watch if documents are held out, else
     ByHeart, and the Saver.
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
@@ -421,7 +411,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], obje
         resume_from,
     )
     watch = Watch(folder, history, write, report) if plan.data.held_out else ByHeart()
-    return [report, *objective.callbacks(folder), watch, saver]
+    return [report, *plan.source.callbacks(folder), watch, saver]
 
 
 def fit(trainer, module, report) -> None:

@@ -21,8 +21,8 @@ import torch
 
 from rwkv_miss import read_checkpoint
 from src.model import RWKV
-from src.objectives.estimates import Speed
 from src.planning.step_memory import StepBytes
+from src.sources.estimates import Speed
 
 from .conftest import ROOT, close
 
@@ -75,9 +75,9 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
     """Be one process of a run, after `sabotage` has been prepared."""
     import matplotlib.figure
 
-    import src.objectives.held_out_loss
     import src.planning.memory
     import src.run
+    import src.sources.held_out_loss
     import train
 
     os.chdir(ROOT)
@@ -91,7 +91,7 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
         }
-    src.objectives.held_out_loss.SAMPLE_TOKENS = sample_tokens
+    src.sources.held_out_loss.SAMPLE_TOKENS = sample_tokens
     if not counted:
         src.planning.memory.step_bytes = _few_bytes
         src.run.speed_here = _some_speed

@@ -21,7 +21,7 @@ from src.inference.engine import Engine, Request
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
-from src.objectives.held_out_loss import shortened
+from src.sources.held_out_loss import shortened
 
 from .answering import scripted
 from .conftest import make_arch, random_tensors

@@ -36,6 +36,7 @@ from src.model import RWKV
 from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.reporting import data_text, document_text
+from src.sources.kinds import source_of
 from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 
@@ -257,7 +258,9 @@ def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     config = Config(data_file=str(tmp_path / "rows.jsonl"), bos=spec, ctx_len=99)
     data = read_data(Draft(config), WORLD, DEFAULT)
     assert data.encoder.bos == bos
-    line = data_text.documents_line(types.SimpleNamespace(settings=config, data=data))
+    line = data_text.documents_line(
+        types.SimpleNamespace(settings=config, data=data, source=source_of(config))
+    )
     assert line.endswith(f"(template rwkv{f', BOS token {bos[0]}' if bos else ''})")
     shown = document_text.short_sample(data.documents[0], WORLD)
     assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))
@@ -267,7 +270,9 @@ def test_the_plan_counts_the_documents_of_a_text_and_no_row(tmp_path):
     (tmp_path / "book.txt").write_text("word " * 2000)
     config = Config(data_file=str(tmp_path / "book.txt"), ctx_len=256)
     data = read_data(Draft(config), WORLD, DEFAULT)
-    line = data_text.documents_line(types.SimpleNamespace(settings=config, data=data))
+    line = data_text.documents_line(
+        types.SimpleNamespace(settings=config, data=data, source=source_of(config))
+    )
     cut = "1 text of more than --ctx_len 256 tokens, cut into several documents"
     assert f"book.txt (plain text): {len(data.documents)} documents ({cut}), 2," in line
 

@@ -396,7 +396,8 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
 
 
 def test_every_setting_is_read_somewhere():
-    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `config.value_or_zero("NAME")`; by Config `self.NAME`.
+    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `config.value_or_zero("NAME")`; by Config `self.NAME`;
+    by a loss `self.options.NAME`, or of that `given.NAME`.
 
     The rules of validate.py alone would not make a setting do something.
     """
@@ -405,11 +406,11 @@ def test_every_setting_is_read_somewhere():
         if path == ROOT / "src/config/validate.py":
             continue
         holders = ("config", "c", "self") if path.name == "schema.py" else ("config", "c")
+        holders += ("given", "options") if path.parent.name == "losses" else ()
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in holders
+                and getattr(node.value, "id", getattr(node.value, "attr", "")) in holders
             ):
                 read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):

@@ -30,6 +30,7 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.reporting import data_text, document_text
+from src.sources.kinds import source_of
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors
@@ -174,7 +175,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
 
     config = Config(ctx_len=8)
     schedule = rows_and_steps.make_schedule(documents, config, 1)
-    plan = types.SimpleNamespace(settings=config, schedule=schedule)
+    plan = types.SimpleNamespace(settings=config, schedule=schedule, source=source_of(config))
     assert len(schedule.rows) == 3 and data_text.rows(plan) == "rows of 8 tokens, 75% full"
     assert data_text.long_texts(documents, 8) == [
         "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins"
@@ -437,7 +438,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 
     packed: the length of rows that documents share; 0: a row for each.
     """
-    from src.objectives.base import Feed, TrainingData
+    from src.sources.base import Feed, TrainingData
     from src.training.trainer import FineTuning
 
     config = Config(
@@ -448,7 +449,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
         packing=packed > 0,
         ctx_len=packed or 1024,
     )
-    module = FineTuning(model, config, TrainingData(documents, Documents([])), 4)
+    module = FineTuning(model, source_of(config), TrainingData(documents, Documents([])), 4)
     strategy = types.SimpleNamespace(model=model, root_device=torch.device("cpu"), predict_step=None)
     module._trainer = types.SimpleNamespace(world_size=world, global_rank=0, strategy=strategy)
     module.setup("fit")

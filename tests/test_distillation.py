@@ -18,15 +18,14 @@ from src.data.tokenizer import load_tokenizer
 from src.losses.distill import Teacher, distillation_sums
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.batch_loss import Chunks, batch_sums
 from src.model.loss import head_loss, head_sums, top_of
-from src.objectives.kinds import objective_of
-from src.objectives.reference_blocks import Blocks
-from src.objectives.reference_model import build_reference
-from src.objectives.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
+from src.sources.kinds import source_of
+from src.sources.reference_blocks import Blocks
+from src.sources.reference_model import build_reference
+from src.sources.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row
 from src.training.short_runs import held_out_loss, put_back, train
 
 from . import program
@@ -145,27 +144,6 @@ def documents_with_values(lengths, vocab, count, seed=0):
     return documents.with_reference(packed(numbers.numpy(), top_tokens(count, vocab)))
 
 
-def test_rows_in_chunks_or_alone_make_the_same_sums_and_gradients():
-    """Packed with ends in and between chunks; a teacher's values follow their tokens."""
-    documents = documents_with_values([6, 4, 9, 12, 3], 67, 3)
-    model = make_model(7, dtype=torch.float64)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    layouts = {
-        "whole": ([[0, 1, 2], [3, 4]], 0),
-        "chunks": ([[0, 1, 2], [3, 4]], 8),
-        "alone": ([[4], [0], [3], [2], [1]], 0),
-    }
-    found = {}
-    for name, (rows, chunk) in layouts.items():
-        batch = documents.collator(chunk)([[documents[i] for i in row] for row in rows], 1.0)
-        batch = batch.having(weights=batch.weights.double(), teacher=batch.teacher.double())
-        sums = batch_sums(model, batch, Chunks(chunk), Teacher(batch.teacher, 0.25, 1.5))
-        found[name] = [sums.detach(), *torch.autograd.grad(sums[0], trained)]
-    for name in ("chunks", "alone"):
-        for got, want in zip(found[name], found["whole"], strict=True):
-            assert (got - want).norm() <= 1e-10 * want.norm(), name
-
-
 def test_a_sweep_of_rates_judges_by_the_cross_entropy():
     """With values of the teacher in the batches, as where nothing is held out, and without."""
     documents, model = documents_with_values([6, 4, 9, 12, 3], 67, 3), make_model(7, torch.float32)
@@ -176,10 +154,10 @@ def test_a_sweep_of_rates_judges_by_the_cross_entropy():
     alone, found = dataclasses.replace(taught, loss="sft"), {}
     for config, data in ((taught, documents), (alone, Documents(documents.items))):
         with put_back(model):
-            first = next(train(model, config, data, 1))
+            first = next(train(model, source_of(config), data, 1))
         found[config.loss] = [first]
         for judged in (data, Documents(documents.items)):
-            found[config.loss].append(held_out_loss(model, objective_of(config), judged))
+            found[config.loss].append(held_out_loss(model, source_of(config), judged))
     assert found["distill"] == pytest.approx(found["sft"], rel=1e-6)
 
 

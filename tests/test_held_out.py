@@ -18,9 +18,9 @@ from src.data.encode import Encoder
 from src.data.held_out import evaluation_batches, hold_out, questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.objectives.policy import undisturbed
 from src.planning.draft import Draft
 from src.planning.plan import read_data
+from src.sources.policy import undisturbed
 
 BYTES = load_tokenizer("bytes", 256, "")
 

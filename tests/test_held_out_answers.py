@@ -15,7 +15,7 @@ from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
-from src.objectives.held_out_answers import SHORT, Judge, affordable, limit_of
+from src.sources.held_out_answers import SHORT, Judge, affordable, limit_of
 from src.training import validation
 
 from . import program

@@ -18,8 +18,8 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.objectives.kinds import objective_of
 from src.planning.defaults import chosen_rate
+from src.sources.kinds import source_of
 from src.training import short_runs
 from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
@@ -118,9 +118,9 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     start = {name: tensor.clone() for name, tensor in tensors.items()}
     rates = [1e-2, 1e-3]
-    together = list(trials(model, config, documents, other, 2, "lr_init", rates))
+    together = list(trials(model, source_of(config), documents, other, 2, "lr_init", rates))
     assert all(torch.equal(start[name], tensor) for name, tensor in tensors.items())
-    alone = next(trials(model, config, documents, other, 2, "lr_init", rates[1:]))
+    alone = next(trials(model, source_of(config), documents, other, 2, "lr_init", rates[1:]))
     assert together[1] == alone and together[0].losses[0] == alone.losses[0]
     assert together[0].losses[1:] != alone.losses[1:]
 
@@ -140,8 +140,8 @@ def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_th
 ):
     trained = []
 
-    def no_training(model, config, documents, held_out, count, setting, rates):
-        trained.append((count, learning_rate_factor(config, 1.0, count)(0)))
+    def no_training(model, source, documents, held_out, count, setting, rates):
+        trained.append((count, learning_rate_factor(source.config, 1.0, count)(0)))
         return [Trial(rate, [3.0, 2.0], 0.1) for rate in rates]
 
     monkeypatch.setattr(lr_sweep, "trials", no_training)
@@ -234,7 +234,7 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     with torch.no_grad():
         model.ln_out.weight.fill_(float("nan"))
     config = Config(micro_bsz=4, ctx_len=64, lr_init=1e-3)
-    losses = list(train(model, config, documents, 5))
+    losses = list(train(model, source_of(config), documents, 5))
     assert len(losses) == 1 and math.isnan(losses[0])
 
 
@@ -244,20 +244,27 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
 def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
     """A preference alone is the smaller the higher the rate, also where they get lost."""
     config = Config(loss=kind, sft_weight=sft_weight, lr_init=0.125, beta=0.5)
-    assert objective_of(config).judged_by().config == dataclasses.replace(config, sft_weight=judged)
-    assert objective_of(Config()).judged_by().config == Config(), "supervised training has nothing else"
+    source = source_of(config)
+    options = dataclasses.replace(source.loss.options, sft_weight=judged)
+    assert short_runs.judge_of(source).loss.options == options
+    documents = source_of(Config())
+    assert short_runs.judge_of(documents).loss is documents.loss, "supervised training has nothing else"
 
 
 def test_a_preference_is_judged_with_the_chosen_answers_too(monkeypatch):
     """What is trained is the run's."""
     seen = []
-    monkeypatch.setattr(short_runs, "train", lambda model, config, *_: iter([float(config.sft_weight)]))
-    monkeypatch.setattr(short_runs, "held_out_loss", lambda _, judge, *rest: seen.append(judge.config) or 2.0)
+
+    def weight(source):
+        return source.loss.options.sft_weight
+
+    monkeypatch.setattr(short_runs, "train", lambda model, source, *_: iter([weight(source)]))
+    monkeypatch.setattr(short_runs, "held_out_loss", lambda _, judge, *__: seen.append(weight(judge)) or 2.0)
     monkeypatch.setattr(short_runs, "put_back", lambda model: contextlib.nullcontext())
     config = Config(loss="dpo", sft_weight=0.0)
-    [trial] = trials(None, config, [], [], 1, "lr_init", [1e-3])
+    [trial] = trials(None, source_of(config), [], [], 1, "lr_init", [1e-3])
     assert trial == Trial(1e-3, [0.0], 2.0)
-    assert seen == [dataclasses.replace(config, sft_weight=1.0)]
+    assert seen == [1.0]
 
 
 def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):

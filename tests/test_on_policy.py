@@ -10,22 +10,18 @@ import torch.nn.functional as F
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from src.config import parse
-from src.data.answer_batches import GROUP, collate_answers
-from src.data.answer_example import AnswerGroup
 from src.data.tokenizer import load_tokenizer
 from src.losses.distill_on_policy import WholeTeacher
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.batch_loss import Chunks, batch_sums
-from src.model.log_probs import token_features
 from src.model.loss import head_sums
-from src.objectives.kinds import objective_of
 from src.planning.memory import memory_parts
 from src.planning.step_memory import Live
+from src.sources.kinds import source_of
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
-from .loss_cases import VOCAB, adapted_head, head_inputs, make_model
+from .loss_cases import VOCAB, adapted_head, head_inputs
 from .program import at_file, kill, lines, same_adapters, same_lines
 
 # as in test_distillation.py
@@ -102,30 +98,6 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
     torch.testing.assert_close(got, want)
     for pair in zip(*(torch.autograd.grad(loss, leaves) for loss in (got, want)), strict=True):
         torch.testing.assert_close(*pair, rtol=2e-5, atol=1e-6)
-
-
-def test_shared_prompts_rows_and_chunks_make_the_same_loss_and_gradients():
-    """Each token keeps the teacher's inputs of its place, which its id and the tokens before it tell."""
-    model, generator = make_model(7, dtype=torch.float64), torch.Generator().manual_seed(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    draws = [(3, (5, 2)), (1, (4, 4)), (9, (7, 1))]  # tokens of a prompt, and of its answers
-    rows = []
-    for prompt, answers in draws:
-        ids = torch.randint(67, (prompt,), generator=generator).numpy()
-        tokens = [torch.randint(67, (count,), generator=generator).tolist() for count in answers]
-        rows.append([AnswerGroup.of(ids, tokens, [0.0, 0.0], [torch.zeros(n).numpy() for n in answers])])
-    other = make_model(7, dtype=torch.float64, peft=False, n_layer=1)
-    found = {}
-    for name, chunk, shared in (("shared", 0, True), ("rows", 0, False), ("chunks", 8, False)):
-        batch = collate_answers(rows, 1.0, chunk, shared, GROUP)
-        with torch.no_grad():
-            batch.teacher = token_features(other, batch, Chunks(chunk))
-        teacher = WholeTeacher(batch.teacher, other.head.weight, 1.5)
-        loss = batch_sums(model, batch, Chunks(chunk), teacher)
-        found[name] = [loss.detach(), *torch.autograd.grad(loss, trained)]
-    for name in ("rows", "chunks"):
-        for got, want in zip(found[name], found["shared"], strict=True):
-            assert (got - want).norm() <= 1e-10 * want.norm(), name
 
 
 # whole runs, as in test_grpo_run.py
@@ -253,7 +225,7 @@ def test_the_plan_has_a_teacher_that_stays(files, tmp_path):
     flags = "--precision fp32 --grad_cp 0 --accumulate_grad_batches 1 --ctx_len 256 --wkv torch".split()
     config = parse(flags_of(files, tmp_path / "run", *flags))
     base, other = (Arch.detect(torch.load(files / f"{name}.pth")) for name in ("base", "teacher"))
-    assert objective_of(config).reading == pytest.approx(1 / 3 * 3 * 64**2 / (2 * 40**2))
+    assert source_of(config).reading == pytest.approx(1 / 3 * 3 * 64**2 / (2 * 40**2))
     weights = 4 * sum(p.numel() for p in RWKV(other).parameters())
     parts = memory_parts(base, config, "cpu", "torch", "fp32", 30, 60)
     assert weights <= parts["reference"] < weights + parts["activations"] + parts["working"]

@@ -130,9 +130,9 @@ def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
 def test_a_training_depends_on_its_seed_and_each_loss_is_that_of_its_rows(monkeypatch):
     looked_at = []
 
-    def look(model, objective, rows):
+    def look(model, source, rows):
         looked_at.append(rows)
-        return held_out_loss(model, objective, rows)
+        return held_out_loss(model, source, rows)
 
     monkeypatch.setattr(training, "held_out_loss", look)
     runs = Runs(

@@ -29,7 +29,6 @@ from src.data.batches import make_schedule
 from src.data.collate import collate
 from src.data.dataset import Document, Documents
 from src.model import RWKV
-from src.objectives.estimates import fullest_rows, largest_batch
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
@@ -37,6 +36,8 @@ from src.planning.draft import Draft
 from src.planning.memory import memory_parts
 from src.planning.plan import estimate
 from src.planning.step_memory import Live, StepBytes, step_bytes
+from src.sources.estimates import fullest_rows, largest_batch
+from src.sources.kinds import source_of
 
 from .conftest import ROOT, make_arch, settled_config, slow
 
@@ -65,7 +66,7 @@ def counted_once(monkeypatch):
 
 def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
-    from src.objectives.base import Feed, TrainingData
+    from src.sources.base import Feed, TrainingData
     from src.training.trainer import FineTuning
 
     model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
@@ -79,7 +80,7 @@ def counted_in_training(config, rows, kernel):
             for n in row
         ]
     )
-    module = FineTuning(model, config, TrainingData(documents, Documents([])), 1)
+    module = FineTuning(model, source_of(config), TrainingData(documents, Documents([])), 1)
     module.accumulate, module.feed = 1, Feed((), None)
     module._trainer = type("Trainer", (), {"world_size": 1})()
     place, grouped = 0, []

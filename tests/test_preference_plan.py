@@ -15,13 +15,13 @@ from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.objectives.estimates import SharedPrompts
-from src.objectives.kinds import objective_of
-from src.objectives.preferences import objective
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.step_memory import Live, step_bytes
 from src.reporting.document_text import example_sample, short_example
+from src.sources.estimates import SharedPrompts
+from src.sources.kinds import source_of
+from src.sources.pairs import source
 
 from .conftest import make_arch, settled_config
 from .test_plan import SIZES
@@ -119,7 +119,7 @@ def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, mon
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown, alone = planned([*flags, "--loss", "simpo"], capsys)
     assert "prompts    each answer is read after its own prompt: a prompt read once would make " in shown
-    monkeypatch.setattr(objective, "PASS_COST", {"cpu": 0, "gpu": 0})
+    monkeypatch.setattr(source, "PASS_COST", {"cpu": 0, "gpu": 0})
     shown, once = planned([*flags, "--loss", "simpo"], capsys)
     found = re.search(
         r"prompts    a prompt is read once for both answers: (\d+) tokens .* place of (\d+),", shown
@@ -180,7 +180,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     examples = examples_of(tmp_path, texts)
     assert shared or examples.lengths.tolist() == [38, 38]
     reference = torch.zeros(examples.targets).numpy()
-    examples = examples.with_reference(reference) if objective_of(config).loss.needs_reference else examples
+    examples = examples.with_reference(reference) if source_of(config).loss.needs_reference else examples
     batch = collate_answers([[examples[0]], [examples[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp
@@ -190,7 +190,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     known += [*model.buffers(), *batch.tensors().values()]
     with Live(known) as live:
         kept = live.after(model, "features")
-        objective_of(config)(model, batch.having(width=37))[0].backward()
+        source_of(config).loss(model, batch.having(width=37), source_of(config).chunks)[0].backward()
     planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch.targets), shared)
     # the chunks have unequal shares of the answers
     assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)

@@ -12,10 +12,10 @@ from src.config import Config
 from src.data.preferences import Preferences
 from src.losses._preference import PREFERENCES
 from src.losses.metrics import SUPERVISED
-from src.objectives.kinds import objective_of
 from src.reporting import curves, run_card, run_end
 from src.reporting.diagnosis import LEARNT, Verdict, Warnings
 from src.reporting.run_log import RunLog
+from src.sources.kinds import source_of
 from src.training.callbacks import StepReport
 from src.training.validation_log import describe
 
@@ -152,16 +152,16 @@ NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapt
 )
 def test_the_loss_in_words(settings, words):
     config = dataclasses.replace(DPO, **settings)
-    assert objective_of(config).description == words
+    assert source_of(config).description == words
     answers = Preferences([], np.array([True, False]), config.loss != "kto", 99)
-    warned = objective_of(config).warnings(answers, None)
+    warned = source_of(config).warnings(answers, None)
     assert len(warned) == (config.sft_weight == 0)
 
 
 @pytest.mark.parametrize("label, words", [(True, "what to avoid"), (False, "what to prefer")])
 def test_labels_that_are_all_alike_are_warned_of(label, words):
     kto = dataclasses.replace(DPO, loss="kto", sft_weight=0.0)
-    [warning] = objective_of(kto).warnings(Preferences([], np.array([label] * 20), False, 99), None)
+    [warning] = source_of(kto).warnings(Preferences([], np.array([label] * 20), False, 99), None)
     assert f"all 20 answers have label {str(label).lower()}: nothing says {words}" in warning
 
 
@@ -172,13 +172,13 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
         name, vocab_size = "bytes", 257
 
     report = StepReport("", 9, 0.0, None, [], Tokenizer())
-    report.metrics, report.early_warning = objective_of(DPO).metrics, Warnings(DPO, [])
+    report.metrics, report.early_warning = source_of(DPO).loss.metrics, Warnings(DPO, [])
     report._remark(line(1, 25.0), 25.0)
     assert capsys.readouterr().out == ""
     report._remark(line(1, 25.0, nll=11.0), 25.0)
     assert "the loss of the chosen answers is 11.00, worse than guessing" in capsys.readouterr().out
     supervised = Config(load_model="base.pth")
-    report.metrics, report.early_warning = objective_of(supervised).metrics, Warnings(supervised, [])
+    report.metrics, report.early_warning = source_of(supervised).loss.metrics, Warnings(supervised, [])
     report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
     assert "worse than guessing" in capsys.readouterr().out
 

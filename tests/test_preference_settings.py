@@ -33,34 +33,12 @@ GIVEN = named("""
     beta=0.25 sft_weight=0.5 loss_average=mean label_smoothing=0.125 simpo_gamma=1.5 orpo_lambda=0.25
     desirable_weight=2 undesirable_weight=3 reference=other.pth
 """)
-# what can only be seen with others of its loss is in test_reward_settings.py
-ALONE = named("""
-    rewards=number=1 reward_file=own.py reward_regex=x reward_length=3 reward_timeout=2.5 group_size=5
-    max_tokens=17 grpo_type=dr_grpo clip_low=0.125 clip_high=0.5 advantage_scale=none inner_steps=3
-    distill_top=16 distill_temperature=3 distill_mix=0.25
-""")
 
 
 def mistake(*flags):
     with pytest.raises(UserError) as caught:
         parse([*REQUIRED, *flags])
     return str(caught.value)
-
-
-def test_every_setting_of_a_loss_is_tried_below():
-    assert {**GIVEN, **ALONE}.keys() == OF_LOSSES.keys()
-
-
-@pytest.mark.parametrize("name", OF_LOSSES)
-@pytest.mark.parametrize("loss", ["sft", *LOSSES])
-def test_a_setting_belongs_to_its_losses_and_is_an_error_elsewhere(name, loss):
-    given = {**GIVEN, **ALONE}[name]
-    flags = ("--loss", loss, f"--{name}", given)
-    if loss in OF_LOSSES[name] and (loss, name) != ("orpo", "sft_weight"):
-        assert str(getattr(parse([*REQUIRED, *flags]), name)).removesuffix(".0") == given
-    else:
-        said = mistake(*flags)
-        assert said.startswith(f"--{name} {given}") and f"has no meaning with --loss {loss}" in said
 
 
 def test_what_other_projects_call_it_is_said():

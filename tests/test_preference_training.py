@@ -17,13 +17,13 @@ import rwkv_miss
 from src.common.batch import Batch
 from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
-from src.objectives import reference_blocks
-from src.objectives.base import PromptReading
-from src.objectives.policy import Policy
-from src.objectives.preferences.kto_baseline import baseline
-from src.objectives.preferences.objective import OnPreferences
-from src.objectives.reference_model import a_few
-from src.objectives.reference_pass import ReferencePass
+from src.sources import reference_blocks
+from src.sources.base import PromptReading
+from src.sources.pairs.kto_baseline import baseline
+from src.sources.pairs.source import PairSource
+from src.sources.policy import Policy
+from src.sources.reference_model import a_few
+from src.sources.reference_pass import ReferencePass
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
@@ -157,7 +157,7 @@ def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
 
 
 def read_prompts(once, rank):
-    OnPreferences.prompt_reading = lambda *_: PromptReading(once)
+    PairSource.prompt_reading = lambda *_: PromptReading(once)
 
 
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])

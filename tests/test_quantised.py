@@ -20,7 +20,6 @@ from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
 from src.config import Config, parse
 from src.model import RWKV, read_model_file
-from src.objectives.kinds import objective_of
 from src.ops import native, self_test
 from src.ops import quantised as kernels
 from src.ops.toolchain import BuildError, find_nvcc
@@ -28,6 +27,7 @@ from src.planning import step_memory
 from src.planning.base_model import build_model
 from src.planning.defaults import cheapest_fix
 from src.planning.memory import memory_parts
+from src.sources.kinds import source_of
 from src.training.short_runs import held_out_loss, train
 
 from . import program
@@ -487,9 +487,9 @@ def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_bas
         config = settled_config(load_model=str(task.base), **settings)
         torch.manual_seed(0)
         model = build_model(config, task.arch, "cpu", torch.float32)
-        before[kind] = held_out_loss(model, objective_of(config), task.held_out)
-        assert len(list(train(model, config, task.train, 60))) == 60
-        after[kind] = held_out_loss(model, objective_of(config), task.held_out)
+        before[kind] = held_out_loss(model, source_of(config), task.held_out)
+        assert len(list(train(model, source_of(config), task.train, 60))) == 60
+        after[kind] = held_out_loss(model, source_of(config), task.held_out)
     assert after["none"] < 0.1 * before["none"] and before["nf4"] != before["none"]
     assert after["nf4"] < 1.02 * after["none"]
 

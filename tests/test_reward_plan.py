@@ -21,9 +21,6 @@ from src.inference.engine import Engine
 from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
-from src.objectives.estimates import DRAWN, Speed, Work
-from src.objectives.kinds import objective_of
-from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, chosen_rate
@@ -31,6 +28,9 @@ from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.reporting.plan_text import far_above
+from src.sources.drawn.sizes import TOGETHER, largest_groups, longest_answer
+from src.sources.estimates import DRAWN, Speed, Work
+from src.sources.kinds import source_of
 
 from .conftest import make_arch
 from .test_plan import SIZES
@@ -276,7 +276,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     known += [*model.buffers(), *batch.tensors().values()]
     with Live(known) as live:
         kept = live.after(model, "features")
-        objective_of(config)(model, batch)[0].backward()
+        source_of(config).loss(model, batch, source_of(config).chunks)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
     asked = Questions([Question(["a"], "b")] * 2, prompts, 3, 11)
     sizes = largest_groups(asked, config.micro_bsz, config.chunk_ctx)
@@ -312,7 +312,7 @@ def test_drawing_takes_no_more_than_is_planned(version, kernel):
         while not engine.idle:
             engine.step()
         decoder.close()
-    room = objective_of(config).sampling_bytes(arch, "fp32", "cpu")
+    room = source_of(config).sampling_bytes(arch, "fp32", "cpu")
     assert room / 4 < live.peak < room
 
 
@@ -320,7 +320,7 @@ def test_right_answers_that_cannot_be_drawn_are_told():
     """The end of an answer is a token of it."""
     questions = [Question(["a"], right) for right in ("1", "1234", "12345")]
     prompts = [np.ones(1, np.int32)] * 3
-    warnings = objective_of(Config(loss="grpo")).warnings
+    warnings = source_of(Config(loss="grpo")).warnings
     (told,) = warnings(Questions(questions, prompts, 2, 4), BYTES)
     assert (
         told == "2 of 3 reference answers have more tokens than --max_tokens 4, so that they can't be drawn"

@@ -18,14 +18,14 @@ from src.data.tokenizer import load_tokenizer
 from src.distributed.process_group import ALONE, Processes
 from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
-from src.objectives.kinds import objective_of
-from src.objectives.rewards import evaluation as reward_evaluation
-from src.objectives.rewards import rollouts
-from src.objectives.rewards.evaluation import RewardEvaluation
-from src.objectives.rewards.samples import SampleWriter, is_due
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.diagnosis import verdict
 from src.reporting.run_log import RunLog
+from src.sources.drawn import evaluation as reward_evaluation
+from src.sources.drawn import rollouts
+from src.sources.drawn.evaluation import RewardEvaluation
+from src.sources.drawn.samples import SampleWriter, is_due
+from src.sources.kinds import source_of
 from src.training.validation_log import best, best_trained, describe, is_over
 
 from .conftest import make_arch
@@ -40,7 +40,7 @@ GRPO = Config(
     beta=0.0,
     precision="fp32",
 )
-DESCRIBED = objective_of(GRPO).metrics
+DESCRIBED = source_of(GRPO).loss.metrics
 ANSWERS = dict(reward=0.75, reward_exact=0.5, reward_partial=0.625, reward_std=0.25, length=9.5, cut=0.03125)
 GROUPS = dict(dead_groups=0.4375, failed_groups=0.0, entropy=0.3125, kl=0.02, clip=0.0)
 ENGINE = dict(engine_gap=1e-6, engine_gap_max=8e-6, draw_seconds=0.15, draw_tokens_per_second=8000.0)
@@ -63,7 +63,7 @@ def evaluation(step, reward, answer="dcba", units=64):
 def test_a_run_is_described_by_its_reward():
     """The names of the rewards that the run has, too."""
     assert METRICS.keys() <= DESCRIBED.titles.keys()
-    other = objective_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).metrics
+    other = source_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).loss.metrics
     assert "reward_exact" not in other.titles
     found = line(1, kl=math.nan)
     assert found["kl"] is None and found["units"] == 16
@@ -145,7 +145,7 @@ def finished(tmp_path, metrics, history, drawn=()):
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), judged)
     state = run_end._state(20, 20, history, config.early_stop, by_loss=False)
     said = run_end._last_words(config, state, summary, history, judged)
-    return card, "\n".join(model_card._measured(objective_of(config), summary, history)), said
+    return card, "\n".join(model_card._measured(source_of(config).loss, summary, history)), said
 
 
 def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src.config import AUTO, parse, recorded_settings, save
-from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.run import prepare
+from src.sources.kinds import source_of
 from src.training.resume import inherit
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", "grpo"]
@@ -87,7 +87,9 @@ def test_what_belongs_together_is_taken():
     assert config.rewards == {"own": 1, "exact": 0.25} and config.origins["reward_file"] == "command line"
     config = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
     assert (config.inner_steps, config.beta) == (3, AUTO)
-    assert objective_of(config).word == "question" and config.on_rewards and not config.on_preferences
+    assert (
+        source_of(config).loss.words.example == "question" and config.on_rewards and not config.on_preferences
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
-from src.objectives.base import TrainingData
-from src.objectives.kinds import objective_of
-from src.objectives.policy import policy_of
-from src.objectives.rewards.feed import AllFailed, Reference, RolloutFeed, Totals
-from src.objectives.rewards.rollouts import Rollouts
-from src.objectives.rewards.sizes import STATE_BYTES, STATES, rows_at_once
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
+from src.sources.base import TrainingData
+from src.sources.drawn.feed import AllFailed, Reference, RewardFeed, Totals
+from src.sources.drawn.rollouts import Rollouts
+from src.sources.drawn.sizes import STATE_BYTES, STATES, rows_at_once
+from src.sources.kinds import source_of
+from src.sources.policy import policy_of
 from src.training.callbacks import Saver, StepReport
 from src.training.rollback import LastGood
 from src.training.trainer import FineTuning, make_trainer
@@ -107,13 +107,13 @@ def feed_of(
 ):
     questions = questions_of(config)
     rollouts = Rollouts(model, questions, ENCODER, judge, config)
-    objective, processes = (
-        objective_of(config),
+    source, processes = (
+        source_of(config),
         InTurn(world, rank, total, {} if all_have is None else all_have),
     )
-    policy = policy_of(model, objective.chunks, processes)
+    policy = policy_of(model, source.chunks, processes)
     schedule = make_schedule(questions, config, world)
-    return RolloutFeed(rollouts, schedule, steps, objective, policy, Reference(objective, policy))
+    return RewardFeed(rollouts, schedule, steps, source, policy, Reference(source, policy))
 
 
 def plus(**of_others):
@@ -141,7 +141,7 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
     assert len(groups[0].answers) == 3 and max(lengths) == 6
     for chunk in (0, 16):
         config = config_of(chunk_ctx=chunk)
-        feed, chunks = feed_of(config, model, Judge()), objective_of(config).chunks
+        feed, chunks = feed_of(config, model, Judge()), source_of(config).chunks
         for batch in feed:
             found = token_log_probs(model, batch, chunks)
             assert len(found) > 50
@@ -210,7 +210,7 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     exact = copy.deepcopy(model).double()
     feed = feed_of(config, model, judge)
     for batch in feed:
-        objective_of(config)(model, batch)[0].div(batch.step_weight).backward()
+        source_of(config).loss(model, batch, source_of(config).chunks)[0].div(batch.step_weight).backward()
     groups = Rollouts(model, questions_of(config), ENCODER, judge, config).groups(0, range(8))
     asked = [
         (
@@ -342,7 +342,7 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(Rollouts, "groups", counted)
         questions = questions_of(config)
         data = TrainingData(questions, questions.take([]), encoder=ENCODER, rewards=judge)
-        module = FineTuning(model, config, data, steps)
+        module = FineTuning(model, source_of(config), data, steps)
         if spoil:
             step_of = module.training_step
             module.training_step = lambda *given: spoil(module, step_of(*given))
@@ -412,7 +412,7 @@ def test_a_kl_is_trained_where_all_rewards_are_equal(train):
 
 
 def test_a_kl_that_is_not_trained_is_measured_at_every_tenth_draw(train, monkeypatch):
-    monkeypatch.setattr("src.objectives.rewards.feed.KL_EVERY", 2)
+    monkeypatch.setattr("src.sources.drawn.feed.KL_EVERY", 2)
     _, _, _, lines, _ = train(Judge(), 6, inner_steps=2, lr_init=1e-3)
     assert [line.get("kl", 0) > 1e-3 for line in lines] == [True, True, False, False, True, True]
 

@@ -21,7 +21,7 @@ ORDER = {
     "evaluation": {"common", "config", "ops", "model", "losses", "data", "inference"},
     "chat": {"common", "data", "model", "inference", "evaluation"},
     "export": {"common", "config", "ops", "model", "data"},
-    "objectives": {
+    "sources": {
         "common",
         "config",
         "ops",
@@ -32,7 +32,7 @@ ORDER = {
         "inference",
         "evaluation",
     },
-    "planning": {"common", "config", "ops", "model", "losses", "data", "objectives"},
+    "planning": {"common", "config", "ops", "model", "losses", "data", "sources"},
     "training": {
         "common",
         "config",
@@ -44,7 +44,7 @@ ORDER = {
         "planning",
         "inference",
         "evaluation",
-        "objectives",
+        "sources",
     },
     "reporting": {
         "common",
@@ -54,7 +54,7 @@ ORDER = {
         "data",
         "planning",
         "evaluation",
-        "objectives",
+        "sources",
         "training",
     },
     "studio": {"common", "config", "model", "data", "export", "serving", "training"},

@@ -18,10 +18,10 @@ from src.config import Config, recorded_settings
 from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
-from src.objectives.kinds import objective_of
 from src.planning.draft import Draft
 from src.planning.plan import choose_evaluation
 from src.reporting import document_text, plan_text
+from src.sources.kinds import source_of
 from src.training import callbacks, trainer
 
 from . import program
@@ -201,7 +201,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     assert evaluations == held_out.evaluations(steps, config.eval_steps)
 
     def share(tokens):
-        return evaluations * tokens / 3 / objective_of(config).trained_tokens(schedule, steps)
+        return evaluations * tokens / 3 / source_of(config).trained_tokens(schedule, steps)
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents

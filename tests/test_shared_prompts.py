@@ -18,8 +18,8 @@ from src.model import RWKV, batch_loss
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
-from src.objectives.kinds import objective_of
-from src.objectives.preferences.prompt_reading import tokens_of_layouts
+from src.sources.kinds import source_of
+from src.sources.pairs.prompt_reading import tokens_of_layouts
 
 from .conftest import close, make_arch, random_tensors
 from .loss_cases import make_model
@@ -263,13 +263,11 @@ def test_the_plan_counts_what_the_batches_hold():
 def test_prompts_are_shared_where_that_is_faster(sizes, width, shared):
     preferences, config, schedule = data_of(*sizes)
     arch = make_arch(7, n_embd=width, head_size=32)
-    found = objective_of(config).prompt_reading(preferences, schedule, arch)
+    found = source_of(config).prompt_reading(preferences, schedule, arch)
     assert found.shared == shared
     words = "read once for both answers: " if shared else "after its own prompt: a prompt read once would"
     assert words in found.explanation
-    chunks = objective_of(dataclasses.replace(config, chunk_ctx=64)).prompt_reading(
-        preferences, schedule, arch
-    )
+    chunks = source_of(dataclasses.replace(config, chunk_ctx=64)).prompt_reading(preferences, schedule, arch)
     assert not chunks.shared and chunks.explanation.endswith("rows run in chunks")
 
 
@@ -277,5 +275,5 @@ def test_single_answers_and_documents_share_no_prompts():
     preferences, config, schedule = data_of((512, 256, 256))
     for loss, paired in (("kto", False), ("sft", True)):
         kind, given = dataclasses.replace(config, loss=loss), dataclasses.replace(preferences, paired=paired)
-        found = objective_of(kind).prompt_reading(given, schedule, make_arch(7))
+        found = source_of(kind).prompt_reading(given, schedule, make_arch(7))
         assert not found.shared and not found.explanation

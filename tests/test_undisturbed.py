@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from src.objectives.policy import undisturbed
+from src.sources.policy import undisturbed
 
 
 def test_a_look_has_no_dropout_and_no_gradient_and_draws_nothing_of_the_training():

@@ -27,14 +27,14 @@ from src.data.dataset import load_documents
 from src.data.held_out import SAMPLE_TOKENS
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.objectives import held_out_loss
-from src.objectives.held_out_loss import shortened
 from src.reporting import run_card
 from src.reporting.curves import draw_losses
 from src.reporting.diagnosis import NOTHING, Verdict
 from src.reporting.plan_text import LINES
 from src.reporting.run_card import card
 from src.reporting.run_log import RunLog
+from src.sources import held_out_loss
+from src.sources.held_out_loss import shortened
 from src.training import callbacks
 from src.training.forgetting import sections
 from src.training.run_folder import restore_best

@@ -21,8 +21,8 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.loss import L2WRAP, head_loss, loss_sum
-from src.objectives.kinds import objective_of
 from src.reporting import document_text
+from src.sources.kinds import source_of
 from src.training.short_runs import held_out_loss, put_back, train
 
 from .conftest import make_arch, random_tensors
@@ -319,9 +319,9 @@ def test_a_short_run_weighs_as_the_run_does():
             packing=packing,
             warmup_steps=0,
         )
-        assert held_out_loss(model, objective_of(config), documents) == pytest.approx(want, rel=1e-6)
+        assert held_out_loss(model, source_of(config), documents) == pytest.approx(want, rel=1e-6)
         with put_back(model):
-            assert next(train(model, config, documents, 1)) == pytest.approx(want, rel=1e-6)
+            assert next(train(model, source_of(config), documents, 1)) == pytest.approx(want, rel=1e-6)
 
 
 def test_the_settings_are_written_and_a_config_of_before_means_none(tmp_path):

@@ -33,9 +33,9 @@ from src.data.collate import collate
 from src.data.dataset import Documents
 from src.evaluation.kl_divergence import divergence
 from src.model import RWKV
-from src.objectives.kinds import objective_of
 from src.planning.base_model import build_model
 from src.planning.defaults import WARM_UP, chosen_rate
+from src.sources.kinds import source_of
 from src.training.short_runs import put_back, train, trial_of
 
 from ..rates import best_of, enclose
@@ -284,7 +284,7 @@ class Trainings:
 
         def seconds(steps: int) -> tuple[float, float]:
             """Time a step and a look."""
-            training = cpu_seconds(lambda: list(train(model, config, exam.train, steps)))
+            training = cpu_seconds(lambda: list(train(model, source_of(config), exam.train, steps)))
             return training / steps, cpu_seconds(lambda: exam.look(model, 0))
 
         seconds(1)  # the first of each costs more than another
@@ -313,13 +313,13 @@ def searched(exam: Exam, run: dict[str, Any]) -> dict[str, Any]:
     """Search the rate by short trainings around the chosen one."""
     begun = time.process_time()
     model, config = prepared(exam, run)
-    objective = objective_of(dataclasses.replace(config, micro_bsz=JUDGED))  # its rows at once
+    source = source_of(dataclasses.replace(config, micro_bsz=JUDGED))  # its rows at once
 
     def loss_at(rate: float) -> float:
         tried = dataclasses.replace(config, lr_init=rate, lr_schedule="constant")
         with put_back(model):
-            losses = list(train(model, tried, exam.train, TRIAL_STEPS))
-            loss = trial_of(model, objective, rate, losses, exam.judged).deciding_loss
+            losses = list(train(model, source_of(tried), exam.train, TRIAL_STEPS))
+            loss = trial_of(model, source, rate, losses, exam.judged).deciding_loss
         return math.inf if loss is None else loss
 
     tried = enclose(loss_at, chosen_rate(config, exam.task.arch), MOST_TRIALS)
@@ -336,7 +336,7 @@ def trained(exam: Exam, run: dict[str, Any]) -> Outcome:
     steps, count = run["steps"], run["looks"]
     looked_at = {round(steps * (i + 1) / count) for i in range(count)}
     looks: list[Look | None] = [exam.before]
-    for step, loss in enumerate(train(model, config, exam.train, steps), 1):
+    for step, loss in enumerate(train(model, source_of(config), exam.train, steps), 1):
         if step in looked_at or not math.isfinite(loss):
             looks.append(exam.look(model, step))
     after: dict[str, Look | None] = {}

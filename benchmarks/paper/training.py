@@ -24,8 +24,8 @@ from src.config import Config
 from src.data.collate import collate
 from src.data.dataset import Documents
 from src.model import RWKV
-from src.objectives.kinds import objective_of
 from src.planning.base_model import build_model
+from src.sources.kinds import source_of
 from src.training.short_runs import held_out_loss, train
 
 from .settings import option
@@ -194,7 +194,7 @@ def untouched(task: Task) -> list[float | None]:
     )
     model = build_model(config, task.arch, "torch", torch.float32)
     return [
-        held_out_loss(model, objective_of(config), task.held_out),
+        held_out_loss(model, source_of(config), task.held_out),
         *(right(model, task.held_out) if task.answers else (None, None)),
     ]
 
@@ -216,11 +216,11 @@ def _train(run: Run, task: Task) -> Outcome:
     )
     torch.manual_seed(run.seed)
     model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
-    losses = list(train(model, config, task.train, run.steps))
+    losses = list(train(model, source_of(config), task.train, run.steps))
     looks: list[float | None] = [None] * 4
     if math.isfinite(losses[-1]):
         seen = task.train.take(np.arange(min(len(task.train), len(task.held_out))))
-        looks = [held_out_loss(model, objective_of(config), rows) for rows in (task.held_out, seen)] + [
+        looks = [held_out_loss(model, source_of(config), rows) for rows in (task.held_out, seen)] + [
             *(right(model, task.held_out) if task.answers else ())
         ]
         looks = [

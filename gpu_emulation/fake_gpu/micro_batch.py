@@ -19,8 +19,8 @@ from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.dtypes import dtype_of
 from src.model.rwkv import replace_tensors
-from src.objectives.kinds import objective_of
 from src.planning.step_memory import model_on_meta
+from src.sources.kinds import source_of
 
 from .device import FakeGpu
 
@@ -79,7 +79,7 @@ def tallied(arch: Arch, config: Config, rows: int, width: int) -> dict[str, dict
         if config.peft != "none":
             gpu.tell_base(p for p in model.parameters() if not p.requires_grad)
         gpu.begin()
-        batch_loss(model, batch, objective_of(config).chunks).backward()
+        batch_loss(model, batch, source_of(config).chunks).backward()
     return gpu.tally.as_dict()
 
 

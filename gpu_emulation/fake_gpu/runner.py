@@ -24,12 +24,12 @@ from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
-from src.objectives import held_out_loss
-from src.objectives.estimates import Speed
-from src.objectives.kinds import objective_of
 from src.planning import memory as planned_memory
 from src.planning import throughput
 from src.planning.step_memory import StepBytes, step_bytes
+from src.sources import held_out_loss
+from src.sources.estimates import Speed
+from src.sources.kinds import source_of
 from src.training import forgetting
 from src.training.optimizer import parameter_groups
 from src.training.trainer import FineTuning
@@ -79,7 +79,7 @@ def step(method: str, version: int, weighted: bool = False) -> dict:
         model, batch = small_model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
-        loss = batch_loss(model, batch, objective_of(config).chunks)
+        loss = batch_loss(model, batch, source_of(config).chunks)
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -105,7 +105,7 @@ def memory(version: int, peft: str, quant: str, grad_cp: int, chunk_ctx: int) ->
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
-        batch_loss(model, batch, objective_of(config).chunks).backward()
+        batch_loss(model, batch, source_of(config).chunks).backward()
     peak = gpu.peak - before
     return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
 

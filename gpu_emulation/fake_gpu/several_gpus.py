@@ -21,8 +21,8 @@ from src.common.batch import Batch
 from src.config import Config
 from src.model import default_arch
 from src.model.batch_loss import batch_loss
-from src.objectives.kinds import objective_of
 from src.planning.memory import memory_parts
+from src.sources.kinds import source_of
 from src.training.optimizer import parameter_groups
 
 from .device import FakeGpu
@@ -37,7 +37,7 @@ class Loss(nn.Module):
 
     def __init__(self, version: int, config: Config, device: str, *sizes: int):
         super().__init__()
-        self.model, self.chunks = small_model_on(device, version, config, *sizes), objective_of(config).chunks
+        self.model, self.chunks = small_model_on(device, version, config, *sizes), source_of(config).chunks
 
     def forward(self, batch: Batch) -> Tensor:
         return batch_loss(self.model, batch, self.chunks)

@@ -1,6 +1,6 @@
 """Settings of a run: their definitions, parsing and rules, and the launcher of the run.
 
-Imports common only. Other rooms take the public names below from here; schema.py has the settings.
+Imports common and losses. Other rooms take the public names below from here; schema.py has the settings.
 """
 
 from ..common.option import AUTO

@@ -428,7 +428,7 @@ GROUPS = (
     (
         "Rewards",
         "`--loss grpo` and in part `distill_on_policy`: the model learns from its own answers.",
-        "rewards",
+        "group_size",
     ),
     ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
     ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),

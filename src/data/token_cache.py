@@ -191,7 +191,7 @@ def _mapped(path: pathlib.Path, dtype: type) -> np.ndarray:
 
 def remove_old(folder: pathlib.Path) -> None:
     """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left. The values of
-    a reference (objectives/reference_pass.py) are entries, too.
+    a reference (sources/reference_pass.py) are entries, too.
 
     Other things in the folder are not ours.
     """

@@ -1,4 +1,4 @@
 """Evaluation of a model: right answers, likelihoods, lm-evaluation-harness, distance from the base.
 
-Imports common, config, ops, model, data and inference.
+Imports common, config, ops, model, losses, data and inference.
 """

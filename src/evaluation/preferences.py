@@ -20,7 +20,7 @@ from ..data.formats import LABELS, PAIRS, Reading, Report, read_records
 from ..data.preferences import Preferences
 from ..data.tokenizer import Tokenizer
 from ..losses import LOSSES
-from ..losses._preference import SUMS, Preference
+from ..losses._preference import SUMS, PreferenceLoss
 from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
@@ -231,7 +231,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     return result
 
 
-def loss_for(data: Preferences, beta: float) -> Preference:
+def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
     """Choose the loss with the metrics: DPO, or without pairs KTO, whose rewards are the same."""
     loss = LOSSES["dpo" if data.paired else "kto"]
     return loss(loss.Options(beta=beta, sft_weight=0.0))

@@ -1,7 +1,7 @@
 """Losses, one file each: what is minimised, with its options, its checks and its words.
 
 Imports common, ops and model. Every file here but base.py, metrics.py, options.py and those that begin with
-"_" is a loss; no list names them. config/ makes flags of their options, src/objectives reads what they need.
+"_" is a loss; no list names them. config/ makes flags of their options, src/sources reads what they need.
 """
 
 import importlib

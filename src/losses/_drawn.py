@@ -36,7 +36,7 @@ SUMS = (
 )
 
 
-class Drawn(Loss):
+class DrawnLoss(Loss):
     """Loss on drawn answers. A step's loss is divided by divisor()."""
 
     source = QUESTIONS

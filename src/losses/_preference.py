@@ -124,7 +124,7 @@ class Answers(NamedTuple):
         return cls(logp, ratio, summed(torch.ones_like(log_probs)))
 
 
-class Preference(LogProbLoss):
+class PreferenceLoss(LogProbLoss):
     """Loss on answers. It adds sft_weight times the cross entropy of the chosen answer, -ln p(c)/|c|."""
 
     source = PAIRS
@@ -161,7 +161,7 @@ class Preference(LogProbLoss):
         if weight is not AUTO and weight < 0:
             raise UserError(f"--sft_weight {weight:g}: must be a weight, 0 or more; -1 leaves it to the loss")
 
-    def judge(self) -> Preference:
+    def judge(self) -> PreferenceLoss:
         """Return the loss with the cross entropy of the chosen answers at weight 1 or more.
 
         A preference alone is the smaller the higher the rate, also where the right answers get lost.

@@ -1,7 +1,7 @@
 """Interface of a loss: formula, options, checks, words. A file of this folder has one.
 
 A loss has options and no state. It sees the model and a batch, and knows no files, devices or processes.
-`source` says where its examples come from: src/objectives reads and draws them.
+`source` says where its examples come from: src/sources reads and draws them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..common.batch import Batch, Reads
 from ..model.batch_loss import Chunks, batch_loss
 from ..model.log_probs import token_log_probs
 from ..model.rwkv import RWKV
-from .metrics import SUPERVISED, LossMetrics
+from .metrics import SUPERVISED, LossMetrics, Shown
 
 # documents; pairs of answers; single answers with a label; questions, whose answers the model draws
 DOCUMENTS, PAIRS, LABELS, QUESTIONS = SOURCES = ("documents", "pairs", "labels", "questions")
@@ -166,6 +166,12 @@ class TokenLoss(DocumentLoss, LogProbLoss):
 
     Reports show the cross entropy, and beside it the loss as a metric of the loss's name.
     """
+
+    @property
+    def metrics(self) -> LossMetrics:
+        shown = Shown((self.name,), lambda value: f"{self.name} loss {value:.4f}")
+        titles = {**SUPERVISED.titles, self.name: f"{self.name} loss, per token"}
+        return dataclasses.replace(SUPERVISED, titles=titles, line=(*SUPERVISED.line, shown))
 
     @abc.abstractmethod
     def of_tokens(self, log_probs: Tensor) -> Tensor:

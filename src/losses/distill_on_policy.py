@@ -31,7 +31,7 @@ from ..model.batch_loss import Chunks, batch_sums
 from ..model.loss import Blocks, in_place_of, wide
 from ..model.rwkv import RWKV
 from . import options
-from ._drawn import Drawn
+from ._drawn import DrawnLoss
 from .base import Keep, register
 from .metrics import RIGHT, SHOWN, LossMetrics, Shown, percent
 
@@ -59,11 +59,11 @@ OWN_ANSWERS = LossMetrics(
 
 
 @register
-class DistillOnPolicy(Drawn):
+class DistillOnPolicy(DrawnLoss):
     name = "distill_on_policy"
     about = "the model answers questions, and the KL from a teacher is taken at each token of its own answers"
     needs_reference = needs_teacher = True
-    words = dataclasses.replace(Drawn.words, reference="teacher")
+    words = dataclasses.replace(DrawnLoss.words, reference="teacher")
     metrics = OWN_ANSWERS
 
     @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from torch import Tensor
 from ..common.batch import Batch
 from ..common.option import opt
 from . import options
-from ._preference import Preference, smoothed
+from ._preference import PreferenceLoss, smoothed
 from .base import register
 
 
 @register
-class Dpo(Preference):
+class Dpo(PreferenceLoss):
     name = "dpo"
     about = "a preference between two answers, for rows with chosen and rejected"
     needs_reference = True

@@ -30,7 +30,7 @@ from ..common.batch import Batch, Reads
 from ..common.formatting import counted
 from ..common.option import AUTO, opt
 from . import options
-from ._drawn import Drawn
+from ._drawn import DrawnLoss
 from .base import Default, LogProbLoss, Settings, register
 from .metrics import LossMetrics, Panel, Shown, percent
 
@@ -47,7 +47,7 @@ DEVIATION = 1e-4  # added to a group's standard deviation, as in TRL
 
 
 @register
-class Grpo(LogProbLoss, Drawn):
+class Grpo(LogProbLoss, DrawnLoss):
     """GRPO's loss.
 
     | grpo_type | loss of a step                                                   | arXiv      |
@@ -60,7 +60,7 @@ class Grpo(LogProbLoss, Drawn):
     name = "grpo"
     about = "the model answers questions, and learns from the rewards of its answers (docs/rewards.md)"
     # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training has 3e-3
-    facts = dataclasses.replace(Drawn.facts, rate_share=1 / 2)
+    facts = dataclasses.replace(DrawnLoss.facts, rate_share=1 / 2)
     instead = {"loss_average": "grpo has --grpo_type"}
 
     @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..common.batch import Batch
 from . import options
-from ._preference import MEAN, Preference
+from ._preference import MEAN, PreferenceLoss
 from .base import register
 
 
 @register
-class Ipo(Preference):
+class Ipo(PreferenceLoss):
     name = "ipo"
     about = "a preference between two answers, with a square in the place of a logistic function"
     needs_reference = averaged = True

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..common.batch import Batch
 from ..common.option import opt
 from . import options
-from ._preference import MEAN, Preference
+from ._preference import MEAN, PreferenceLoss
 from .base import LABELS, Facts, Words, register
 
 
 @register
-class Kto(Preference):
+class Kto(PreferenceLoss):
     name = "kto"
     about = "a preference for rows with one answer, with label true or false"
     source = LABELS

@@ -12,12 +12,12 @@ from rwkv_miss.errors import UserError
 from ..common.batch import Batch
 from ..common.option import AUTO, opt
 from . import options
-from ._preference import ALONE, MEAN, Preference, log_odds
+from ._preference import ALONE, MEAN, PreferenceLoss, log_odds
 from .base import Settings, register
 
 
 @register
-class Orpo(Preference):
+class Orpo(PreferenceLoss):
     name = "orpo"
     about = "the cross entropy of the chosen answer, and the odds of both; it needs no reference"
     averaged = True

@@ -9,12 +9,12 @@ from torch import Tensor
 from ..common.batch import Batch
 from ..common.option import opt
 from . import options
-from ._preference import ALONE, MEAN, Preference, smoothed
+from ._preference import ALONE, MEAN, PreferenceLoss, smoothed
 from .base import register
 
 
 @register
-class Simpo(Preference):
+class Simpo(PreferenceLoss):
     name = "simpo"
     about = "a preference by the mean log-probability of a token; it needs no reference"
     averaged = True

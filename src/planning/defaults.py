@@ -12,7 +12,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config
-from ..losses import LOSSES, loss_of
+from ..losses import loss_of
 from .draft import Draft
 
 GUESSED = "from method, rank and widths"  # the reason of a chosen rate
@@ -32,7 +32,7 @@ WARM_UP = 0.05  # share of a run's steps
 
 def choose_loss(draft: Draft) -> None:
     """Fill in what the loss has of its own; the longest answer, max_tokens, is chosen with the data."""
-    for choice in LOSSES[draft.config.loss].defaults(draft.config):
+    for choice in draft.source.loss.defaults(draft.config):
         draft.choose(*choice)
 
 
@@ -101,7 +101,7 @@ def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: b
     Those of a run on rewards follow from what they cost. Few documents, of which none is held out, are
     repeated, too.
     """
-    config, by_loss = draft.config, loss_of(draft.config).metrics.by_loss
+    config, by_loss = draft.config, draft.source.loss.metrics.by_loss
     if config.is_automatic("epoch_count"):
         evaluates = held_out and (config.is_automatic("eval_steps") or config.eval_steps > 0)
         can_tell = evaluates or by_loss and not held_out and documents < UNDIVIDED
@@ -122,7 +122,7 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
 
     Rewards may fall within a few steps, and best.pth is from an evaluation. Two are made anyway.
     """
-    between = min(loss_of(draft.config).facts.evaluations_between, int(affordable) - 2)
+    between = min(draft.source.loss.facts.evaluations_between, int(affordable) - 2)
     if between < 1:
         return
     inner_steps = draft.config.inner_steps

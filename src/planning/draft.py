@@ -6,6 +6,8 @@ import dataclasses
 
 from ..config import Config
 from ..config.schema import CHOSEN
+from ..sources.base import Source
+from ..sources.kinds import source_of
 
 
 class Draft:
@@ -13,6 +15,11 @@ class Draft:
 
     def __init__(self, typed: Config):
         self.config = typed
+
+    @property
+    def source(self) -> Source:
+        """Source of the examples, with the settings so far."""
+        return source_of(self.config)
 
     def choose(self, name: str, value: object, reason: str) -> None:
         """Fill in a setting that was left to the program; one that was given stays as it is."""

@@ -38,9 +38,9 @@ from ..common.moments import moment_bytes
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..model import RWKV
-from ..objectives.estimates import SharedPrompts
-from ..objectives.kinds import objective_of
-from ..objectives.reference_model import reference_arch
+from ..sources.estimates import SharedPrompts
+from ..sources.kinds import source_of
+from ..sources.reference_model import reference_arch
 from .step_memory import StepBytes, model_on_meta, step_bytes
 
 # glibc's heap has holes, and never shrinks. The waste is a share of the most bytes in blocks of up to 32 MiB:
@@ -146,8 +146,8 @@ def memory_parts(
         # a tensor at a time, after the backward
         temporaries = 4 * TEMPORARIES[config.optimizer, accelerator] * max(tensors)
         parts["update"] = max(0.0, temporaries - parts["activations"] - parts["working"])
-    objective = objective_of(config)
-    if sampling := objective.sampling_bytes(arch, precision, accelerator):
+    source = source_of(config)
+    if sampling := source.sampling_bytes(arch, precision, accelerator):
         # it is over before the forward begins
         of_step = parts["activations"] + parts["working"]
         parts["drawing"] = max(0.0, sampling - of_step)
@@ -155,7 +155,7 @@ def memory_parts(
         parts["values"] = values
     size = PRECISIONS[precision].itemsize
     held = reference_weights(config.reference, config.quant, size) if config.reference else 0
-    if config.reference and objective.loss.facts.keeps_reference:
+    if config.reference and source.loss.facts.keeps_reference:
         # it reads a micro-batch before the forward begins
         forward = step_bytes(
             reference_arch(config.reference),

@@ -32,10 +32,10 @@ from ..data.examples import Examples
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import evaluations, hold_out, in_hash_order, paid_for
 from ..data.tokenizer import Tokenizer
-from ..losses import loss_of
-from ..objectives.base import TrainingData
-from ..objectives.estimates import Speed
-from ..objectives.kinds import objective_of
+from ..losses import Loss
+from ..sources.base import Source, TrainingData
+from ..sources.estimates import Speed
+from ..sources.kinds import source_of
 from .defaults import (
     GUESSED,
     choose_batch,
@@ -95,11 +95,16 @@ class Plan:
     reward_digest: str | None  # the hash of --reward_file
     schedule: Schedule
     evaluated: Examples  # those of Data.held_out that evaluations read
+    source: Source  # of the examples, with the loss
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.settings.total_steps(self.schedule.steps_per_pass)
+
+    def with_loss(self, loss: Loss) -> Plan:
+        """Return the plan with a loss of the user's own. The settings stay those of --loss."""
+        return dataclasses.replace(self, source=self.source.having(loss=loss))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Cost:
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
     loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
     provided: str = ""  # the assumption of the time, as "if ..."
-    called: str = "reference"  # as Objective.called
+    called: str = "reference"  # of the model of --reference
 
     def with_loading(self, seconds: float) -> Cost:
         """Add the seconds of loading, if the time of the rest is known."""
@@ -139,12 +144,12 @@ class Cost:
 def run_cost(plan: Plan, speed: Speed) -> Cost:
     """Estimate the cost of a run at this speed."""
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
-    documents, steps, objective = plan.data.documents, plan.steps, objective_of(plan.settings)
+    documents, steps, source = plan.data.documents, plan.steps, plan.source
     memory = needed(estimate(config, arch, schedule, documents), config.devices, device.accelerator)
     room = USABLE * memory_of(device, config.world)
     data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
     times = evaluations(steps, config.eval_steps) if plan.evaluated else 0
-    found = objective.times(data, arch, schedule, steps, times, speed)
+    found = source.times(data, arch, schedule, steps, times, speed)
     return Cost(
         memory=memory,
         room=room,
@@ -155,7 +160,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
         provided=found.provided,
-        called=objective.loss.words.reference,
+        called=source.loss.words.reference,
     )
 
 
@@ -235,23 +240,23 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = bos_ids(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
-    loaded = objective_of(config).load(config.data_file, encoder, found)
+    loaded = draft.source.load(config.data_file, encoder, found)
     if isinstance(loaded, Loaded) and is_first_process():
         found.contradictions = contradictions(loaded)
-    for choice in objective_of(config).defaults_by_data(loaded, tokenizer):
+    for choice in draft.source.defaults_by_data(loaded, tokenizer):
         draft.choose(*choice)
-    longest, texts, word = objective_of(draft.config).longest(loaded)
+    longest, texts, word = draft.source.longest(loaded)
     draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
-    documents = objective_of(draft.config).examples(loaded)
-    word, eval_steps = loss_of(config).words.example, config.value_or_zero("eval_steps")
+    documents = draft.source.examples(loaded)
+    word, eval_steps = draft.source.loss.words.example, config.value_or_zero("eval_steps")
     count = len(documents)
     if count < PROMPTS_COUNTED:  # those with one prompt are held out together
         count = len({part.tobytes() for part in documents.held_out_by()})
     draft.choose("eval_split", *held_out_share(count, word, config.eval_file, eval_steps))
-    config, objective = draft.config, objective_of(draft.config)
+    config, source = draft.config, draft.source
 
     def load_held_out(path: str) -> Examples:
-        examples = objective.examples(objective.load(path, encoder, found))
+        examples = source.examples(source.load(path, encoder, found))
         if left_out := examples.too_long_text(config.ctx_len):
             found.notes.append(f"left out   {left_out}")
         return examples
@@ -259,10 +264,10 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):
         found.notes.append(
-            f"left out   {counted(both, word)} of {config.data_file}, {objective.loss.words.duplicate} in"
+            f"left out   {counted(both, word)} of {config.data_file}, {source.loss.words.duplicate} in"
             f" {config.eval_file} too"
         )
-    train, held_out = (objective.estimated(part, loaded, tokenizer) for part in (train, held_out))
+    train, held_out = (source.estimated(part, loaded, tokenizer) for part in (train, held_out))
     return Data(train, held_out, found, encoder)
 
 
@@ -276,18 +281,18 @@ def choose_evaluation(
     if not held_out:
         return held_out
     order, config = in_hash_order(held_out, draft.config.random_seed), draft.config
-    steps, objective = config.total_steps(schedule.steps_per_pass), objective_of(config)
-    costs = objective.evaluation_costs(held_out.take(order))
-    budget = objective.evaluation_budget(held_out, schedule, steps)
-    if objective.loss.facts.evaluations_between and not goes_without:
+    steps, source = config.total_steps(schedule.steps_per_pass), draft.source
+    costs = source.evaluation_costs(held_out.take(order))
+    budget = source.evaluation_budget(held_out, schedule, steps)
+    if source.loss.facts.evaluations_between and not goes_without:
         taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(steps, draft.config.value_or_zero("eval_steps")))
     if fits < len(order):
-        of_all = counted(len(order), f"held-out {objective.loss.words.example}")
+        of_all = counted(len(order), f"held-out {source.loss.words.example}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
-        reason = f"all held-out {objective.loss.words.example}s take less than a tenth of the run"
+        reason = f"all held-out {source.loss.words.example}s take less than a tenth of the run"
     draft.choose("eval_docs", min(fits, len(order)), reason)
     return held_out.take(np.sort(order[: draft.config.eval_docs]))
 
@@ -300,7 +305,8 @@ def estimate(
     Without the documents, rows are counted as separate and of one document, also for pairs with prompts read
     once.
     """
-    sizes = objective_of(config).largest_batch(schedule, documents, arch)
+    source = source_of(config)
+    sizes = source.largest_batch(schedule, documents, arch)
     kernel, precision = config.wkv, config.precision
     return memory_parts(
         arch,
@@ -312,7 +318,7 @@ def estimate(
         sizes.targets,
         sizes.shared,
         sizes.documents,
-        values=objective_of(config).reference_bytes(schedule, arch),
+        values=source.reference_bytes(schedule, arch),
     )
 
 

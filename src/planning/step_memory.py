@@ -31,10 +31,10 @@ from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
-from ..objectives.base import Objective
-from ..objectives.estimates import SharedPrompts
-from ..objectives.kinds import objective_of
 from ..ops import per_document
+from ..sources.base import Source
+from ..sources.estimates import SharedPrompts
+from ..sources.kinds import source_of
 
 COUNTED_CHUNKS = 4  # the most chunks of a row that are counted; each further chunk adds the same
 WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)
@@ -79,7 +79,7 @@ def step_bytes(
     which count if they begin with a tuned state. Layers without an adapter between others are counted as if
     they had one.
     """
-    chunks = objective_of(config).chunks
+    chunks = source_of(config).chunks
     whole = row
     if chunks.count(row) > COUNTED_CHUNKS:
         row = COUNTED_CHUNKS * chunks.size
@@ -147,11 +147,11 @@ def _count(
             for block in model.blocks:
                 block.att.kernel = "cpu"
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
-        objective = objective_of(config)
-        packed = objective.packs
+        source = source_of(config)
+        packed = source.packs
         # with an initial state documents are cut out of their rows, where these have several
         packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
-        batch = _batch(objective, config.micro_bsz, row, targets, packed, shared, not has_states)
+        batch = _batch(source, config.micro_bsz, row, targets, packed, shared, not has_states)
         known = [*batch.tensors().values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
         with (
@@ -160,7 +160,7 @@ def _count(
         ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward):
-                loss, _ = objective.loss(model, batch, objective.chunks)
+                loss, _ = source.loss(model, batch, source.chunks)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
@@ -190,7 +190,7 @@ def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[Non
 
 
 def _batch(
-    objective: Objective,
+    source: Source,
     rows: int,
     row: int,
     targets: int,
@@ -202,10 +202,10 @@ def _batch(
 
     `pads`: padded prompts begin with a reset.
     """
-    chunk = objective.chunks.size
+    chunk = source.chunks.size
     size = chunk or row
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
-    reads, names = objective.reads(), ["ids", "where", "targets"]
+    reads, names = source.reads(), ["ids", "where", "targets"]
     sizes = {"rows": rows, "width": row, "trained": sum(counts), "answers": rows * reads.answers}
     if shared:
         sizes |= {"rows": shared.rows, "width": shared.answer}

@@ -18,9 +18,9 @@ from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
-from ..objectives.estimates import Speed
-from ..objectives.held_out_answers import ASKED
-from ..objectives.kinds import objective_of
+from ..sources.estimates import Speed
+from ..sources.held_out_answers import ASKED
+from ..sources.kinds import source_of
 from .plan import Plan
 from .step_memory import model_on_meta
 
@@ -104,12 +104,12 @@ def measured_speed(
     if below:
         seconds += below * _fastest(forward, device)
     seconds += trained * _fastest(logits, device)
-    source = "two layers and the head were timed here just now; saving and the optimizer are not in it"
+    reason = "two layers and the head were timed here just now; saving and the optimizer are not in it"
     accelerator = "gpu" if device == "cuda" else "cpu"
-    if rows := objective_of(config).sampled_at_once(arch, precision, accelerator):
-        return Speed(ids.numel() / seconds, source=source, drawn=rows / next_tokens(rows))
+    if rows := source_of(config).sampled_at_once(arch, precision, accelerator):
+        return Speed(ids.numel() / seconds, source=reason, drawn=rows / next_tokens(rows))
     answer = next_tokens(ASKED) if config.eval_samples else 0.0
-    return Speed(ids.numel() / seconds, answer, source)
+    return Speed(ids.numel() / seconds, answer, reason)
 
 
 def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], Tensor]:

@@ -10,7 +10,6 @@ from ..common.formatting import counted
 from ..data.bos import describe_bos
 from ..data.examples import Examples
 from ..data.formats import places_text
-from ..objectives.kinds import objective_of
 from ..planning.plan import Data, Plan
 
 
@@ -22,7 +21,7 @@ def documents_line(plan: Plan) -> str:
     several = "".join(f" ({text})" for text in [*rewritten(documents), *cut_texts(documents, config.ctx_len)])
     encoder = found.encoder
     bos = f", {describe_bos(encoder.bos)}" if encoder.bos else ""
-    trained = objective_of(config).trained_text(documents)
+    trained = plan.source.trained_text(documents)
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.word)}"
         f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
@@ -34,11 +33,11 @@ def documents_line(plan: Plan) -> str:
 def rows(plan: Plan) -> str:
     """Describe how documents lie in rows."""
     config, schedule = plan.settings, plan.schedule
-    objective, longest = objective_of(config), counted(max(schedule.lengths), "token")
-    if content := objective.loss.words.content:
+    source, longest = plan.source, counted(max(schedule.lengths), "token")
+    if content := source.loss.words.content:
         return f"up to {longest} for a {content}"
     if not config.packing:
-        return f"rows of up to {longest}, a {objective.loss.words.example} in each"
+        return f"rows of up to {longest}, a {source.loss.words.example} in each"
     full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
     return f"rows of {config.ctx_len} tokens, {full:.0%} full"
 
@@ -71,10 +70,10 @@ def held_out(plan: Plan) -> list[str]:
     if not held:
         return []
     cut = f", {held.cut:,} of them cut" if held.cut else ""
-    source, objective = recorded(config.eval_file or config.data_file), objective_of(config)
-    count = counted(len(held), objective.loss.words.example)
-    looked_at = objective.evaluated_text(plan.evaluated)
-    return [f"held out   {count} of {source}{cut}; {looked_at}"]
+    file, source = recorded(config.eval_file or config.data_file), plan.source
+    count = counted(len(held), source.loss.words.example)
+    looked_at = source.evaluated_text(plan.evaluated)
+    return [f"held out   {count} of {file}{cut}; {looked_at}"]
 
 
 def rewritten(documents: Examples) -> list[str]:

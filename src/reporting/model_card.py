@@ -21,6 +21,7 @@ from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
 from ..losses import Loss, loss_of
+from ..sources.kinds import source_of
 from .curves import pictures
 from .run_card import evaluations_table, table, training_score
 
@@ -128,7 +129,7 @@ def _trained(
         "layers with adapters": layers_text(config.adapted_layers(arch.n_layer)) if config.layers else "",
         "rows of tokens" if config.train_tokens else "whole tensors": config.value_or_zero("train_parts")
         + (f", of tokens {config.train_tokens}" if config.train_tokens else ""),
-        "loss": loss_of(config).description,
+        "loss": source_of(config).description,
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"
         f" {sum(line['trained_tokens'] for line in metrics):,} of them trained",

@@ -20,7 +20,6 @@ from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
-from ..objectives.kinds import objective_of
 from ..planning.defaults import chosen_rate, share_of_time
 from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
@@ -65,7 +64,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         documents_line(run),
         *released_modes(config.load_model, run.template),
         steps(run),
-        *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
+        *run.source.lines(run.data.documents, run.schedule, run.arch),
         f"trained    {trained(config.peft, model)}{unseen(config)}",
         f"rates      {rates(run)}{far_above(run)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
@@ -116,7 +115,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         *sources(run),
         *long_texts(documents, config.ctx_len),
         *chunks(
-            objective_of(config).chunks,
+            run.source.chunks,
             max(schedule.lengths),
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
@@ -210,8 +209,8 @@ def evaluation(run: Plan, cost: Cost) -> str:
     """Write the line of the plan about evaluations: the loss on some of the held-out documents, or the
     answers to some of the questions."""
     config, held, evaluated = run.settings, len(run.data.held_out), len(run.evaluated)
-    objective = objective_of(config)
-    words, facts = objective.loss.words, objective.loss.facts
+    source = run.source
+    words, facts = source.loss.words, source.loss.facts
     word = words.example
     if not held:
         return (
@@ -224,7 +223,7 @@ def evaluation(run: Plan, cost: Cost) -> str:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     times, answers = evaluations(run.steps, config.eval_steps), ""
     if facts.asks_samples and (
-        asked := objective.asked(run.data.held_out, run.data.encoder, run.schedule, run.steps, times)
+        asked := source.asked(run.data.held_out, run.data.encoder, run.schedule, run.steps, times)
     ):
         answers = f" and {counted(len(asked), 'greedy answer')}"
     return (
@@ -237,7 +236,7 @@ def evaluation(run: Plan, cost: Cost) -> str:
 def warnings(run: Plan, cost: Cost) -> list[str]:
     """List what in the data, the device or the settings is probably not intended."""
     config, device, documents = run.settings, run.device, run.data.documents
-    of_loss = objective_of(config).warnings(documents, run.tokenizer)
+    of_loss = run.source.warnings(documents, run.tokenizer)
     texts = [*run.data.found.warnings(), *cut_warnings(documents, config.ctx_len), *of_loss]
     if bad := run.data.found.bad:
         are = "is" if bad == 1 else "are"
@@ -288,7 +287,7 @@ def steps(run: Plan) -> str:
     A given number of steps is more passes where documents share rows.
     """
     config, schedule, total, documents = run.settings, run.schedule, run.steps, len(run.data.documents)
-    passes, objective = total / schedule.steps_per_pass, objective_of(config)
+    passes, source = total / schedule.steps_per_pass, run.source
     length = ""
     if config.epoch_steps and documents > len(schedule.rows):
         passes_alone = total * schedule.rows_per_step / documents
@@ -297,13 +296,13 @@ def steps(run: Plan) -> str:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     most = ""
     if config.early_stop > 0:
-        score = "loss falls" if objective.loss.metrics.by_loss else "reward rises"
+        score = "loss falls" if source.loss.metrics.by_loss else "reward rises"
         flat = f"held-out {score} no further"
         end = "data are known by heart" if learns_by_heart(config) else flat
         length, most = f"{length}; ends when the {end}", "at most "
     return (
         f"steps      {most}{counted(total, 'step')} of"
-        f" {counted(schedule.rows_per_step, objective.loss.words.row)} "
+        f" {counted(schedule.rows_per_step, source.loss.words.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
         f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(run)}"
     )

@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from ..common.files import read_lines
-from ..objectives.rewards import SAMPLES
+from ..sources.drawn import SAMPLES
 from ..training.run_folder import METRICS
 from ..training.validation_log import VALIDATION
 

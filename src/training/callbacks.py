@@ -32,7 +32,7 @@ from ..config import Config
 from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing
-from ..objectives.base import BetweenSteps, StepSize
+from ..sources.base import BetweenSteps, StepSize
 from .loggers import Writer
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_adapter, keep_best, remove_old
@@ -122,7 +122,7 @@ class StepReport(Callback):
             # a resumed run does the steps after its checkpoint again
             before = read_lines(self.path, trainer.global_step)
             write_lines(self.path, before)
-            self.metrics = module.objective.loss.metrics
+            self.metrics = module.source.loss.metrics
             self.early_warning = self.warnings(module.config, before)
         self.inner_steps = module.config.inner_steps
         self.last_good.start(trainer)
@@ -218,7 +218,7 @@ class StepReport(Callback):
         # not by the strategy, which makes the ranks wait for each other first
         if module.step_metrics is not None:
             numbers = torch.cat([numbers, module.step_metrics.float()])
-            numbers = over_ranks(numbers, len(mine), module.objective.loss.joined, trainer.world_size)
+            numbers = over_ranks(numbers, len(mine), module.source.loss.joined, trainer.world_size)
         elif trainer.world_size > 1:
             torch.distributed.all_reduce(numbers)
         module.step_loss, module.step_metrics = 0.0, None
@@ -265,7 +265,7 @@ class StepReport(Callback):
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, done, loss, module.objective.loss.means(sums) if sums else {})
+            line = self._line(module, done, loss, module.source.loss.means(sums) if sums else {})
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..evaluation.kl_divergence import divergence, sections
 from ..model import RWKV
-from ..objectives.reference_model import FromReference
+from ..sources.reference_model import FromReference
 
 
 class Forgetting(Callback):

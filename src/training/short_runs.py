@@ -18,14 +18,12 @@ from rwkv_miss.progress import progress
 
 from .. import ops
 from ..common.batch import Batch
-from ..config import Config
 from ..data.batches import Schedule, make_schedule
 from ..data.examples import Examples
 from ..data.held_out import evaluation_batches
 from ..model import RWKV
-from ..objectives.base import Objective, TrainingData
-from ..objectives.kinds import objective_of
-from ..objectives.policy import policy_of
+from ..sources.base import Source, TrainingData
+from ..sources.policy import policy_of
 from .optimizer import adamw, learning_rate_factor, parameter_groups
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
@@ -48,9 +46,14 @@ class Trial:
         return sum(tail) / len(tail)
 
 
+def judge_of(source: Source) -> Source:
+    """Return the source with the loss that decides between rates."""
+    return source.having(loss=source.loss.judge())
+
+
 def trials(
     model: RWKV,
-    config: Config,
+    source: Source,
     documents: Examples,
     held_out: Examples,
     steps: int,
@@ -58,31 +61,29 @@ def trials(
     rates: list[float],
 ) -> Iterator[Trial]:
     """Train for `steps` steps at each rate, the value of `setting`, "lr_init" or "state_lr". The loss
-    afterwards is that of judged_by(). The model ends as it began."""
-    judge = objective_of(config).judged_by()
+    afterwards is that of judge_of(). The model ends as it began."""
+    judge = judge_of(source)
     for rate in rates:
-        tried = dataclasses.replace(config, **{setting: rate})
+        tried = source.having(dataclasses.replace(source.config, **{setting: rate}))
         with put_back(model):
             watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
             trial = trial_of(model, judge, rate, list(watched), held_out)
         yield trial
 
 
-def trial_of(
-    model: RWKV, objective: Objective, rate: float, losses: list[float], documents: Examples
-) -> Trial:
+def trial_of(model: RWKV, source: Source, rate: float, losses: list[float], documents: Examples) -> Trial:
     """Describe the training with these losses, whose end the model is in. Its loss on `documents` decides."""
-    loss = held_out_loss(model, objective, documents) if math.isfinite(losses[-1]) else math.nan
+    loss = held_out_loss(model, source, documents) if math.isfinite(losses[-1]) else math.nan
     return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
 
 def with_reference(
-    model: RWKV, objective: Objective, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
+    model: RWKV, source: Source, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
 ) -> tuple[Examples, Examples]:
     """Give both the values of the reference for `steps` steps, if the loss needs them."""
-    shared = objective.prompt_reading(documents, schedule, model.arch).shared
-    data, policy = TrainingData(documents, held_out, held_out), policy_of(model, objective.chunks)
-    found = objective.with_reference(data, schedule, steps, policy, shared)
+    shared = source.prompt_reading(documents, schedule, model.arch).shared
+    data, policy = TrainingData(documents, held_out, held_out), policy_of(model, source.chunks)
+    found = source.with_reference(data, schedule, steps, policy, shared)
     return found.documents, found.evaluated
 
 
@@ -112,8 +113,9 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
     return {**trained, **dict(model.named_buffers())}
 
 
-def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Iterator[float]:
+def train(model: RWKV, source: Source, documents: Examples, steps: int) -> Iterator[float]:
     """Do train.py's optimizer steps; yields the loss of each, up to the first that is not finite."""
+    config = source.config
     schedule = make_schedule(documents, config, 1)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
@@ -123,10 +125,9 @@ def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Itera
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    objective = objective_of(config)
-    shared = objective.prompt_reading(documents, schedule, model.arch).shared
-    policy = policy_of(model, objective.chunks)
-    feed = objective.feed(TrainingData(documents), schedule, range(steps), policy, shared)
+    shared = source.prompt_reading(documents, schedule, model.arch).shared
+    policy = policy_of(model, source.chunks)
+    feed = source.feed(TrainingData(documents), schedule, range(steps), policy, shared)
     batches = iter(feed)
     model.train()
     with ops.nan_passes():
@@ -137,7 +138,7 @@ def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Itera
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, 0))
                 batch = next(batches).having(**beside)
-                total += _backward(model, objective, batch, around, schedule.accumulate, scaler)
+                total += _backward(model, source, batch, around, schedule.accumulate, scaler)
             loss = float(total)
             if not math.isfinite(loss):
                 yield loss
@@ -156,7 +157,7 @@ def train(model: RWKV, config: Config, documents: Examples, steps: int) -> Itera
 
 def _backward(
     model: RWKV,
-    objective: Objective,
+    source: Source,
     batch: Batch,
     around: AroundSteps,
     shares: int,
@@ -165,29 +166,29 @@ def _backward(
     """Backpropagate a micro-batch; return its part of the loss that reports show. `shares`: micro-batches in
     the step."""
     batch = batch.to(model.emb.weight.device)
-    total, metrics = objective.loss(model, batch, objective.chunks)
+    total, metrics = source.loss(model, batch, source.chunks)
     weight = batch.step_weight or 1.0
     loss = total / weight
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
-    return (objective.loss.reported(total, metrics) / weight).double()
+    return (source.loss.reported(total, metrics) / weight).double()
 
 
 @torch.no_grad()
-def held_out_loss(model: RWKV, objective: Objective, held_out: Examples) -> float:
+def held_out_loss(model: RWKV, source: Source, held_out: Examples) -> float:
     """Compute the loss over the documents' trained tokens, nats per token; of preferences, per example."""
     model.eval()
-    device, config = model.emb.weight.device, objective.config
+    device, config = model.emb.weight.device, source.config
     sizes = (config.ctx_len, config.micro_bsz, config.random_seed)
 
     def batches(documents: Examples) -> Iterator[Batch]:
-        collate = documents.collator(objective.chunks.size)
+        collate = documents.collator(source.chunks.size)
         for rows in progress(evaluation_batches(documents, *sizes), "validation", unit="batches"):
             yield collate(rows, 1).to(device)
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
-        beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks))
+        beside = source.before_evaluation(held_out, batches, policy_of(model, source.chunks))
         for batch in batches(held_out):
-            total += objective.loss.held_out(model, batch.having(**beside), objective.chunks)[0]
+            total += source.loss.held_out(model, batch.having(**beside), source.chunks)[0]
     return float(total) / held_out.weight

@@ -38,10 +38,9 @@ from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..objectives.base import Feed, Objective, TrainingData
-from ..objectives.kinds import objective_of
-from ..objectives.policy import Policy
-from ..objectives.reference_model import reference_of
+from ..sources.base import Feed, Source, TrainingData
+from ..sources.policy import Policy
+from ..sources.reference_model import reference_of
 from .optimizer import adamw, learning_rate_factor, parameter_groups
 from .resume import inputs
 
@@ -73,30 +72,29 @@ class ScaledFp16(MixedPrecision):
 class FineTuning(pl.LightningModule):
     """Lightning module of a training.
 
-    The loss of an optimizer step is the objective's over the whole step, whatever its micro-batches and
+    The loss of an optimizer step is the source's over the whole step, whatever its micro-batches and
     ranks.
     """
 
     def __init__(
         self,
         model: RWKV,
-        config: Config,
+        source: Source,
         data: TrainingData,
         total_steps: int,
         first_step: int = 0,
-        objective: Objective | None = None,
         history: Sequence[dict] = (),
     ):
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.source, self.config = model, source, source.config
         everything = data.held_out if data.evaluated is None else data.evaluated
         self.data = dataclasses.replace(data, evaluated=everything)
-        self.objective, self.reference = objective or objective_of(config), reference_of(config.reference)
+        self.reference = reference_of(self.config.reference)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.history = history  # the evaluations, which grow while the run goes
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
-        self.step_metrics: Tensor | None = None  # of the same, where the objective has any
+        self.step_metrics: Tensor | None = None  # of the same, where the source has any
         self.feed: Feed | None = None
         self.beside: dict[str, Any] = {}  # entries of every micro-batch of the step
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
@@ -106,7 +104,7 @@ class FineTuning(pl.LightningModule):
         # the number of processes is known from here on
         self.accumulate = self.config.accumulation
         self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
-        reading = self.objective.prompt_reading(self.data.documents, self.schedule, self.model.arch)
+        reading = self.source.prompt_reading(self.data.documents, self.schedule, self.model.arch)
         self.shared = reading.shared  # the prompt of a pair is read once
         config = self.config
         # stage 3 shards the model later, see ReferenceAtStart
@@ -126,7 +124,7 @@ class FineTuning(pl.LightningModule):
         The model is that before step 1, also in a resumed run: the state of a checkpoint comes later.
         """
         steps, shared = self.total_steps, self.shared
-        self.data = self.objective.with_reference(self.data, self.schedule, steps, self.policy, shared)
+        self.data = self.source.with_reference(self.data, self.schedule, steps, self.policy, shared)
 
     @property
     def policy(self) -> Policy:
@@ -137,7 +135,7 @@ class FineTuning(pl.LightningModule):
 
     def train_dataloader(self) -> Feed:
         steps = range(self.first_step, self.total_steps)
-        self.feed = self.objective.feed(self.data, self.schedule, steps, self.policy, self.shared)
+        self.feed = self.source.feed(self.data, self.schedule, steps, self.policy, self.shared)
         return self.feed
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -170,8 +168,8 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        given, trained = batch.having(**self.beside), self.objective.loss
-        loss, metrics = trained(self.model, given, self.objective.chunks, self.feed.keep)
+        given, trained = batch.having(**self.beside), self.source.loss
+        loss, metrics = trained(self.model, given, self.source.chunks, self.feed.keep)
         weight = batch.step_weight or 1.0
         self.step_loss += trained.reported(loss, metrics) / weight
         if len(metrics):
@@ -186,12 +184,12 @@ class FineTuning(pl.LightningModule):
         return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-        """Compute the objective for a batch of held-out rows; held_out_loss.validation_loss() calls it."""
-        return self.objective.loss.held_out(self.model, batch, self.objective.chunks)
+        """Compute the source for a batch of held-out rows; held_out_loss.validation_loss() calls it."""
+        return self.source.loss.held_out(self.model, batch, self.source.chunks)
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Compute ln p of the trained tokens of a batch."""
-        return token_log_probs(self.model, batch, self.objective.chunks)
+        return token_log_probs(self.model, batch, self.source.chunks)
 
     def _code(self) -> dict[str, str | None]:
         """Hash the user's code, which all processes have to share. A resumed run may have another."""

@@ -44,11 +44,11 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         """Start before a checkpoint is in the model."""
-        self.evaluation = module.objective.evaluation(module)
+        self.evaluation = module.source.evaluation(module)
         self.evaluation.start(trainer)
 
     def on_train_start(self, trainer, module) -> None:
-        self.metrics = module.objective.loss.metrics
+        self.metrics = module.source.loss.metrics
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
         self._if_due(trainer, module)

@@ -19,11 +19,11 @@ from ...inference.request import Answer
 from ...model import RWKV
 from ..base import Evaluated
 from ..held_out_answers import Judge
-from ..rewards.evaluation import Judged, RewardEvaluation
-from ..rewards.sizes import have_answers
+from .evaluation import DrawnEvaluation, Judged
+from .sizes import have_answers
 
 
-class TaughtEvaluation(RewardEvaluation):
+class TaughtEvaluation(DrawnEvaluation):
     """Evaluation by the KL from the teacher, per token of greedy answers, and by how many are right.
 
     Answers are judged as a supervised training judges them (held_out_answers.Judge), if there are reference
@@ -48,11 +48,11 @@ class TaughtEvaluation(RewardEvaluation):
 
     def _read(self, model: RWKV, groups: list[AnswerGroup]) -> None:
         """Add the KL of some answers."""
-        objective, shared = self.module.objective, self.module.shared
-        loss = objective.loss
+        source, shared = self.module.source, self.module.shared
+        loss = source.loss
         rows = [[group] for group in groups]
-        batch = collate_answers(rows, 1.0, objective.chunks.size, shared, GROUP).to(self.sums.device)
-        self.sums[0] += loss.reported(*loss(model, self.module.data.teacher.beside(batch), objective.chunks))
+        batch = collate_answers(rows, 1.0, source.chunks.size, shared, GROUP).to(self.sums.device)
+        self.sums[0] += loss.reported(*loss(model, self.module.data.teacher.beside(batch), source.chunks))
         self.sums[1] += batch.targets.numel()
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:

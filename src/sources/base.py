@@ -1,6 +1,6 @@
-"""Interface of a kind of training to steps and evaluations: an Objective, and in a run its Feed.
+"""Interface of a kind of training to steps and evaluations: an Source, and in a run its Feed.
 
-An Objective has settings and no state. sft.py, preferences/ and rewards/ have one each, and kinds.py tells
+An Source has settings and no state. sft.py, preferences/ and rewards/ have one each, and kinds.py tells
 which one a run has.
 """
 
@@ -134,7 +134,7 @@ class PromptReading:
     explanation: str = ""
 
 
-class Objective(abc.ABC):
+class Source(abc.ABC):
     """Kind of training: its loss, and where the loss's examples come from."""
 
     def __init__(self, config: Config, loss: Loss | None = None):
@@ -255,16 +255,20 @@ class Objective(abc.ABC):
         evaluation = (read + prompts) / speed.tokens + answers
         return Times(tokens, read / training, training / speed.tokens, evaluation, reference)
 
-    def judged_by(self) -> Objective:
-        """Return the objective whose loss decides between rates."""
-        judge = self.loss.judge()
-        return self if judge is self.loss else type(self)(self.config, judge)
+    def having(self, config: Config | None = None, loss: Loss | None = None) -> Source:
+        """Return the source with other settings, which leave the loss as it is, or with another loss."""
+        return type(self)(config or self.config, loss or self.loss)
 
     # in words
 
+    @property
+    def description(self) -> str:
+        """The loss with its settings; "" for cross entropy."""
+        return self.loss.description
+
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         """Return the plan's lines about the loss and how prompts are read."""
-        return [f"loss       {said}"] if (said := self.loss.description) else []
+        return [f"loss       {said}"] if (said := self.description) else []
 
     def warnings(self, documents: Examples, tokenizer: Tokenizer) -> list[str]:
         """Tell what of the loss or of its data is probably not meant so."""

@@ -23,14 +23,14 @@ from ..data.held_out import FORWARD
 from ..data.reference_values import row_shape, top_tokens
 from ..model.log_probs import top_log_probs
 from .base import TrainingData
+from .documents import DocumentSource
 from .estimates import Speed, Times
 from .policy import Policy
 from .reference_model import reference_arch, relative_work
 from .reference_pass import ReferencePass, TokenValues, kept_share
-from .sft import Supervised
 
 
-class Distilled(Supervised):
+class TaughtDocumentSource(DocumentSource):
     """Documents with the teacher's likeliest tokens at each trained one."""
 
     def _values(self, arch: Arch) -> TokenValues:

@@ -28,23 +28,23 @@ from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from .base import Evaluated, Evaluation
+from .drawn.sizes import rows_at_once
 from .held_out_answers import Judge, limit_of
-from .rewards.sizes import rows_at_once
 
 
 class HeldOutLoss(Evaluation):
-    """Evaluation by the objective's loss on a run's held-out documents."""
+    """Evaluation by the source's loss on a run's held-out documents."""
 
     def __init__(self, module):
         self.module, self.encoder, data = module, module.data.encoder, module.data
         steps, times = module.total_steps, evaluations(module.total_steps, module.config.eval_steps)
-        asked = module.objective.asked(data.held_out, data.encoder, module.schedule, steps, times)
+        asked = module.source.asked(data.held_out, data.encoder, module.schedule, steps, times)
         to_judge = [question for question in asked if not question.is_text]
         self.judge, self.limit = Judge(to_judge, data.encoder), limit_of(to_judge)
         # questions come before texts, which are shown and not judged
         self.questions = sorted(asked, key=lambda question: question.is_text)
 
-        is_entropy = module.objective.loss.metrics.nats[:1] == ("loss",)
+        is_entropy = module.source.loss.metrics.nats[:1] == ("loss",)
         self.bytes = text_bytes(data.evaluated, data.encoder) if is_entropy else 0
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
@@ -126,7 +126,7 @@ def validation_loss(
     order.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
-    objective, processes = module.objective, processes_of(trainer)
+    source, processes = module.source, processes_of(trainer)
     weight = math.fsum(document.weight for document in documents)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
     sums: Tensor | None = None
@@ -135,7 +135,7 @@ def validation_loss(
         return _batches(trainer, examples, weight, is_stopped)
 
     try:
-        beside = objective.before_evaluation(documents, batches, module.policy)
+        beside = source.before_evaluation(documents, batches, module.policy)
         for turn, batch in enumerate(batches(documents)):
             loss, metrics = strategy.validation_step(batch.having(**beside), turn)
             total += loss
@@ -143,7 +143,7 @@ def validation_loss(
     except _Stopped:
         return None
     loss = float(processes.total(total)) / weight
-    return loss, objective.loss.means(processes.total(sums).tolist()) if len(sums) else {}
+    return loss, source.loss.means(processes.total(sums).tolist()) if len(sums) else {}
 
 
 class _Stopped(Exception):
@@ -155,7 +155,7 @@ def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
     config = module.config
     batches = evaluation_batches(documents, config.ctx_len, config.micro_bsz, config.random_seed)
-    collate = documents.collator(module.objective.chunks.size, module.shared)
+    collate = documents.collator(module.source.chunks.size, module.shared)
     with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
             stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)

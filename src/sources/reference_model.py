@@ -142,10 +142,10 @@ class ReferenceKl:
 
     def _features(self, model: RWKV) -> list[Tensor]:
         module, device, config = self.module, self.module.device, self.module.config
-        collate = self.examples.collator(module.objective.chunks.size, module.shared)
+        collate = self.examples.collator(module.source.chunks.size, module.shared)
         read = evaluation_batches(self.examples, config.ctx_len, config.micro_bsz, config.random_seed)
         batches = [collate(rows, 1.0) for rows in read]
-        return [token_features(model, batch.to(device), module.objective.chunks) for batch in batches]
+        return [token_features(model, batch.to(device), module.source.chunks) for batch in batches]
 
 
 def a_few(examples: Preferences) -> Preferences:

@@ -6,6 +6,7 @@ So one process and two get the same numbers.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import statistics
@@ -63,8 +64,8 @@ class Share:
         self.judged.append(Judged(place, answer.text, len(answer.tokens), answer.cut, values, total))
 
 
-class RewardEvaluation(Evaluation):
-    """Evaluation by rewards of greedy answers to the held-out questions. Every process gets the same."""
+class DrawnEvaluation(Evaluation):
+    """Evaluation of greedy answers to the held-out questions. Every process gets the same."""
 
     def __init__(self, encoder: Encoder, rewards: Rewards, timeout: float):
         self.encoder, self.rewards, self.timeout = encoder, rewards, timeout
@@ -147,6 +148,14 @@ class RewardEvaluation(Evaluation):
         said = [one.text.strip() for one in judged]
         common = in_common(said, [str(questions[one.place].answer) for one in judged], cut)
         return Evaluated(loss, metrics, len(judged), tokens, shown, common)
+
+    @abc.abstractmethod
+    def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
+        """Return (the loss of an evaluation, its metrics)."""
+
+
+class RewardEvaluation(DrawnEvaluation):
+    """Evaluation by the rewards of the answers."""
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:
         """Return (the loss of an evaluation, its metrics): minus the mean reward, and what rewards tell."""

@@ -8,12 +8,12 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..data.batches import Schedule
 from ..data.examples import Examples
-from .base import Objective
+from .base import Source
 from .estimates import BatchSizes, fullest_rows
 from .held_out_loss import HeldOutLoss
 
 
-class Supervised(Objective):
+class DocumentSource(Source):
     """Documents of --data_file."""
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:

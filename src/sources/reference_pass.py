@@ -40,7 +40,7 @@ from ..data.reference_values import LOG_PROB, are_finite, packed, row_shape, unk
 from ..data.token_cache import cache_folder, remove_old
 from ..model import RWKV
 from ..ops.build import announce
-from .base import Objective
+from .base import Source
 from .policy import Policy, policy_of
 from .reference_blocks import NAMES, Blocks, blocks_in
 from .reference_model import build_reference, reference_of
@@ -102,9 +102,9 @@ class ReferencePass:
     `shared`: the prompt of a pair is read once.
     """
 
-    def __init__(self, objective: Objective, shared: bool, policy: Policy, values: TokenValues = LOG_PROBS):
-        self.config, self.chunks, self.shared = objective.config, objective.chunks, shared
-        self.called = objective.loss.words.reference
+    def __init__(self, source: Source, shared: bool, policy: Policy, values: TokenValues = LOG_PROBS):
+        self.config, self.chunks, self.shared = source.config, source.chunks, shared
+        self.called = source.loss.words.reference
         self.model, self.policy, self.values = policy.model, policy, values
         self.processes, self.device = policy.processes, policy.device
         reference = reference_of(self.config.reference)

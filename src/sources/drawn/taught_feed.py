@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from ...common.batch import Batch
 from ...data.batches import Schedule
-from ..base import Objective
+from ..base import Source
 from ..policy import Policy
 from ..reference_model import TeacherBeside
-from ..rewards.feed import RolloutFeed
-from ..rewards.rollouts import Group, Rollouts
+from .feed import RolloutFeed
+from .rollouts import Rollouts
 
 
 class TaughtFeed(RolloutFeed):
@@ -22,16 +22,13 @@ class TaughtFeed(RolloutFeed):
         rollouts: Rollouts,
         schedule: Schedule,
         steps: range,
-        objective: Objective,
+        source: Source,
         policy: Policy,
         teacher: TeacherBeside,
     ):
-        super().__init__(rollouts, schedule, steps, objective, policy, None)
+        super().__init__(rollouts, schedule, steps, source, policy)
         self.teacher = teacher
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             yield self.teacher.beside(batch)
-
-    def _is_trained(self, group: Group) -> bool:
-        return True

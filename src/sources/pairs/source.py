@@ -18,7 +18,7 @@ from ...data.examples import Examples
 from ...data.held_out import FORWARD
 from ...data.preferences import Preferences
 from ...data.tokenizer import Tokenizer
-from ..base import Evaluated, Feed, Objective, PromptReading, TrainingData
+from ..base import Evaluated, Feed, PromptReading, Source, TrainingData
 from ..estimates import BatchSizes, largest_shared
 from ..held_out_loss import HeldOutLoss
 from ..policy import Policy
@@ -28,7 +28,7 @@ from .kto_baseline import WithBaseline, baseline
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
 
 
-class OnPreferences(Objective):
+class PairSource(Source):
     """Pairs of answers, or under kto single ones."""
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
@@ -71,8 +71,13 @@ class OnPreferences(Objective):
         work = FORWARD * relative_work(self.config.reference, arch) * self.loss.facts.passes
         return work * (trained + held_out)
 
+    @property
+    def description(self) -> str:
+        """The loss with its settings and what it compares with."""
+        return f"{self.loss.description}; {self.loss.reference_text(self.config.peft)}"
+
     def lines(self, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
-        config, said = self.config, f"{self.loss.description}; {self.loss.reference_text(self.config.peft)}"
+        config, said = self.config, self.description
         if self.loss.needs_reference:
             kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
             said += f", read once before step 1 and kept in {kept_in}"

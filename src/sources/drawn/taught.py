@@ -1,7 +1,6 @@
-"""On-policy distillation: the model answers, and a teacher tells what it would have written at each token.
+"""Questions, whose answers the model draws, and a teacher beside it, as --loss distill_on_policy reads them.
 
-It is --loss distill_on_policy. Answers are drawn as in a training on rewards, and take the same way to the
-steps. But no reward judges them: each token has the KL from the teacher, over the whole vocabulary.
+The teacher tells what it would have written at each token: all probabilities of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ...data.tokenizer import Tokenizer
 from ..base import Evaluation, Feed, TrainingData
 from ..policy import Policy
 from ..reference_model import TeacherBeside, reference_arch, relative_work
-from ..rewards.objective import OnRewards
-from ..rewards.sizes import FREE, have_answers, usual_length, within_row
+from .sizes import FREE, have_answers, usual_length, within_row
+from .source import DrawnSource
 
 
-class OnOwnAnswers(OnRewards):
-    """Questions, whose answers the model draws, and a teacher beside it."""
+class TaughtDrawnSource(DrawnSource):
+    """Drawn answers with the probabilities of a teacher."""
 
     def defaults_by_data(
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
@@ -63,9 +62,6 @@ class OnOwnAnswers(OnRewards):
         beside = f"teacher    {teacher}; stays beside the model, and reads each answer once a step"
         return [*super().lines(documents, schedule, arch), beside]
 
-    def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
-        return []
-
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
     ) -> TrainingData:
@@ -74,14 +70,12 @@ class OnOwnAnswers(OnRewards):
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool
     ) -> Feed:
-        from ..rewards.rollouts import Rollouts  # the engine, which a plan need not load
-        from .feed import TaughtFeed
+        from .taught_feed import TaughtFeed  # the engine, which a plan need not load
 
-        rollouts = Rollouts(policy.model, data.documents, data.encoder, data.rewards, self.config)
-        return TaughtFeed(rollouts, schedule, steps, self, policy, data.teacher)
+        return TaughtFeed(self.rollouts(data, policy), schedule, steps, self, policy, data.teacher)
 
     def evaluation(self, module) -> Evaluation:
-        from .evaluation import TaughtEvaluation
+        from .taught_evaluation import TaughtEvaluation
 
         data = module.data
         return TaughtEvaluation(data.encoder, data.rewards, self.config.reward_timeout)

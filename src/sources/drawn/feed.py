@@ -2,7 +2,7 @@
 
 A rollout phase is for `inner_steps` optimizer steps. All questions of a step go through one engine in each
 process. Then the processes add up what they have, and share out the groups evenly, each over its
-micro-batches. Groups of equal rewards train nothing where there is no KL, and are left out. The step is
+micro-batches. A group that trains nothing is left out. The step is
 divided by all answers all the same, so that nothing changes but the time.
 """
 
@@ -27,8 +27,8 @@ from ...data.answer_batches import GROUP, collate_answers
 from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
 from ...evaluation.rewards import Failed
-from ...losses._drawn import Drawn, reward_metric
-from ..base import BetweenSteps, Feed, Objective, StepSize
+from ...losses._drawn import DrawnLoss, reward_metric
+from ..base import BetweenSteps, Feed, Source, StepSize
 from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
 from .rollouts import Group, Rollouts
@@ -60,8 +60,8 @@ class Totals:
 class Reference:
     """Reference of a draw: ln p by the base, or by the model of --reference. None without both."""
 
-    def __init__(self, objective: Objective, policy: Policy):
-        config = objective.config
+    def __init__(self, source: Source, policy: Policy):
+        config = source.config
         self.trained = config.beta > 0
         self.log_probs = None
         model, other = policy.model, reference_of(config.reference)
@@ -69,7 +69,7 @@ class Reference:
             self.log_probs = functools.partial(_without_adapter, policy)
         elif other:
             built = build_reference(config).to(policy.device)
-            self.log_probs = policy_of(built, objective.chunks).log_probs
+            self.log_probs = policy_of(built, source.chunks).log_probs
 
     def of(self, batch: Batch, phase: int) -> Tensor | None:
         """Return (n,) if the KL of this phase is trained or measured."""
@@ -96,15 +96,13 @@ class RolloutFeed(Feed):
         rollouts: Rollouts,
         schedule: Schedule,
         steps: range,
-        objective: Objective,
+        source: Source,
         policy: Policy,
-        reference: Reference | None,
     ):
         self.rollouts, self.schedule, self.steps, self.policy = rollouts, schedule, steps, policy
-        self.loss: Drawn = objective.loss
-        self.rewards, self.chunk = rollouts.rewards, objective.chunks.size
+        self.loss: DrawnLoss = source.loss
+        self.rewards, self.chunk = rollouts.rewards, source.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
-        self.reference = reference
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
         self.batches: list[Batch] = []
@@ -173,11 +171,14 @@ class RolloutFeed(Feed):
             sampled = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
             self.step_sums = self.phase_sums + self.loss.sums(self.policy.device, **sampled)
             self._share_out(self._share_of(examples))
-            for batch in self.batches if self.reference else ():
-                batch.reference = self.reference.of(batch, phase)
+            self._complete(phase)
 
     def _is_trained(self, group: Group) -> bool:
-        return not group.failed and (group.live or self.loss.options.beta > 0)
+        """Tell whether a group has something to learn from."""
+        return True
+
+    def _complete(self, phase: int) -> None:
+        """Add what the batches of a phase have besides."""
 
     def _totals(self, groups: list[Group], examples: list[AnswerGroup], error: UserError | None) -> Totals:
         scored = [group for group in groups if not group.failed]
@@ -253,6 +254,29 @@ class RolloutFeed(Feed):
             rows = [[example] for example in examples[begin:end]]
             batch = collate_answers(rows, weight, self.chunk, self.shared, GROUP)
             self.batches.append(batch.to(self.policy.device))
+
+
+class RewardFeed(RolloutFeed):
+    """Feed of answers with rewards, and with ln p of their reference where the KL is trained or measured."""
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        schedule: Schedule,
+        steps: range,
+        source: Source,
+        policy: Policy,
+        reference: Reference,
+    ):
+        super().__init__(rollouts, schedule, steps, source, policy)
+        self.reference = reference
+
+    def _is_trained(self, group: Group) -> bool:
+        return not group.failed and (group.live or self.loss.options.beta > 0)
+
+    def _complete(self, phase: int) -> None:
+        for batch in self.batches:
+            batch.reference = self.reference.of(batch, phase)
 
 
 def _read(example: AnswerGroup, shared: bool) -> int:

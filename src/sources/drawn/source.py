@@ -1,9 +1,12 @@
-"""Training on rewards of the model's own answers: --loss grpo."""
+"""Questions, whose answers the model draws.
+
+rewarded.py and taught.py tell what becomes of the answers.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import abc
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,11 +20,10 @@ from ...data.encode import Encoder
 from ...data.examples import Examples
 from ...data.formats import Reading, Report
 from ...data.held_out import EVALUATION, FORWARD
-from ...data.questions import LoadedQuestions, QuestionReader, Questions, text_length
-from ...data.tokenizer import Tokenizer
+from ...data.questions import LoadedQuestions, QuestionReader, Questions
 from ...evaluation.rewards import Rewards
 from ...model.batch_loss import state_bytes
-from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
+from ..base import PromptReading, Source, TrainingData
 from ..estimates import BatchSizes, Speed, Times, Work
 from ..policy import Policy
 from .sizes import (
@@ -31,34 +33,27 @@ from .sizes import (
     TOGETHER,
     evaluation_work,
     largest_groups,
-    longest_answer,
-    needs_answer,
     rollout_tokens,
     rows_at_once,
-    usual_length,
 )
 
+if TYPE_CHECKING:
+    from .rollouts import Rollouts
 
-class OnRewards(Objective):
-    """Questions, whose answers the model draws, and their rewards."""
+
+class DrawnSource(Source):
+    """Questions, whose answers the model draws for each step, or for some of them."""
 
     packs = True  # the answers to a question share a row
-
-    def defaults_by_data(
-        self, loaded: LoadedQuestions, tokenizer: Tokenizer
-    ) -> Iterator[tuple[str, object, str]]:
-        config = self.config
-        ctx_len = config.value_or_zero("ctx_len")
-        yield "max_tokens", *longest_answer(loaded, tokenizer, config.rewards, config.reward_length, ctx_len)
 
     def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
         reader = QuestionReader(encoder, Reading.of(self.config), found, self.needs_answers)
         return reader.load(path, self.config.random_seed)
 
     @property
+    @abc.abstractmethod
     def needs_answers(self) -> bool:
         """Tell whether a question needs a reference answer."""
-        return needs_answer(self.config.rewards)
 
     def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
         answer = self.config.max_tokens - 1  # the first token is read after the last one of the prompt
@@ -66,9 +61,6 @@ class OnRewards(Objective):
 
     def examples(self, loaded: LoadedQuestions) -> Questions:
         return loaded.examples(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
-
-    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
-        return dataclasses.replace(examples, usual=usual_length(loaded, tokenizer, self.config.rewards))
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         return PromptReading(not self.config.chunk_ctx)
@@ -105,9 +97,9 @@ class OnRewards(Objective):
         return Work(schedule.repeats * batch + FORWARD * prompts + self.reading * batch, answers)
 
     @property
+    @abc.abstractmethod
     def reading(self) -> float:
-        """Work of reading a token of a draw once more, for the reference."""
-        return FORWARD if self.config.beta else 0.0
+        """Work of reading a token of a draw once more, by another model, as trained tokens."""
 
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
@@ -136,17 +128,6 @@ class OnRewards(Objective):
             f"prompts    each {read}; {counted(rows, 'answer')} are drawn at once, at temperature 1",
         ]
 
-    def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
-        """Tell how many reference answers can't be drawn, as they and an end are too long."""
-        lengths = [text_length(tokenizer, question.answer) for question in documents.questions]
-        if not (long := sum(length >= documents.max_tokens for length in lengths)):
-            return []
-        return [
-            f"{long:,} of {counted(len(lengths), 'reference answer')} {'has' if long == 1 else 'have'} more"
-            f" tokens than --max_tokens {documents.max_tokens}, so that {'it' if long == 1 else 'they'}"
-            " can't be drawn"
-        ]
-
     def trained_text(self, documents: Examples) -> str:
         return " of prompts"
 
@@ -154,20 +135,11 @@ class OnRewards(Objective):
         answered = "is" if len(evaluated) == 1 else "are"
         return f"{counted(len(evaluated), self.loss.words.example)} of them {answered} answered"
 
-    def feed(
-        self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool
-    ) -> Feed:
-        from .feed import Reference, RolloutFeed  # the engine, which a plan need not load
-        from .rollouts import Rollouts
+    def rollouts(self, data: TrainingData, policy: Policy) -> Rollouts:
+        """Make what draws the answers."""
+        from .rollouts import Rollouts  # the engine, which a plan need not load
 
-        rollouts = Rollouts(policy.model, data.documents, data.encoder, data.rewards, self.config)
-        return RolloutFeed(rollouts, schedule, steps, self, policy, Reference(self, policy))
-
-    def evaluation(self, module) -> Evaluation:
-        from .evaluation import RewardEvaluation
-
-        data = module.data
-        return RewardEvaluation(data.encoder, data.rewards, self.config.reward_timeout)
+        return Rollouts(policy.model, data.documents, data.encoder, data.rewards, self.config)
 
     def judge(self, template: Template) -> Rewards:
         return Rewards.of(self.config, template)

@@ -1,1 +1,0 @@
-"""On-policy distillation: answers that the model samples, and a teacher that reads them."""

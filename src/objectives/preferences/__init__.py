@@ -1,1 +1,0 @@
-"""Training on preferences, and KTO's baseline."""
