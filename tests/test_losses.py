@@ -6,6 +6,7 @@ test_loss; a resumed run in test_equal_runs.
 
 import contextlib
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from src.data.answer_example import AnswerGroup
 from src.data.collate import collate, row_by_row
 from src.data.file_documents import Document
 from src.data.preferences import Preference
-from src.losses import LOSSES, loss_of, options_of
+from src.losses import LOSSES, Loss, loss_of, options_of
 from src.model.batch_loss import Chunks
 from src.model.loss import top_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
+from src.sources.base import Source
 
 from .loss_cases import make_model
 
@@ -37,6 +39,7 @@ GIVEN = {
     "grpo": {"beta": 0.04, "inner_steps": 2, "max_tokens": 9},
     "distill_on_policy": {"max_tokens": 9},
 }
+METHODS = (types.FunctionType, property, classmethod)
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -222,3 +225,10 @@ def test_a_loss_explains_itself(name):
     assert loss.metrics.titles and loss.facts.usual_rows > 0 and loss.words.example
     for option in dataclasses.fields(loss.Options):
         assert FIELDS[option.name].metadata["help"] == option.metadata["help"]
+
+
+@pytest.mark.parametrize("of, most", [(Loss, 12), (Source, 20)])
+def test_interfaces_stay_small(of, most):
+    """A method more is a question to every loss or source: one that is there goes first."""
+    methods = [value for value in vars(of).values() if isinstance(value, METHODS)]
+    assert len(methods) <= most

@@ -225,7 +225,7 @@ def test_the_plan_has_a_teacher_that_stays(files, tmp_path):
     flags = "--precision fp32 --grad_cp 0 --accumulate_grad_batches 1 --ctx_len 256 --wkv torch".split()
     config = parse(flags_of(files, tmp_path / "run", *flags))
     base, other = (Arch.detect(torch.load(files / f"{name}.pth")) for name in ("base", "teacher"))
-    assert source_of(config).reading == pytest.approx(1 / 3 * 3 * 64**2 / (2 * 40**2))
+    assert source_of(config).cost.reading == pytest.approx(1 / 3 * 3 * 64**2 / (2 * 40**2))
     weights = 4 * sum(p.numel() for p in RWKV(other).parameters())
     parts = memory_parts(base, config, "cpu", "torch", "fp32", 30, 60)
     assert weights <= parts["reference"] < weights + parts["activations"] + parts["working"]

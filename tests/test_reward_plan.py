@@ -312,7 +312,7 @@ def test_drawing_takes_no_more_than_is_planned(version, kernel):
         while not engine.idle:
             engine.step()
         decoder.close()
-    room = source_of(config).sampling_bytes(arch, "fp32", "cpu")
+    room = source_of(config).cost.sampling_bytes(arch, "fp32", "cpu")
     assert room / 4 < live.peak < room
 
 

@@ -136,7 +136,8 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
         assert [answer.tokens for answer in alone] == [answer.tokens for answer in group.answers]
         assert [answer.finish == "length" for answer in alone] == [answer.cut for answer in group.answers]
         for one, other in zip(alone, group.answers):
-            assert [drawn.logprob for drawn in one.logprobs] == pytest.approx(other.log_probs, abs=1e-5)
+            said, drawn = ([token.logprob for token in each.logprobs] for each in (one, other))
+            assert said == pytest.approx(drawn, abs=1e-5)
     lengths = {len(answer.tokens) for group in groups for answer in group.answers}
     assert len(groups[0].answers) == 3 and max(lengths) == 6
     for chunk in (0, 16):
@@ -156,7 +157,7 @@ def test_an_end_of_document_is_trained_and_no_answer_is_cut_that_has_it():
     answers = [answer for group in groups for answer in group.answers]
     assert {answer.cut for answer in answers} == {True, False}
     for answer in answers:
-        assert answer.cut == (0 not in answer.tokens) and len(answer.log_probs) == len(answer.tokens)
+        assert answer.cut == (0 not in answer.tokens) and len(answer.logprobs) == len(answer.tokens)
         assert not answer.cut or len(answer.tokens) == 6
     assert all(0 not in answer.tokens[:-1] and "\0" not in answer.text for answer in answers)
 
@@ -215,7 +216,7 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     asked = [
         (
             group.prompt.tolist(),
-            [(answer.tokens, answer.log_probs) for answer in group.answers],
+            list(zip([answer.tokens for answer in group.answers], group.log_probs, strict=True)),
             group.scored.total.tolist(),
         )
         for group in groups
@@ -236,7 +237,7 @@ def test_the_metrics_are_of_all_scored_answers():
     feed = feed_of(config, policy_model(), Judge(alike="25", failing="6"))
     feed.schedule = make_schedule(questions_of(config), config_of(micro_bsz=8), 1)
     batch = next(iter(feed))
-    sums = dict(zip(feed.loss.metrics, feed.step_sums.tolist(), strict=True))
+    sums = dict(zip(feed.loss.sum_names, feed.step_sums.tolist(), strict=True))
     groups = Rollouts(feed.policy.model, questions_of(config), ENCODER, feed.rewards, config).groups(
         0, range(8)
     )
@@ -249,7 +250,8 @@ def test_the_metrics_are_of_all_scored_answers():
     assert sums["spread"] == pytest.approx(float(totals.view(7, 3).std(1).sum()))
     assert sums["length"] == sum(len(answer.tokens) for answer in answers)
     assert sums["cut"] == sum(answer.cut for answer in answers)
-    assert sums["entropy"] == pytest.approx(-sum(answer.log_probs.sum() for answer in answers))
+    drawn = [token.logprob for answer in answers for token in answer.logprobs]
+    assert sums["entropy"] == pytest.approx(-sum(drawn))
     assert sums["drawn_tokens"] == sum(group.tokens for group in groups)
     assert sums["draws"] == 1 and sums["draw_seconds"] > 0
     assert feed.size(0).targets == len(batch.targets) and feed.size(0).weight == 8
@@ -387,14 +389,12 @@ def test_inner_steps_are_compared_with_the_first_one(train):
     seen = []
 
     def look(module, loss):
-        feed = module.feed
-        seen.append((feed.micro, feed.batches[feed.micro].old.clone()))
+        seen.append(module.feed.batches[len(seen) % 2].old.clone())
         return loss
 
     train(Judge(), 2, spoil=look, micro_bsz=2, accumulate_grad_batches=2, inner_steps=2)
-    assert [micro for micro, _ in seen] == [0, 1, 0, 1]
-    for (_, first), (_, second) in zip(seen[:2], seen[2:]):
-        assert torch.equal(first, second)
+    assert len(seen) == 4 and not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
 
 
 def test_a_step_without_anything_to_learn_moves_no_weight(train):

@@ -201,7 +201,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     assert evaluations == held_out.evaluations(steps, config.eval_steps)
 
     def share(tokens):
-        return evaluations * tokens / 3 / source_of(config).trained_tokens(schedule, steps)
+        return evaluations * tokens / 3 / source_of(config).cost.trained_tokens(schedule, steps)
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +22,11 @@ from ..data.chat_template import Template
 from ..data.questions import Question
 from ..data.templates import answer_text, whole_text
 from ..data.tokenizer import Tokenizer
+from ..inference.request import Answer
 from ..losses.grpo import REWARDS
 from .mathematics import require_math_verify
 from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable
-
-
-class GivenAnswer(Protocol):
-    """Answer as the model gave it; an engine's Answer is one."""
-
-    text: str
-    tokens: Sequence[int]  # with the end of document
-    cut: bool  # whether it reached the limit of tokens before its end
 
 
 class Scored(NamedTuple):
@@ -172,7 +165,7 @@ class Rewards:
                 )
         return notes
 
-    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[Answer]) -> Scored | Failed:
         """Score each of a group's answers to a question."""
         spoken = [self._spoken(question, answer) for answer in answers]
         try:
@@ -196,7 +189,7 @@ class Rewards:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _spoken(self, question: Question, answer: GivenAnswer) -> Spoken:
+    def _spoken(self, question: Question, answer: Answer) -> Spoken:
         asked = answer.text, self.template, question.opening
         return Spoken(whole_text(*asked).strip(), answer_text(*asked), answer.tokens, answer.cut)
 

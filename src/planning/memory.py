@@ -147,7 +147,7 @@ def memory_parts(
         temporaries = 4 * TEMPORARIES[config.optimizer, accelerator] * max(tensors)
         parts["update"] = max(0.0, temporaries - parts["activations"] - parts["working"])
     source = source_of(config)
-    if sampling := source.sampling_bytes(arch, precision, accelerator):
+    if sampling := source.cost.sampling_bytes(arch, precision, accelerator):
         # it is over before the forward begins
         of_step = parts["activations"] + parts["working"]
         parts["drawing"] = max(0.0, sampling - of_step)

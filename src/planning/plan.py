@@ -149,7 +149,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     room = USABLE * memory_of(device, config.world)
     data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
     times = evaluations(steps, config.eval_steps) if plan.evaluated else 0
-    found = source.times(data, arch, schedule, steps, times, speed)
+    found = source.cost.times(data, arch, schedule, steps, times, speed)
     return Cost(
         memory=memory,
         room=room,
@@ -267,7 +267,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
             f"left out   {counted(both, word)} of {config.data_file}, {source.loss.words.duplicate} in"
             f" {config.eval_file} too"
         )
-    train, held_out = (source.estimated(part, loaded, tokenizer) for part in (train, held_out))
+    train, held_out = (source.cost.estimated(part, loaded, tokenizer) for part in (train, held_out))
     return Data(train, held_out, found, encoder)
 
 
@@ -282,8 +282,8 @@ def choose_evaluation(
         return held_out
     order, config = in_hash_order(held_out, draft.config.random_seed), draft.config
     steps, source = config.total_steps(schedule.steps_per_pass), draft.source
-    costs = source.evaluation_costs(held_out.take(order))
-    budget = source.evaluation_budget(held_out, schedule, steps)
+    costs = source.cost.evaluation_costs(held_out.take(order))
+    budget = source.cost.evaluation_budget(held_out, schedule, steps)
     if source.loss.facts.evaluations_between and not goes_without:
         taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
@@ -306,7 +306,7 @@ def estimate(
     once.
     """
     source = source_of(config)
-    sizes = source.largest_batch(schedule, documents, arch)
+    sizes = source.cost.largest_batch(schedule, documents, arch)
     kernel, precision = config.wkv, config.precision
     return memory_parts(
         arch,
@@ -318,7 +318,7 @@ def estimate(
         sizes.targets,
         sizes.shared,
         sizes.documents,
-        values=source.reference_bytes(schedule, arch),
+        values=source.cost.reference_bytes(schedule, arch),
     )
 
 

@@ -148,7 +148,7 @@ def _count(
                 block.att.kernel = "cpu"
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
         source = source_of(config)
-        packed = source.packs
+        packed = config.packing or config.draws_answers
         # with an initial state documents are cut out of their rows, where these have several
         packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
         batch = _batch(source, config.micro_bsz, row, targets, packed, shared, not has_states)

@@ -106,7 +106,7 @@ def measured_speed(
     seconds += trained * _fastest(logits, device)
     reason = "two layers and the head were timed here just now; saving and the optimizer are not in it"
     accelerator = "gpu" if device == "cuda" else "cpu"
-    if rows := source_of(config).sampled_at_once(arch, precision, accelerator):
+    if rows := source_of(config).cost.sampled_at_once(arch, precision, accelerator):
         return Speed(ids.numel() / seconds, source=reason, drawn=rows / next_tokens(rows))
     answer = next_tokens(ASKED) if config.eval_samples else 0.0
     return Speed(ids.numel() / seconds, answer, reason)

@@ -223,7 +223,9 @@ def evaluation(run: Plan, cost: Cost) -> str:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     times, answers = evaluations(run.steps, config.eval_steps), ""
     if facts.asks_samples and (
-        asked := source.asked(run.data.held_out, run.data.encoder, run.schedule, run.steps, times)
+        asked := source.cost.chosen_questions(
+            run.data.held_out, run.data.encoder, run.schedule, run.steps, times
+        )
     ):
         answers = f" and {counted(len(asked), 'greedy answer')}"
     return (

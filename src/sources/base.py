@@ -1,7 +1,7 @@
-"""Interface of a kind of training to steps and evaluations: an Source, and in a run its Feed.
+"""Interface of a source of examples to the plan, the steps and evaluations: a Source, and in a run its Feed.
 
-An Source has settings and no state. sft.py, preferences/ and rewards/ have one each, and kinds.py tells
-which one a run has.
+A Source has settings and a loss, and no state. documents.py, taught_documents.py, pairs/ and drawn/ have
+them, and kinds.py tells which one a run has.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Feed:
 
     always_has_loss = False  # also without a trained token
     step_sums: Tensor | None = None  # metrics that the step under way has before its first micro-batch
-    keep: Callable[[Tensor], None] | None = None  # takes ln p of a micro-batch's tokens, (n,)
+    # takes ln p of the tokens, (n,), of a step's micro-batch, by its number
+    keep: Callable[[int, Tensor], None] | None = None
 
     def __init__(self, batches: Batches, schedule: Schedule):
         self.batches, self.schedule = batches, schedule
@@ -134,57 +135,19 @@ class PromptReading:
     explanation: str = ""
 
 
-class Source(abc.ABC):
-    """Kind of training: its loss, and where the loss's examples come from."""
+class SourceCost:
+    """Cost of a run on examples of a source."""
 
-    def __init__(self, config: Config, loss: Loss | None = None):
-        self.config, self.loss = config, loss or loss_of(config)
-        self.chunks = Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
-
-    # before a run
-
-    def defaults_by_data(self, loaded: Loaded, tokenizer: Tokenizer) -> Iterator[tuple[str, object, str]]:
-        """Yield (setting, value, why) for settings that the data decide."""
-        return iter(())
-
-    def load(self, path: str, encoder: Encoder, found: Report) -> Loaded:
-        """Read --data_file or --eval_file."""
-        config = self.config
-        return load(path, encoder, config.data_cache, Reading.of(config), found, config.random_seed)
-
-    def longest(self, loaded: Loaded) -> tuple[int, int, str]:
-        """Return (inputs of the longest row that is needed, inputs of all running text, what the row is)."""
-        return loaded.longest, loaded.texts, self.loss.words.example
-
-    def examples(self, loaded: Loaded) -> Examples:
-        """Return what a run has of a file, with rows of ctx_len."""
-        return loaded.examples(self.config.ctx_len)
+    def __init__(self, source: Source):
+        self.source, self.config, self.loss = source, source.config, source.loss
 
     def estimated(self, examples: Examples, loaded: Loaded, tokenizer: Tokenizer) -> Examples:
         """Return the examples with what an estimate of the time needs of all that was loaded."""
         return examples
 
-    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
-        """Tell how prompts are read in a run.
-
-        Shared prompts are read in a pass of their own, and both they and the answers are padded to the
-        longest of the micro-batch. Separate rows are packed and need one pass. The result depends on the
-        settings, the data and the model's width alone, so that every rank and every resume has the same.
-        """
-        return PromptReading()
-
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         """Return the sizes of the largest micro-batch. Without documents it has separate rows of one each."""
         return BatchSizes(*largest_batch(schedule, self.config.ctx_len, self.config.micro_bsz))
-
-    def reads(self) -> Reads:
-        """Name a batch's entries beside tokens, as for a step."""
-        return self.loss.reads()
-
-    @property
-    def packs(self) -> bool:
-        """Tell whether examples share rows."""
-        return self.config.packing
 
     def reference_bytes(self, schedule: Schedule, arch: Arch) -> int:
         """Count the bytes of a reference's values that every process keeps, where they are many."""
@@ -218,7 +181,7 @@ class Source(abc.ABC):
         """Return what all evaluations of a run may take, in the same."""
         return EVALUATION * self.trained_tokens(schedule, steps) / self.loss.facts.passes
 
-    def asked(
+    def chosen_questions(
         self, held_out: Examples, encoder: Encoder, schedule: Schedule, steps: int, evaluations: int
     ) -> list[SampleQuestion]:
         """Choose the questions of every evaluation: --eval_samples, and up to ASKED to count right answers.
@@ -246,7 +209,7 @@ class Source(abc.ABC):
             return Times(tokens, read / training)
         asked = []
         if evaluations:
-            asked = self.asked(data.held_out, data.encoder, schedule, steps, evaluations)
+            asked = self.chosen_questions(data.held_out, data.encoder, schedule, steps, evaluations)
         prompts = FORWARD * evaluations * sum(len(question.prompt) for question in asked)
         tokens_of_answer = min(limit_of(asked), USUAL_SAMPLE_TOKENS) if asked else 0
         answers = evaluations * tokens_of_answer * speed.answer
@@ -255,9 +218,55 @@ class Source(abc.ABC):
         evaluation = (read + prompts) / speed.tokens + answers
         return Times(tokens, read / training, training / speed.tokens, evaluation, reference)
 
+
+class Source(abc.ABC):
+    """Source of the examples that a loss is taken on: what is read or drawn, and how it is evaluated."""
+
+    cost_type = SourceCost
+
+    def __init__(self, config: Config, loss: Loss | None = None):
+        self.config, self.loss = config, loss or loss_of(config)
+        self.chunks = Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
+
+    # before a run
+
+    def defaults_by_data(self, loaded: Loaded, tokenizer: Tokenizer) -> Iterator[tuple[str, object, str]]:
+        """Yield (setting, value, why) for settings that the data decide."""
+        return iter(())
+
+    def load(self, path: str, encoder: Encoder, found: Report) -> Loaded:
+        """Read --data_file or --eval_file."""
+        config = self.config
+        return load(path, encoder, config.data_cache, Reading.of(config), found, config.random_seed)
+
+    def longest(self, loaded: Loaded) -> tuple[int, int, str]:
+        """Return (inputs of the longest row that is needed, inputs of all running text, what the row is)."""
+        return loaded.longest, loaded.texts, self.loss.words.example
+
+    def examples(self, loaded: Loaded) -> Examples:
+        """Return what a run has of a file, with rows of ctx_len."""
+        return loaded.examples(self.config.ctx_len)
+
+    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
+        """Tell how prompts are read in a run.
+
+        Shared prompts are read in a pass of their own, and both they and the answers are padded to the
+        longest of the micro-batch. Separate rows are packed and need one pass. The result depends on the
+        settings, the data and the model's width alone, so that every rank and every resume has the same.
+        """
+        return PromptReading()
+
+    def reads(self) -> Reads:
+        """Name a batch's entries beside tokens, as for a step."""
+        return self.loss.reads()
+
     def having(self, config: Config | None = None, loss: Loss | None = None) -> Source:
         """Return the source with other settings, which leave the loss as it is, or with another loss."""
         return type(self)(config or self.config, loss or self.loss)
+
+    @property
+    def cost(self) -> SourceCost:
+        return self.cost_type(self)
 
     # in words
 

@@ -8,19 +8,25 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..data.batches import Schedule
 from ..data.examples import Examples
-from .base import Source
+from .base import Source, SourceCost
 from .estimates import BatchSizes, fullest_rows
 from .held_out_loss import HeldOutLoss
 
 
-class DocumentSource(Source):
-    """Documents of --data_file."""
+class DocumentCost(SourceCost):
+    """Cost of documents."""
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         found = super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
         return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config.micro_bsz))
+
+
+class DocumentSource(Source):
+    """Documents of --data_file."""
+
+    cost_type = DocumentCost
 
     def trained_text(self, documents: Examples) -> str:
         config = self.config

@@ -38,7 +38,9 @@ class HeldOutLoss(Evaluation):
     def __init__(self, module):
         self.module, self.encoder, data = module, module.data.encoder, module.data
         steps, times = module.total_steps, evaluations(module.total_steps, module.config.eval_steps)
-        asked = module.source.asked(data.held_out, data.encoder, module.schedule, steps, times)
+        asked = module.source.cost.chosen_questions(
+            data.held_out, data.encoder, module.schedule, steps, times
+        )
         to_judge = [question for question in asked if not question.is_text]
         self.judge, self.limit = Judge(to_judge, data.encoder), limit_of(to_judge)
         # questions come before texts, which are shown and not judged

@@ -23,28 +23,18 @@ from ..data.held_out import FORWARD
 from ..data.reference_values import row_shape, top_tokens
 from ..model.log_probs import top_log_probs
 from .base import TrainingData
-from .documents import DocumentSource
+from .documents import DocumentCost, DocumentSource
 from .estimates import Speed, Times
 from .policy import Policy
 from .reference_model import reference_arch, relative_work
 from .reference_pass import ReferencePass, TokenValues, kept_share
 
 
-class TaughtDocumentSource(DocumentSource):
-    """Documents with the teacher's likeliest tokens at each trained one."""
-
-    def _values(self, arch: Arch) -> TokenValues:
-        """Return what the teacher is asked."""
-        config = self.config
-        count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
-
-        def read(policy: Policy, batch: Batch) -> Tensor:
-            return top_log_probs(policy.model, batch, self.chunks, count, temperature)
-
-        return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
+class TaughtDocumentCost(DocumentCost):
+    """Cost of documents and of the teacher's pass over them."""
 
     def reference_bytes(self, schedule: Schedule, arch: Arch) -> int:
-        return self._values(arch).dtype.itemsize * sum(schedule.targets)
+        return self.source.values(arch).dtype.itemsize * sum(schedule.targets)
 
     def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         return FORWARD * relative_work(self.config.reference, arch) * trained
@@ -56,8 +46,24 @@ class TaughtDocumentSource(DocumentSource):
         if not found.reference:
             return found
         asked = asked_of(data.documents, schedule, steps)
-        missing = 1 - kept_share(self.config, self._values(arch), asked)
+        missing = 1 - kept_share(self.config, self.source.values(arch), asked)
         return dataclasses.replace(found, reference=missing * found.reference)
+
+
+class TaughtDocumentSource(DocumentSource):
+    """Documents with the teacher's likeliest tokens at each trained one."""
+
+    cost_type = TaughtDocumentCost
+
+    def values(self, arch: Arch) -> TokenValues:
+        """Return what the teacher is asked."""
+        config = self.config
+        count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
+
+        def read(policy: Policy, batch: Batch) -> Tensor:
+            return top_log_probs(policy.model, batch, self.chunks, count, temperature)
+
+        return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
 
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
@@ -65,12 +71,12 @@ class TaughtDocumentSource(DocumentSource):
         documents, whole = data.documents, steps >= schedule.steps_per_pass
         chosen = np.arange(len(documents)) if whole else documents_of(schedule, steps)
         with policy.undisturbed(), ops.nan_passes():
-            teacher = ReferencePass(self, shared, policy, self._values(policy.model.arch))
+            teacher = ReferencePass(self, shared, policy, self.values(policy.model.arch))
             values = teacher.part(documents, chosen, "the training data")
         return dataclasses.replace(data, documents=documents.with_reference(values))
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
-        config, values = self.config, self._values(arch)
+        config, values = self.config, self.values(arch)
         kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
         teacher = reference_arch(config.reference).describe()
         count, size = row_shape(values.dtype)[0] // 2, values.dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -169,7 +170,8 @@ class FineTuning(pl.LightningModule):
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
         given, trained = batch.having(**self.beside), self.source.loss
-        loss, metrics = trained(self.model, given, self.source.chunks, self.feed.keep)
+        keep = self.feed.keep and functools.partial(self.feed.keep, index % self.accumulate)
+        loss, metrics = trained(self.model, given, self.source.chunks, keep)
         weight = batch.step_weight or 1.0
         self.step_loss += trained.reported(loss, metrics) / weight
         if len(metrics):

@@ -106,7 +106,6 @@ class RolloutFeed(Feed):
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
         self.batches: list[Batch] = []
-        self.micro = 0
         self.phase_sums: Tensor | None = None  # metrics of this rank's newest phase
         # the same for the step that is under way, and for the first one of a phase the time that it took
         self.step_sums: Tensor | None = None
@@ -121,14 +120,13 @@ class RolloutFeed(Feed):
             else:
                 self.step_sums = self.phase_sums
             for micro in range(self.schedule.accumulate):
-                self.micro = micro
                 yield self.batches[micro]
 
-    def keep(self, log_probs: Tensor) -> None:
-        """Take ln p of the micro-batch's tokens, as the training has them, (n,). Those of the first step of a
-        phase are what later ones are compared with.
+    def keep(self, micro: int, log_probs: Tensor) -> None:
+        """Keep ln p of the tokens of a step's micro-batch, as the training has them, (n,): the `old` of all
+        steps of a phase are those of its first.
         """
-        batch = self.batches[self.micro]
+        batch = self.batches[micro]
         if batch.old is None:
             batch.old = log_probs.detach()
 
@@ -227,7 +225,7 @@ class RolloutFeed(Feed):
             spread=sum(float(total.std()) for total in totals if len(total) > 1),
             length=sum(len(answer.tokens) for answer in answers),
             cut=sum(answer.cut for answer in answers),
-            entropy=-sum(float(answer.log_probs.sum(dtype=np.float64)) for answer in answers),
+            entropy=-sum(float(one.sum(dtype=np.float64)) for group in scored for one in group.log_probs),
             **{reward_metric(name): float(value) for name, value in by_name},
         )
 

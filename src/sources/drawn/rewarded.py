@@ -13,11 +13,24 @@ from ...data.tokenizer import Tokenizer
 from ..base import Evaluation, Feed, TrainingData
 from ..policy import Policy
 from .sizes import longest_answer, needs_answer, usual_length
-from .source import DrawnSource
+from .source import DrawnCost, DrawnSource
+
+
+class RewardCost(DrawnCost):
+    """Cost of drawn answers with rewards."""
+
+    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
+        return dataclasses.replace(examples, usual=usual_length(loaded, tokenizer, self.config.rewards))
+
+    @property
+    def reading(self) -> float:
+        return FORWARD if self.config.beta else 0.0
 
 
 class RewardSource(DrawnSource):
     """Drawn answers with their rewards."""
+
+    cost_type = RewardCost
 
     def defaults_by_data(
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
@@ -29,13 +42,6 @@ class RewardSource(DrawnSource):
     @property
     def needs_answers(self) -> bool:
         return needs_answer(self.config.rewards)
-
-    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
-        return dataclasses.replace(examples, usual=usual_length(loaded, tokenizer, self.config.rewards))
-
-    @property
-    def reading(self) -> float:
-        return FORWARD if self.config.beta else 0.0
 
     def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
         """Tell how many reference answers can't be drawn, as they and an end are too long."""

@@ -23,7 +23,7 @@ from ...config import Config
 from ...data.answer_example import AnswerGroup
 from ...data.encode import Encoder
 from ...data.questions import Question, Questions
-from ...evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
+from ...evaluation.rewards import Failed, Rewards, Scored
 from ...inference.decoders import for_training
 from ...inference.engine import Engine
 from ...inference.request import Answer, Request
@@ -38,16 +38,6 @@ SHARE = 0.1  # share of the groups that may time out, if these are more than PAT
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
-    """One answer, as the rewards see it."""
-
-    text: str
-    tokens: list[int]  # all that were sampled: an end of document, or the text that ended it, too
-    cut: bool  # whether it reached the limit of tokens before its end
-    log_probs: np.ndarray  # ln p of each token, (t,) float32
-
-
-@dataclasses.dataclass(frozen=True)
 class Group:
     """Group of answers to one question."""
 
@@ -55,7 +45,7 @@ class Group:
     place: int  # of the question in the data
     question: Question
     prompt: np.ndarray  # its tokens
-    answers: list[Rollout]
+    answers: list[Answer]  # all sampled tokens: an end of document, or the text that ended it, too
     scored: Scored | Failed
     advantages: Tensor | None  # (G,) float64; None if the reward failed
 
@@ -74,13 +64,18 @@ class Group:
         """Sampled tokens."""
         return sum(len(answer.tokens) for answer in self.answers)
 
+    @property
+    def log_probs(self) -> list[np.ndarray]:
+        """Return ln p of each answer's tokens when they were sampled, (t,) float32."""
+        return [np.array([token.logprob for token in one.logprobs], np.float32) for one in self.answers]
+
     def example(self) -> AnswerGroup:
         """Return the example to train on."""
         return AnswerGroup.of(
             self.prompt,
             [answer.tokens for answer in self.answers],
             self.advantages.tolist(),
-            [answer.log_probs for answer in self.answers],
+            self.log_probs,
         )
 
 
@@ -98,7 +93,7 @@ class PatientRewards:
         self.patience = max(PATIENCE, SHARE * groups) * timeout  # seconds
         self.waited = 0.0  # seconds, for rewards that failed
 
-    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[Answer]) -> Scored | Failed:
         """Score as Rewards.score() does."""
         if self.waited > self.patience:
             return Failed(
@@ -144,7 +139,7 @@ class Rollouts:
             logprobs=0,
         )
 
-    def _sampled(self, phase: int, places: Sequence[int]) -> list[list[Rollout]]:
+    def _sampled(self, phase: int, places: Sequence[int]) -> list[list[Answer]]:
         """Sample the answers to each question."""
         answers = len(places) * self.config.group_size
         if not answers:
@@ -158,9 +153,9 @@ class Rollouts:
                 for answer in engine.step():
                     if answer.error:
                         raise UserError(f"draw {phase + 1}: {answer.error}; lower --lr_init")
-        return [list(map(_rollout, group)) for group in submitted]
+        return submitted
 
-    def _judged(self, rewards: PatientRewards, phase: int, place: int, answers: list[Rollout]) -> Group:
+    def _judged(self, rewards: PatientRewards, phase: int, place: int, answers: list[Answer]) -> Group:
         question = self.questions[place]
         scored = rewards.score(question, answers)
         found = None
@@ -171,8 +166,3 @@ class Rollouts:
         else:
             found = advantages(scored.total[None], self.config.advantage_scale == "group")[0]
         return Group(phase, place, question, self.questions.prompts[place], answers, scored, found)
-
-
-def _rollout(answer: Answer) -> Rollout:
-    log_probs = np.array([token.logprob for token in answer.logprobs], np.float32)
-    return Rollout(answer.text, answer.tokens, answer.cut, log_probs)

@@ -23,7 +23,7 @@ from ...data.held_out import EVALUATION, FORWARD
 from ...data.questions import LoadedQuestions, QuestionReader, Questions
 from ...evaluation.rewards import Rewards
 from ...model.batch_loss import state_bytes
-from ..base import PromptReading, Source, TrainingData
+from ..base import PromptReading, Source, SourceCost, TrainingData
 from ..estimates import BatchSizes, Speed, Times, Work
 from ..policy import Policy
 from .sizes import (
@@ -41,29 +41,13 @@ if TYPE_CHECKING:
     from .rollouts import Rollouts
 
 
-class DrawnSource(Source):
-    """Questions, whose answers the model draws for each step, or for some of them."""
-
-    packs = True  # the answers to a question share a row
-
-    def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
-        reader = QuestionReader(encoder, Reading.of(self.config), found, self.needs_answers)
-        return reader.load(path, self.config.random_seed)
+class DrawnCost(SourceCost, abc.ABC):
+    """Cost of drawing answers and of training on them."""
 
     @property
     @abc.abstractmethod
-    def needs_answers(self) -> bool:
-        """Tell whether a question needs a reference answer."""
-
-    def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
-        answer = self.config.max_tokens - 1  # the first token is read after the last one of the prompt
-        return loaded.longest + answer, 0, "question with its answer"
-
-    def examples(self, loaded: LoadedQuestions) -> Questions:
-        return loaded.examples(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
-
-    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
-        return PromptReading(not self.config.chunk_ctx)
+    def reading(self) -> float:
+        """Work of reading a token of a draw once more, by another model, as trained tokens."""
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         return largest_groups(documents, self.config.micro_bsz, self.config.chunk_ctx)
@@ -96,11 +80,6 @@ class DrawnSource(Source):
         batch = prompts_of_training + answers
         return Work(schedule.repeats * batch + FORWARD * prompts + self.reading * batch, answers)
 
-    @property
-    @abc.abstractmethod
-    def reading(self) -> float:
-        """Work of reading a token of a draw once more, by another model, as trained tokens."""
-
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
     ) -> Times:
@@ -117,9 +96,34 @@ class DrawnSource(Source):
         tokens = schedule.repeats * sum(rollout_tokens(schedule, steps, asked))
         return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
 
+
+class DrawnSource(Source):
+    """Questions, whose answers the model draws for each step, or for some of them."""
+
+    cost_type = DrawnCost
+
+    def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
+        reader = QuestionReader(encoder, Reading.of(self.config), found, self.needs_answers)
+        return reader.load(path, self.config.random_seed)
+
+    @property
+    @abc.abstractmethod
+    def needs_answers(self) -> bool:
+        """Tell whether a question needs a reference answer."""
+
+    def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
+        answer = self.config.max_tokens - 1  # the first token is read after the last one of the prompt
+        return loaded.longest + answer, 0, "question with its answer"
+
+    def examples(self, loaded: LoadedQuestions) -> Questions:
+        return loaded.examples(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
+
+    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
+        return PromptReading(not self.config.chunk_ctx)
+
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         config = self.config
-        rows = self.sampled_at_once(arch, config.precision, config.accelerator)
+        rows = self.cost.sampled_at_once(arch, config.precision, config.accelerator)
         read = f"is read once for its {config.group_size} answers, to draw them and to train on them"
         if config.chunk_ctx:
             read = "is read once to draw, and before each answer to train on it, as rows run in chunks"

@@ -23,11 +23,26 @@ from ..base import Evaluation, Feed, TrainingData
 from ..policy import Policy
 from ..reference_model import TeacherBeside, reference_arch, relative_work
 from .sizes import FREE, have_answers, usual_length, within_row
-from .source import DrawnSource
+from .source import DrawnCost, DrawnSource
+
+
+class TaughtDrawnCost(DrawnCost):
+    """Cost of drawn answers that a teacher reads."""
+
+    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
+        usual = usual_length(loaded, tokenizer, {}) if have_answers(loaded.questions) else math.inf
+        return dataclasses.replace(examples, usual=usual)
+
+    @property
+    def reading(self) -> float:
+        own = reference_arch(self.config.load_model)
+        return FORWARD * self.config.inner_steps * relative_work(self.config.reference, own)
 
 
 class TaughtDrawnSource(DrawnSource):
     """Drawn answers with the probabilities of a teacher."""
+
+    cost_type = TaughtDrawnCost
 
     def defaults_by_data(
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
@@ -43,19 +58,10 @@ class TaughtDrawnSource(DrawnSource):
     def needs_answers(self) -> bool:
         return False
 
-    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
-        usual = usual_length(loaded, tokenizer, {}) if have_answers(loaded.questions) else math.inf
-        return dataclasses.replace(examples, usual=usual)
-
     def reads(self) -> Reads:
         other = reference_arch(self.config.reference)
         dtype = torch.float32 if self.config.precision == "fp32" else torch.bfloat16
         return Reads(("teacher", "teacher_head"), 0, other.n_embd, other.vocab_size, dtype)
-
-    @property
-    def reading(self) -> float:
-        own = reference_arch(self.config.load_model)
-        return FORWARD * self.config.inner_steps * relative_work(self.config.reference, own)
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         teacher = reference_arch(self.config.reference).describe()

@@ -18,7 +18,7 @@ from ...data.examples import Examples
 from ...data.held_out import FORWARD
 from ...data.preferences import Preferences
 from ...data.tokenizer import Tokenizer
-from ..base import Evaluated, Feed, PromptReading, Source, TrainingData
+from ..base import Evaluated, Feed, PromptReading, Source, SourceCost, TrainingData
 from ..estimates import BatchSizes, largest_shared
 from ..held_out_loss import HeldOutLoss
 from ..policy import Policy
@@ -28,8 +28,35 @@ from .kto_baseline import WithBaseline, baseline
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
 
 
+class PairCost(SourceCost):
+    """Cost of answers, whose prompts may be read once, and of a reference's pass over them."""
+
+    def share_read(self, documents: Examples, schedule: Schedule, arch: Arch) -> float:
+        if not self.source.prompt_reading(documents, schedule, arch).shared:
+            return 1.0
+        separate, shared = tokens_of_layouts(documents, schedule)
+        return shared / separate
+
+    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
+        config, found = self.config, super().largest_batch(schedule, documents, arch)
+        if documents is None:
+            return found
+        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
+        if not self.source.prompt_reading(documents, sized, arch).shared:
+            return found
+        return dataclasses.replace(found, shared=largest_shared(documents, sized))
+
+    def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
+        if not self.loss.needs_reference:
+            return 0.0
+        work = FORWARD * relative_work(self.config.reference, arch) * self.loss.facts.passes
+        return work * (trained + held_out)
+
+
 class PairSource(Source):
     """Pairs of answers, or under kto single ones."""
+
+    cost_type = PairCost
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         if not documents.paired:
@@ -49,27 +76,6 @@ class PairSource(Source):
             f"each answer is read after its own prompt: a prompt read once would make {shared:,.0f} tokens of"
             f" the {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}",
         )
-
-    def share_read(self, documents: Examples, schedule: Schedule, arch: Arch) -> float:
-        if not self.prompt_reading(documents, schedule, arch).shared:
-            return 1.0
-        separate, shared = tokens_of_layouts(documents, schedule)
-        return shared / separate
-
-    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
-        config, found = self.config, super().largest_batch(schedule, documents, arch)
-        if documents is None:
-            return found
-        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
-        if not self.prompt_reading(documents, sized, arch).shared:
-            return found
-        return dataclasses.replace(found, shared=largest_shared(documents, sized))
-
-    def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
-        if not self.loss.needs_reference:
-            return 0.0
-        work = FORWARD * relative_work(self.config.reference, arch) * self.loss.facts.passes
-        return work * (trained + held_out)
 
     @property
     def description(self) -> str:
