@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import pytest
 
@@ -11,6 +12,9 @@ from src.common.first_process import RANK_VARIABLES
 from src.config import AUTO, Config
 from src.planning.draft import Draft
 from src.training.resume import earlier_settings, find_checkpoint, inherit, settings_of_first_process
+
+from .conftest import ROOT
+from .program import losses, run, succeed
 
 SETTINGS = {
     "load_model": "base.pth",
@@ -192,3 +196,22 @@ def test_what_lightning_starts_keeps_the_commits_of_the_first_process(folder, mo
         monkeypatch.setenv(name, value)
     found = settings_of_first_process(proj_dir)
     assert (found and found.load_model) == (SETTINGS["load_model"] if reads else None)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_that_version_went_on(tmp_path):
+    """tests/fixtures/run_6568956a: eight steps made there, with the checkpoint of the fourth. On the machine
+    that made them the losses are equal to the bit; another CPU adds in another order.
+    """
+    folder, made = tmp_path / "out", ROOT / "tests/fixtures/run_6568956a"
+    shutil.copytree(made, folder)
+    steps = (made / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(steps[:4]))
+    config, text = folder / "config.yaml", (made / "config.yaml").read_text()
+    paths = {"demo/rwkv7-reverse.pth": ROOT / "demo/rwkv7-reverse.pth", "rows.jsonl": made / "rows.jsonl"}
+    for name, path in {**paths, "proj_dir: out": f"proj_dir: {folder}"}.items():
+        text = text.replace(name, str(path))
+    config.write_text(text)
+    succeed(run(["--config", str(config), "--resume", "auto"]))
+    want, found = losses(made), losses(folder)
+    assert len(found) == len(want) == 8 and found[:4] == want[:4]
+    assert found[4:] == pytest.approx(want[4:], rel=1e-4)
