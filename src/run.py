@@ -17,6 +17,7 @@ import torch
 from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.mapped import naming_changed_files
+from rwkv_miss.files.model_files import reading_once
 from rwkv_miss.files.output import whole_file
 from rwkv_miss.interrupts import EXIT_CODE
 from rwkv_miss.progress import Progress, print_notes
@@ -111,7 +112,8 @@ def main(typed: Config) -> None:
     """
     start = Start.of_process()
     watched = watchdog(typed.devices, typed.num_nodes)
-    with naming_changed_files(), watched as others, folder_of_run(typed.proj_dir, others):
+    once, changes = reading_once(), naming_changed_files()
+    with once, changes, watched as others, folder_of_run(typed.proj_dir, others):
         write_script_notes(typed)
         if typed.init_only:
             if is_first_process():

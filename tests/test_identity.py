@@ -155,9 +155,13 @@ def test_a_chat_without_an_adapter_hashes_nothing(two_bases, count):
     assert count() == 1
 
 
-def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tmp_path):
+def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tmp_path, monkeypatch):
+    """A small one was hashed as it was read."""
     shutil.copy(two_bases / "base.pth", tmp_path / "base.pth")
+    small = RWKV.load(tmp_path / "base.pth")
+    monkeypatch.setattr(identity, "REMEMBERED", 1)
     model = RWKV.load(tmp_path / "base.pth")
     os.replace(shutil.copy(two_bases / "other.pth", tmp_path / "new.pth"), tmp_path / "base.pth")
+    assert small.base_fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth"))
     with pytest.raises(UserError, match="base.pth is another file than the one that was read"):
         assert model.base_fingerprint

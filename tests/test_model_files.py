@@ -15,7 +15,13 @@ from rwkv_miss.__main__ import describe, main
 from rwkv_miss.extract import extract_base
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.files.model_files import model_metadata, read_model, read_tensors
+from rwkv_miss.files.model_files import (
+    forget_readings,
+    model_metadata,
+    read_model,
+    read_tensors,
+    reading_once,
+)
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
 from src.data import recorded_tokenizer
@@ -178,6 +184,22 @@ def test_nothing_is_copied_but_maps_that_are_turned_around(forms, all_mapped):
         turned = {name for name in copied if re.fullmatch(r"blocks\.\d\.att\.[wavg][12]", name)}
         assert copied == turned and len(turned) == (14 if form == "fla" else 0), form
         assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_a_kept_reading_is_of_the_file_as_it_is(tmp_path):
+    """A changed file is read again; what a caller takes out is there for the next one."""
+    path = tmp_path / "m.pth"
+    with reading_once():
+        for value in (1.0, 2.0):
+            torch.save({"x": torch.tensor([value])}, path)
+            first = read_tensors(path)
+            assert first["x"].item() == value
+            assert read_tensors(path)["x"] is first.pop("x")
+        forget_readings()
+        assert read_tensors(path)["x"] is not read_tensors(path)["x"]
+        path.unlink()
+        with pytest.raises(UserError, match="m.pth does not exist"):
+            read_tensors(path)
 
 
 def test_what_is_taken_off_is_said_once(forms, capsys):

@@ -15,6 +15,8 @@ import yaml
 import rwkv_miss
 from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
+from rwkv_miss.files import model_files
+from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.losses.metrics import SUPERVISED
@@ -25,7 +27,7 @@ from src.training.resume import earlier_settings
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors, slow
-from .program import losses
+from .program import losses, succeed
 from .tables import talk
 
 
@@ -55,7 +57,7 @@ def command(files, proj_dir, *flags, version=7):
 
 
 def train(*args, **kwargs):
-    return program.succeed(program.run(command(*args, **kwargs)[2:]))
+    return succeed(program.run(command(*args, **kwargs)[2:]))
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,26 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     curve = losses(proj_dir)
     assert len(curve) == 6 and curve[-1] < 0.9 * curve[0]
     assert yaml.safe_load((proj_dir / "config.yaml").read_text())["micro_bsz"] == 8
+
+
+def print_readings(rank):
+    """Print the path of each checkpoint that the process reads."""
+    load_dict = model_files.load_dict
+
+    def load(path):
+        print(f"reads {path}", flush=True)
+        return load_dict(path)
+
+    model_files.load_dict = load
+
+
+def test_a_run_reads_its_base_once(files, tmp_path):
+    """From the plan to the digest in the adapter's file."""
+    output = succeed(program.run(command(files, tmp_path, "--epoch_steps", "1")[2:], print_readings))
+    assert output.count(f"reads {files}/v7.pth\n") == 1
+    assert read_metadata(tmp_path / "adapter.pth")["base_fingerprint"] == fingerprint(
+        read_model_file(files / "v7.pth")
+    )
 
 
 def test_documents_in_shared_rows_train_the_same(files, tmp_path):
@@ -178,7 +200,7 @@ def report_dtypes(rank):
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(files, tmp_path, strategy):
     flags = command(files, tmp_path / "run", "--precision", "bf16", "--strategy", strategy)[2:]
-    output = program.succeed(program.run(flags, report_dtypes))
+    output = succeed(program.run(flags, report_dtypes))
     assert (
         output.count("dtypes torch.bfloat16 torch.float32 torch.bfloat16") == output.count("dtypes") == 3
     ), output

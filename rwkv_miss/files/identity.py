@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..progress import DELAY, Progress, print_notes
 from .checkpoint import memory
-from .model_files import is_file_or_folder, read_tensors, weight_paths
+from .model_files import FACTS, file_facts, is_file_or_folder, read_tensors
 from .output import user_cache
 
 try:
@@ -33,7 +33,6 @@ except ImportError:  # Windows
 DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for that
 REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
 SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
-FACTS = 4  # of _state() for each file
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
@@ -80,21 +79,26 @@ class Identity:
         shown: bool = True,
     ) -> None:
         self.path, self.given, self.shown = os.fspath(path), tensors, shown
-        self.state = _state(path) if tensors is None else None
+        self.state = file_facts(path) if tensors is None else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Return fingerprint() of the tensors."""
-        if is_file_or_folder(self.path) and sum(_state(self.path)[::FACTS]) >= REMEMBERED:
+        if is_file_or_folder(self.path) and sum(file_facts(self.path)[::FACTS]) >= REMEMBERED:
             return _remembered(self.path, self._compute)
         return fingerprint(self._tensors())
+
+    def hash_small_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute the digest of a small `path` now, from its tensors, so that nobody reads it again."""
+        if sum(self.state[::FACTS]) < REMEMBERED:
+            self.fingerprint = fingerprint(tensors)
 
     def _tensors(self) -> Mapping[str, Tensor]:
         if self.given is not None:
             return self.given
         tensors = read_tensors(self.path, any_folder=True)
         # a new name or other rights do not change the content, though the last of the facts
-        now = _state(self.path)
+        now = file_facts(self.path)
         if any(now[i::FACTS] != self.state[i::FACTS] for i in range(FACTS - 1)):
             raise UserError(f"{self.path} is another file than the one that was read; start again")
         return tensors
@@ -106,16 +110,9 @@ class Identity:
             return fingerprint(tensors, bar)
 
 
-def _state(path) -> list[int]:
-    """Return size, times and inode of a file, or of each file of a folder: one of them changes with a
-    file."""
-    stats = map(os.stat, weight_paths(path))
-    return [fact for f in stats for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
-
-
 def _remembered(path: str, compute: Callable[[], str]) -> str:
     """Look up or compute() a fact about a file as it is now. One process computes while others wait."""
-    state = _state(path)
+    state = file_facts(path)
     place = os.path.realpath(path)
     entry = user_cache("fingerprints") / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"
     try:
@@ -143,7 +140,7 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
                 return record["fingerprint"]
         value = compute()
         changed = max(state[1::FACTS] + state[3::FACTS])
-        if _state(path) == state and time.time_ns() - changed > SETTLED:
+        if file_facts(path) == state and time.time_ns() - changed > SETTLED:
             # a full disk: what is half written is not JSON, and the next reader ignores it
             with contextlib.suppress(OSError):
                 file.truncate(0)

@@ -6,8 +6,9 @@ layout. All are mapped, and have RWKV's names afterwards: a model has the same f
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from .safetensors_io import is_safetensors, read_header, read_safetensors
 from .weight_files import of_all, read_weights
 from .wrapped import contained, is_model, plain_names
 
+FACTS = 4  # file_facts() has for each file: its size, time, inode, and the time of any change
+
 
 class ModelFile(NamedTuple):
     """A file or folder, as it was found."""
@@ -31,6 +34,27 @@ class ModelFile(NamedTuple):
     provenance: Provenance | None = None  # of an export, the checkpoint that it was made from
 
 
+# readings in reading_once(), with file_facts() before each; None outside of it
+_kept: dict[tuple[str, bool], tuple[list[int], ModelFile]] | None = None
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Read each file once in the block, unless it changes, until forget_readings()."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        forget_readings()
+
+
+def forget_readings() -> None:
+    """Keep no readings any more: a model takes their tensors, and may change them."""
+    global _kept
+    _kept = None
+
+
 def read_model(path: str | os.PathLike[str], any_folder: bool = False) -> ModelFile:
     """Read the model at `path`. Models that are no RWKV, and adapters, keep their names.
 
@@ -39,6 +63,16 @@ def read_model(path: str | os.PathLike[str], any_folder: bool = False) -> ModelF
     Raises UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
     architecture, a model inside a larger one, a folder of another model or with a file missing.
     """
+    if _kept is None or not is_file_or_folder(path):
+        return _read_model(path, any_folder)
+    key, now = (os.path.abspath(path), any_folder), file_facts(path)
+    if key not in _kept or _kept[key][0] != now:
+        _kept[key] = now, _read_model(path, any_folder)
+    model = _kept[key][1]
+    return model._replace(tensors=dict(model.tensors))
+
+
+def _read_model(path: str | os.PathLike[str], any_folder: bool) -> ModelFile:
     if os.path.isdir(path):
         model = _of_folder(path, any_folder)
     elif is_safetensors(path):
@@ -112,6 +146,12 @@ def weight_paths(path: str | os.PathLike[str]) -> list[str]:
     if not os.path.isdir(path):
         return [os.fspath(path)]
     return [os.path.join(path, name) for name in folder_files(os.fspath(path))]
+
+
+def file_facts(path: str | os.PathLike[str]) -> list[int]:
+    """Return FACTS of a file, or of each file of a folder: one of them changes with a file."""
+    stats = map(os.stat, weight_paths(path))
+    return [fact for f in stats for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
 def name_of(path: str | os.PathLike[str]) -> str:

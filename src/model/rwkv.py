@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.files.model_files import name_of
+from rwkv_miss.files.model_files import forget_readings, name_of
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.progress import Progress, progress
 from rwkv_miss.quantised import quantise_
@@ -166,6 +166,7 @@ class RWKV(nn.Module):
         RWKV-6 or 7, lacks or adds tensors, or holds NaN.
         """
         tensors = read_model_file(path)
+        forget_readings()
         arch = Arch.detect(tensors)
         with torch.device("meta"):
             model = cls(arch, kernel)
@@ -183,6 +184,7 @@ class RWKV(nn.Module):
             replace_tensors(model, from_file)
         model.base_name = name_of(path)
         model.base_identity = Identity(path, shown=is_first_process())
+        model.base_identity.hash_small_file(tensors)
         return model
 
     @property
