@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import subprocess
 
 VERSION = "0.2.0"  # pyproject.toml takes it from here
 
 
+@functools.cache
 def commit() -> str:
-    """Return the checkout's commit, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one."""
+    """Return the checkout's commit, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one.
+
+    A process has one: that of its first call.
+    """
     root = pathlib.Path(__file__).parents[1]
     if not (root / ".git").exists():  # another project's, around the environment that this is installed in
         return ""

@@ -49,4 +49,6 @@ def test_a_checkout_knows_its_commit_and_an_installed_package_no_other_projects(
     assert re.fullmatch("[0-9a-f]{7,}", module.commit())
     assert git(checkout, "rev-parse", "HEAD").startswith(module.commit())
     (checkout / "rwkv_miss/version.py").write_text("changed")
+    assert not module.commit().endswith("-dirty"), "that of the process' start"
+    module.commit.cache_clear()
     assert module.commit().endswith("-dirty")
