@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from rwkv_miss import read_checkpoint
+from src.common.files import write_bytes
 from src.model import RWKV
 from src.planning.step_memory import StepBytes
 from src.sources.estimates import Speed
@@ -67,18 +68,19 @@ def _some_speed(*_):
     return Speed(1e4, 1e-4, "not measured")
 
 
-def _draw_nothing(*_, **__):
-    pass
+def _draw_nothing(*args):
+    [path] = [arg for arg in args if isinstance(arg, str) and arg.endswith(".png")]
+    write_bytes(path, b"")
 
 
-def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
+def _child(flags, rank, world, port, sabotage, counted, sample_tokens, forgetting):
     """Be one process of a run, after `sabotage` has been prepared."""
-    import matplotlib.figure
-
     import src.planning.memory
     import src.run
     import src.sources.held_out_loss
     import train
+    from src.reporting import curves
+    from src.training.forgetting import Forgetting
 
     os.chdir(ROOT)
     torch.set_num_threads(1)
@@ -95,7 +97,10 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
     if not counted:
         src.planning.memory.step_bytes = _few_bytes
         src.run.speed_here = _some_speed
-        matplotlib.figure.Figure.savefig = _draw_nothing
+        curves.draw_losses = curves.draw_panels = _draw_nothing
+    if not forgetting:
+        for hook in ("on_fit_start", "on_train_end"):
+            delattr(Forgetting, hook)
     if sabotage:
         sabotage(rank)
     sys.argv = ["train.py", *flags]
@@ -113,21 +118,21 @@ def flags_of(files, proj_dir, *more):
     return [str(word) for word in (*paths, *own, *whole, *more)]
 
 
-def run(flags, sabotage=None, counted=False, sample_tokens=9):
+def run(flags, sabotage=None, counted=False, sample_tokens=9, forgetting=False):
     """(exit code of rank 0, everything printed by the --devices processes); sabotage(rank) is called in each
     before the program starts. Without `counted` three things are left out, each a sixth or more of so small a
     run: the memory of a step is 1 MB, not counted; the speed is 10,000 tokens a second, not measured; and
-    pictures are empty files. Sample answers have fewer tokens than users get, which take most of the time of
-    a small run.
+    pictures are empty files. Without `forgetting` it is not measured at the end, a quarter of such a run.
+    Sample answers have fewer tokens than users get, which take most of the time of a small run.
     """
     world = int(flags[flags.index("--devices") + 1]) if "--devices" in flags else 1
-    port = free_port()
+    port, asked = free_port(), (counted, sample_tokens, forgetting)
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, f"log-{rank}") for rank in range(world)]
         ranks = [
             CONTEXT.Process(
                 target=logged,
-                args=(logs[rank], _child, flags, rank, world, port, sabotage, counted, sample_tokens),
+                args=(logs[rank], _child, flags, rank, world, port, sabotage, *asked),
             )
             for rank in range(world)
         ]

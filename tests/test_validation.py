@@ -105,7 +105,8 @@ def watched(files, tmp_path_factory):
     """(folder of a run with dropout and evaluations, what it printed)"""
     proj_dir = tmp_path_factory.mktemp("watched") / "run"
     held, tokens = str(files / "held.jsonl"), SAMPLE_TOKENS
-    return proj_dir, succeed(start(files, proj_dir, *EVAL, held, sabotage=dropout, sample_tokens=tokens))
+    asked = {"sabotage": dropout, "sample_tokens": tokens, "forgetting": True}
+    return proj_dir, succeed(start(files, proj_dir, *EVAL, held, **asked))
 
 
 def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
@@ -158,7 +159,7 @@ def one_process(files, tmp_path_factory):
     """The evaluations, and what is forgotten, of one process whose steps are those of two."""
     proj_dir = tmp_path_factory.mktemp("one") / "run"
     split = "--micro_bsz 2 --accumulate_grad_batches 2".split()
-    succeed(start(files, proj_dir, *split, *THREE, str(files / "held.jsonl")))
+    succeed(start(files, proj_dir, *split, *THREE, str(files / "held.jsonl"), forgetting=True))
     return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
 
 
@@ -170,9 +171,8 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
         ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy],
     )
     succeed(start(files, tmp_path / "alone", *two, "--eval_split", "0"))
-    succeed(
-        start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=memory_by_rank)
-    )
+    asked = {"sabotage": memory_by_rank, "forgetting": True}
+    succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), **asked))
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
     many = validation_lines(tmp_path / "watched")
     assert many[0] == evaluations[0], (
@@ -560,10 +560,11 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
 @pytest.mark.slow
 def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
     run, again = tmp_path / "run", ["--train_parts", "ln,state", "--state_lr", "0.1", "--resume", "auto"]
-    code, output = start(files, run, *again, sabotage=at_file("metrics.jsonl", 4, run, interrupt))
+    stop = at_file("metrics.jsonl", 4, run, interrupt)
+    code, output = start(files, run, *again, sabotage=stop, forgetting=True)
     assert code == 130 and not (run / "run_card.md").exists() and "forgetting" not in summary(run), output
     shutil.copytree(run, tmp_path / "killed")
-    succeed(start(files, run, *again))
+    succeed(start(files, run, *again, forgetting=True))
     assert summary(run)["forgetting"] == pytest.approx(
         moved(RWKV.load(files / "base.pth"), tuned(files, run / "adapter.pth")), rel=1e-4
     )
