@@ -1,4 +1,6 @@
-"""Runs on rewards: processes, micro-batches, a kill and rewards that fail change nothing of the training."""
+"""Runs on rewards: rewards that fail, and models that are drawn from as they are trained. Resumed runs are in
+test_equal_runs.py.
+"""
 
 import functools
 import itertools
@@ -11,10 +13,9 @@ import torch
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import at_file, kill, lines, same_adapters, same_lines, succeed
+from .program import lines, same_adapters, same_lines, succeed
 
 QUESTIONS = 12  # of which a draw has 4
-TIMES = ("draw_seconds", "draw_tokens_per_second", "train_tokens_per_second")
 REWARDS = """
 def low(prompt, answers, right):
     sums = [sum(min(ord(letter), 255) for letter in answer) for answer in answers]
@@ -64,72 +65,16 @@ def start(files, proj_dir, *flags, sabotage=None):
     return succeed(program.run(flags_of(files, proj_dir, *flags), sabotage))
 
 
-def measured(proj_dir, name="metrics.jsonl"):
-    found = lines(proj_dir, name)
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
-
-
-def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
-    for name in ("metrics.jsonl", "validation.jsonl"):
-        # what is drawn is alike to the token, and so all that is counted
-        ours, theirs = (measured(path, name) for path in (proj_dir, want))
-        for line, other in zip(ours, theirs, strict=True):
-            assert line.pop("answers", None) == other.pop("answers", None)
-        same_lines(ours, theirs, rel)
-        for line, other in zip(ours, theirs):
-            for key in {"tokens", "trained_tokens", "length", "cut", "reward", "dead_groups"} & other.keys():
-                assert line[key] == pytest.approx(other[key], rel=1e-6), key
-    same_adapters(proj_dir, want, ratio)
-
-
-@pytest.fixture(scope="module")
-def whole(files, tmp_path_factory):
-    """whole(*flags) -> the folder of a run of 3 draws of four questions in one process; each is made once."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    @functools.cache
-    def run(*flags):
-        proj_dir = folder / str(len(list(folder.iterdir())))
-        start(files, proj_dir, *flags)
-        return proj_dir
-
-    return run
-
-
 ITSELF = ("--reference", "base.pth")
-KL = ("--inner_steps", "2", "--beta", "0.1")
 
 
-@pytest.mark.parametrize("strategy, flags", [("ddp", ()), ("deepspeed_stage_2", KL)])
-def test_two_processes_make_the_same_steps(files, tmp_path, whole, strategy, flags):
-    start(files, tmp_path / "run", *flags, "--devices", "2", "--micro_bsz", "2", "--strategy", strategy)
-    same_runs(tmp_path / "run", whole(*flags))
-
-
-def test_micro_batches_make_the_same_steps(files, tmp_path, whole):
-    start(files, tmp_path / "run", *KL, "--micro_bsz", "1", "--accumulate_grad_batches", "4")
-    same_runs(tmp_path / "run", whole(*KL))
-    steps = measured(whole(*KL))
-    assert len(steps) == 6 and steps[0]["kl"] == 0 < steps[-1]["kl"]
-    assert {line["units"] for line in steps} == {4} and steps[0]["engine_gap_max"] < 1e-5
-
-
-def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
-    proj_dir, flags = tmp_path / "run", (*KL, "--save_steps", "2")
-    killed = at_file("checkpoints/step-00000004", 2, proj_dir, kill)
-    code, _ = program.run(flags_of(files, proj_dir, *flags), killed)
-    assert code == -9
-    start(files, proj_dir, *flags, "--resume", "auto")
-    same_runs(proj_dir, whole(*KL), rel=0, ratio=0)
-
-
-def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, whole):
+def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path):
     """From the step before, which no checkpoint was planned at. Its file is named again, whatever it is."""
     proj_dir, judge = tmp_path / "run", tmp_path / "judge.py"
     judge.write_text(REWARDS + FAILS_LATER)
     code, output = program.run(flags_of(files, proj_dir, "--reward_file", judge))
     assert code == 2 and "step 3: the rewards of all 4 groups failed" in output, output
-    assert [line["step"] for line in measured(proj_dir)] == [1, 2]
+    assert [line["step"] for line in lines(proj_dir)] == [1, 2]
     judge.write_text(REWARDS)
     flags = flags_of(files, proj_dir, "--reward_file", judge, "--resume", "auto")
     unnamed = flags_of(files, proj_dir, "--reward_file", None, "--resume", "auto")
@@ -140,7 +85,10 @@ def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, 
         assert (
             "--reward_file is not as it was when the checkpoint was written; rewards after step 2 may" in told
         )
-    same_runs(proj_dir, whole(), rel=0, ratio=0)
+    start(files, tmp_path / "whole")
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        same_lines(lines(proj_dir, name), lines(tmp_path / "whole", name), rel=0)
+    same_adapters(proj_dir, tmp_path / "whole", ratio=0)
 
 
 def of_its_own(folder, rank):
@@ -171,7 +119,7 @@ def test_machines_with_other_functions_under_the_same_name_train_nothing(files, 
 def test_other_models_are_drawn_from_as_they_are_trained(files, tmp_path, flags, gap):
     flags = [files / flag if flag == "base.pth" else flag for flag in flags]
     start(files, tmp_path / "run", *flags, "--epoch_steps", "2")
-    steps = measured(tmp_path / "run")
+    steps = lines(tmp_path / "run")
     if "--reference" in flags:
         assert steps[0]["kl"] < 1e-9 < steps[1]["kl"]
     for line in steps:

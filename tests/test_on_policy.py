@@ -22,14 +22,11 @@ from src.sources.kinds import source_of
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
 from .loss_cases import VOCAB, adapted_head, head_inputs
-from .program import at_file, kill, lines, same_adapters, same_lines
+from .program import lines, succeed
 
 # as in test_distillation.py
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 TRL = json.loads((ROOT / "tests/fixtures/distillation_losses.json").read_text(encoding="utf-8"))
-
-TIMES = ("draw_seconds", "draw_tokens_per_second", "train_tokens_per_second")
-TWICE = ("--inner_steps", "2")
 
 
 def reverse_kl(logits, teacher_logits, temperature):
@@ -100,7 +97,7 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
         torch.testing.assert_close(*pair, rtol=2e-5, atol=1e-6)
 
 
-# whole runs, as in test_grpo_run.py
+# whole runs; those that are resumed are in test_equal_runs.py
 
 
 @pytest.fixture(scope="module")
@@ -130,35 +127,7 @@ def flags_of(files, proj_dir, *flags):
     return [str(word) for pair in given.items() for word in pair]
 
 
-def start(files, proj_dir, *flags, sabotage=None, code=0):
-    got, output = program.run(flags_of(files, proj_dir, *flags), sabotage)
-    assert got == code, output
-    return output
-
-
-def without_times(proj_dir, name="metrics.jsonl"):
-    found = lines(proj_dir, name)
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
-
-
-def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
-    for name in ("metrics.jsonl", "validation.jsonl"):
-        ours, theirs = without_times(proj_dir, name), without_times(want, name)
-        assert [line.pop("answers", None) for line in ours] == [line.pop("answers", None) for line in theirs]
-        same_lines(ours, theirs, rel)
-        for key in ("tokens", "length", "cut"):
-            assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs]), key
-    same_adapters(proj_dir, want, ratio)
-
-
-@pytest.fixture(scope="module")
-def whole(files):
-    """The folder of a run of 3 draws of four questions, of two steps each, in one process."""
-    start(files, files / "whole", *TWICE)
-    return files / "whole"
-
-
-def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, whole):
+def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_path):
     """Its first held-out loss is the KL on greedy answers, from the models' logits in float64."""
     models = [RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "teacher")]
     tokenizer = load_tokenizer("bytes", 256)
@@ -171,35 +140,13 @@ def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, whol
                 own, other = (model(torch.tensor([ids]))[0][0, -1:] for model in models)
             found.append(reverse_kl(own, other, 2.0))
             ids.append(own.argmax().item())
-    steps, evaluations = lines(whole), lines(whole, "validation.jsonl")
+    succeed(program.run(flags_of(files, tmp_path, "--inner_steps", "2")))
+    steps, evaluations = lines(tmp_path), lines(tmp_path, "validation.jsonl")
     assert evaluations[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
     assert evaluations[-1]["loss"] < 0.9 * evaluations[0]["loss"]
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
     assert "right_answers" not in evaluations[0], "there is no reference answer"
     assert not {"reward", "dead_groups", "engine_gap"} & steps[0].keys()
-
-
-def test_micro_batches_in_chunks_make_the_same_steps(files, tmp_path, whole):
-    flags = ["--micro_bsz", "1", "--accumulate_grad_batches", "4", "--chunk_ctx", "8"]
-    start(files, tmp_path / "run", *TWICE, *flags)
-    ours, theirs = without_times(tmp_path / "run"), without_times(whole)
-    for line, other in zip(ours, theirs, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5) and line["length"] == other["length"]
-    same_adapters(tmp_path / "run", whole, 1e-4)
-
-
-def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
-    proj_dir, flags = tmp_path / "run", (*TWICE, "--save_steps", "2")
-    start(files, proj_dir, *flags, sabotage=at_file("checkpoints/step-00000004", 2, proj_dir, kill), code=-9)
-    start(files, proj_dir, *flags, "--resume", "auto")
-    same_runs(proj_dir, whole, rel=0, ratio=0)
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_steps(files, tmp_path, whole):
-    two = "--devices 2 --micro_bsz 2 --strategy deepspeed_stage_2".split()
-    start(files, tmp_path / "run", *TWICE, *two)
-    same_runs(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(
