@@ -261,10 +261,18 @@ def other_builds(request):
     return [decoder_library(command) for command in commands]
 
 
-@pytest.mark.parametrize("int8", ["", "rows", "panels"])
+WIDE = {"version": 7, "n_embd": 528, "head_size": 24}
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24), dict(version=7, dim_ffn=8237)],
+    "sizes, int8",
+    [
+        *((WIDE, int8) for int8 in ("", "rows", "panels")),
+        (SIZES[2], ""),
+        (SIZES[3], "rows"),
+        (SIZES[6], "panels"),
+        ({"version": 7, "dim_ffn": 8237}, "panels"),
+    ],
     ids=str,
 )
 def test_any_compiler_and_number_of_threads_gives_the_same_bits(sizes, int8, other_builds, monkeypatch):

@@ -87,7 +87,7 @@ def counted_in_training(config, rows, kernel):
     for row in rows:
         grouped.append(documents.items[place : place + len(row)])
         place += len(row)
-    batch = collate(grouped, 1, config.chunk_ctx).having(width=37)
+    batch = collate(grouped, 1, config.chunk_ctx).having(width=sum(rows[0]))
     known = [
         *model.parameters(),
         *model.buffers(),
@@ -109,14 +109,10 @@ def config_version(config):
     [
         (6, "miss", 0, True, 0, "torch", "none"),
         (7, "lora", 0, False, 0, "torch", "nf4"),
-        slow(7, "miss", 1, True, 0, "torch", "none"),
-        slow(6, "none", 0, False, 0, "torch", "none"),
-        slow(7, "miss", 0, True, 16, "torch", "none"),
         (6, "miss", 0, True, 0, "cpu", "int8"),
         (7, "miss", 0, True, 0, "cpu", "none"),
         (7, "miss", 1, True, 16, "cpu", "none"),
         (7, "none", 0, True, 0, "cpu", "none"),
-        slow(6, "miss", 2, True, 0, "cpu", "none"),
         slow(7, "lora", 2, True, 0, "cpu", "none"),
         slow(7, "mos", 0, True, 0, "torch", "none"),
         slow(6, "vera", 1, True, 0, "torch", "int8"),
@@ -155,9 +151,11 @@ def test_the_count_is_that_of_the_trainers_step(
         train_parts="state" if option == "state" else "",
         layers="last:1" if option == "layers" else "",
     )
-    rows = [[20, 17], [37]] if packed else [[37], [37]]
+    # the kernel in torch takes operators for each token, and every operator is counted
+    tokens = 12 if kernel == "torch" else 37
+    rows = [[tokens // 2, tokens - tokens // 2], [tokens]] if packed else [[tokens], [tokens]]
     activations, peak = counted_in_training(config, rows, kernel)
-    step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74, documents=rows)
+    step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", tokens, 2 * tokens, documents=rows)
     assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
     assert peak == pytest.approx(step.peak, rel=0.01)
     assert step.large == 0 and step.small == step.peak
