@@ -74,7 +74,8 @@ def logits_of(model, ids):
     return model(ids)[0]
 
 
-@pytest.mark.parametrize("version", [slow(6), 7])
+@pytest.mark.product
+@pytest.mark.parametrize("version", [7, slow(6)])
 @pytest.mark.parametrize("method, options", VARIANTS, ids=str)
 def test_every_method_says_what_its_merged_file_says(method, options, version, checkpoint, tmp_path):
     """Prompt and single tokens, in torch and in the decoder, at the scales 1 and 0.7."""
@@ -106,7 +107,8 @@ def test_the_same_text_as_the_merged_file(version, checkpoint, tmp_path):
     assert said[0] == said[1] != said[2] and len(said[0]) > 10
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.product
+@pytest.mark.parametrize("version", [7, 6])
 @pytest.mark.parametrize(
     "method, options",
     [
@@ -164,8 +166,9 @@ WALK = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.product
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("version", [7, 6])
 def test_switching_leaves_nothing_behind(version, dtype, checkpoint, tmp_path):
     """a -> b -> none -> a and so on: the bits of a fresh load each time, also in the decoder; without adapter
     those of the base, in its memory.
@@ -224,9 +227,10 @@ def test_several_adapters_add_up(checkpoint, tmp_path):
         close("decoder", one_by_one(decoder, ids)[0], want[0], TOLERANCE)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("int8", [False, True], ids=["as they are", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("version", [7, 6])
 @pytest.mark.parametrize("method, rank", [("miss", 1), ("miss", 7), ("lora", 3), ("lora", 17)])
 def test_the_decoder_loses_nothing_of_an_adapter(
     method, rank, version, dtype, int8, checkpoint, tmp_path, monkeypatch
@@ -265,8 +269,9 @@ def test_the_decoder_loses_nothing_of_an_adapter(
     assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
-@pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.product
+@pytest.mark.parametrize("version", [7, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_of_tokens_differ_by_row_and_are_those_of_each_merged_model(
     version, dtype, checkpoint, tmp_path
 ):
