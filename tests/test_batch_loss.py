@@ -35,7 +35,8 @@ def results(model, rows, chunks, **options):
     return loss, dict(zip(parameters, gradients, strict=True))
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.product
+@pytest.mark.parametrize("version", [7, 6])
 @pytest.mark.parametrize("size", [1, 3, 8, 34, 35])
 def test_chunks_of_any_size_have_the_gradients_of_the_whole_row(version, size):
     model, batch = make_model(version), make_batch(ROWS, weighted=size % 2 == 1)

@@ -21,6 +21,7 @@ from .conftest import close, make_arch, random_tensors
 from .test_convert import saved
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "methods, weights",
     [
@@ -33,7 +34,7 @@ from .test_convert import saved
         (("dora",), (-1,)),
     ],
 )
-@pytest.mark.parametrize("version, dtype", [(7, torch.float32), (7, torch.bfloat16), (6, torch.float16)])
+@pytest.mark.parametrize("version, dtype", [(7, torch.bfloat16), (7, torch.float32), (6, torch.float16)])
 def test_the_sum_of_weighted_changes_of_the_base(merging, version, dtype, methods, weights):
     merging(version, dtype)
     names = [f"{i}.pth" for i in range(len(methods))]

@@ -26,8 +26,9 @@ def states(state):
     return [part[0] for layer in state for part in layer]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("tokens", [slow(1), 19])
+@pytest.mark.parametrize("tokens", [19, slow(1)])
 def test_logits_and_states_equal_the_rwkv_package(checkpoint, sizes, tokens):
     path = checkpoint(**sizes)
     ids = torch.randint(sizes.get("vocab_size", 67), (tokens,), generator=torch.Generator().manual_seed(1))
@@ -70,6 +71,7 @@ def test_golden_logits_states_loss_and_gradients(data_dir, name, kernel):
         assert error < 4e-4, f"{key}: gradient error {error:.1e}"
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("kernel", ["cpu", "torch"])
 def test_golden_steps_chunks_and_whole_agree(data_dir, name, kernel):

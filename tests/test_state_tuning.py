@@ -180,7 +180,8 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
     assert report.line().startswith("1,536 trainable") and report.trainable == 2 * 3 * 16 * 16
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.product
+@pytest.mark.parametrize("version", [7, 6])
 @pytest.mark.parametrize("train_parts", [None, "state,ln"])
 @pytest.mark.parametrize("grad_cp", [0, 1, 2])
 def test_packed_rows_equal_rows_of_their_own(version, train_parts, grad_cp):
