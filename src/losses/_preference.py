@@ -14,7 +14,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.hub_names import recorded
 
 from ..common.batch import Batch, Reads
 from ..common.option import AUTO
@@ -194,7 +192,7 @@ class PreferenceLoss(LogProbLoss):
         if not self.needs_reference:
             return "no reference"
         if self.options.reference:
-            return f"reference: {os.path.basename(recorded(self.options.reference).rstrip('/'))}"
+            return f"reference: {self.options.reference_name}"
         return "reference: the base" + (", adapter off" if peft != "none" else "")
 
     # the formula

@@ -16,14 +16,11 @@ entropy, which can be compared with any other run's; the KL stands beside it.
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from rwkv_miss.files.hub_names import recorded
 
 from ..common.batch import Batch, Reads
 from ..common.option import opt
@@ -84,7 +81,7 @@ class Distill(DocumentLoss):
     def description(self) -> str:
         """The loss with its settings: 0.1 x the cross entropy + 0.9 x T^2 x the KL from big.pth, T 2."""
         mix = self.options.distill_mix
-        teacher = os.path.basename(recorded(self.options.reference).rstrip("/"))
+        teacher = self.options.reference_name
         return (
             f"distill, {1 - mix:g} x the cross entropy + {mix:g} x T^2 x the KL from {teacher},"
             f" T {self.options.distill_temperature:g}"

@@ -15,14 +15,12 @@ both models are made for a few tokens at a time.
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.gemm import product_into
 
 from ..common.batch import Batch
@@ -86,7 +84,7 @@ class DistillOnPolicy(DrawnLoss):
     def description(self) -> str:
         """The loss with its settings: T^2 x the KL from big.pth, T 2, at each token of 8 answers ..."""
         given = self.options
-        teacher = os.path.basename(recorded(given.reference).rstrip("/"))
+        teacher = given.reference_name
         return (
             f"{self.name}, T^2 x the KL from {teacher}, T {given.distill_temperature:g}, at each token of"
             f" {counted(given.group_size, 'answer')} to a question, of at most"

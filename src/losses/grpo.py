@@ -18,13 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-
-from rwkv_miss.files.hub_names import recorded
 
 from ..common.batch import Batch, Reads
 from ..common.formatting import counted
@@ -176,7 +173,7 @@ class Grpo(LogProbLoss, DrawnLoss):
         if not beta:
             return "no KL"
         if reference:
-            return f"KL {beta:g} to {os.path.basename(recorded(reference).rstrip('/'))}"
+            return f"KL {beta:g} to {self.options.reference_name}"
         return f"KL {beta:g} to the base, adapter off"
 
     def reads(self) -> Reads:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+
+from rwkv_miss.files.hub_names import recorded
 
 from ..common.option import opt
 
@@ -31,6 +34,11 @@ class Reference:
         alias=("ref_model",),
         file=True,
     )
+
+    @property
+    def reference_name(self) -> str:
+        """Name of the reference in texts: the last part of its path."""
+        return os.path.basename(recorded(self.reference).rstrip("/"))
 
 
 @dataclasses.dataclass(frozen=True)
