@@ -11,8 +11,9 @@ it needs. A card's bandwidth and speed turn them into milliseconds:
 
 - a product takes its multiply-adds, or its bytes where those take longer;
 - everything else takes its bytes, each tensor read or written once;
-- no kernel reaches a card's peak: PRODUCTS and BANDWIDTH are the shares that are reckoned with. The WKV is
-  bound by its instructions; WKV is the share of the bandwidth that the count of them comes to on an H100;
+- no kernel reaches a card's peak: PRODUCTS and BANDWIDTH are the shares that are reckoned with;
+- the WKV takes its bytes, the scratch that the card's L2 does not hold, and its counted instructions, one
+  after the other (benchmarks/wkv_budget.py). What takes longest of these is the card's class;
 - a launch costs the host LAUNCH microseconds, which is what counts where the sum of launches is longer.
 
 --predict writes gpu_predictions.json: the tokens a second of each card in MEASURED, the steps that
@@ -29,14 +30,18 @@ import sys
 
 from gpu_emulation.fake_gpu import stub
 
-# bytes a second of memory; operations a second of tensor cores, dense, with fp32 sums
+from . import wkv_budget
+from .wkv_budget import Card
+
+# multiprocessors, clocks and L2 are those of NVIDIA's data sheets
 CARDS = {
-    "h100": (3.35e12, 989e12, "H100 SXM"),
-    "a100": (2.04e12, 312e12, "A100 SXM 80 GB"),
-    "5090": (1.792e12, 209.5e12, "RTX 5090"),
-    "4090": (1.008e12, 165e12, "RTX 4090"),
-    "3090": (0.936e12, 71e12, "RTX 3090"),
-    "t4": (0.320e12, 65e12, "T4"),
+    "h100": Card(3.35e12, 989e12, "H100 SXM", 132, 1.755e9, 50e6),
+    "a100": Card(2.04e12, 312e12, "A100 SXM 80 GB", 108, 1.41e9, 40e6),
+    "5090": Card(1.792e12, 209.5e12, "RTX 5090", 170, 2.407e9, 96e6),
+    "4090": Card(1.008e12, 165e12, "RTX 4090", 128, 2.52e9, 72e6),
+    "3090": Card(0.936e12, 71e12, "RTX 3090", 82, 1.695e9, 6e6),
+    "3060": Card(0.360e12, 25.5e12, "RTX 3060", 28, 1.777e9, 3e6),
+    "t4": Card(0.320e12, 65e12, "T4", 40, 1.59e9, 4e6),
 }
 # what --predict writes; names are those of the steps in scripts/gpu_check.sh
 MEASURED = {
@@ -44,10 +49,10 @@ MEASURED = {
     "published": "--n_layer 12 --n_embd 768 --micro_bsz 16 --ctx_len 512 --peft none",
 }
 PREDICTIONS = pathlib.Path(__file__).with_name("gpu_predictions.json")
-# Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32, which is
-# bound by its multiply-adds; RECURRENCE has their number for each element of the state and token.
-OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
-PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.38
+# Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32.
+OLD_CARD = "t4"
+PRODUCTS, BANDWIDTH = 0.6, 0.9
+L2_SIZES = (3, 6, 40, 50, 72, 96)  # MB, for which --card's WKV is reckoned, too
 HEAD_SIZE = 64  # of all released models
 LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
 # of a trained parameter: the norm reads g, Adam reads p, g, m, v and writes p, m, v, and g is set to zero
@@ -102,11 +107,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grad_cp", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--micro_bsz", type=size, default=8)
     parser.add_argument("--ctx_len", type=size, default=1024)
-    parser.add_argument("--card", choices=CARDS, default="h100", help="another: --bandwidth and --flops")
+    parser.add_argument(
+        "--card", choices=CARDS, default="h100", help="another: --bandwidth, --flops and --l2 of the nearest"
+    )
     parser.add_argument("--operators", action="store_true", help="list a layer's operators, too")
     parser.add_argument("--predict", action="store_true", help="write gpu_predictions.json, and do no more")
     parser.add_argument("--bandwidth", type=positive, help="bytes a second, of another card")
     parser.add_argument("--flops", type=positive, help="floating-point operations a second, of another card")
+    parser.add_argument("--l2", type=positive, help="MB of its L2 cache, of another card")
     return parser.parse_args(argv)
 
 
@@ -153,9 +161,16 @@ def report(args: argparse.Namespace) -> dict:
             raise UserError(f"--n_embd {args.n_embd} has to be a multiple of {HEAD_SIZE}, the head size")
         arch = default_arch(args.model, args.n_layer, args.n_embd, args.vocab, HEAD_SIZE)
     rows, width = args.micro_bsz, args.ctx_len
-    bandwidth, flops, card = CARDS[args.card]
-    if args.bandwidth or args.flops:
-        bandwidth, flops, card = args.bandwidth or bandwidth, args.flops or flops, "another card"
+    card = CARDS[args.card]
+    if args.bandwidth or args.flops or args.l2:
+        flops = args.flops or card.flops
+        card = card._replace(
+            bandwidth=args.bandwidth or card.bandwidth,
+            flops=flops,
+            name="another card",
+            clock=card.clock * flops / card.flops,
+            l2=args.l2 * 1e6 if args.l2 else card.l2,
+        )
     settings = {"quant": args.quant, "grad_cp": args.grad_cp, "micro_bsz": rows, "ctx_len": width}
     config = config_of(args.peft, args.r, precision="fp16" if args.card == OLD_CARD else "bf16", **settings)
     layer, few = layer_tallied(arch, config, rows, width)
@@ -171,7 +186,7 @@ def report(args: argparse.Namespace) -> dict:
     def of(what: str, *kinds: str) -> int:
         return sum(whole[what].get(kind, 0) for kind in kinds)
 
-    seconds_of_bytes = 1 / (bandwidth * BANDWIDTH)
+    seconds_of_bytes = 1 / (card.bandwidth * BANDWIDTH)
     trained = trained_numbers(arch, config)
     parts = {
         name: {
@@ -189,14 +204,24 @@ def report(args: argparse.Namespace) -> dict:
         }.items()
     }
     parts["optimizer"] = {"launches": 0, "GB": OPTIMIZER_BYTES * trained / 1e9, "TFLOP": 0}
-    for name, part in parts.items():
-        share = WKV / BANDWIDTH if name == "WKV" else 1
+    for part in parts.values():
         part["ms"] = 1e3 * max(
-            part["GB"] * 1e9 * seconds_of_bytes / share, part["TFLOP"] * 1e12 / (flops * PRODUCTS)
+            part["GB"] * 1e9 * seconds_of_bytes, part["TFLOP"] * 1e12 / (card.flops * PRODUCTS)
         )
-    if args.card == OLD_CARD:
-        elements = arch.n_layer * rows * width * arch.dim_att * arch.head_size
-        parts["WKV"]["ms"] = 1e3 * 2 * RECURRENCE[arch.version] * elements / (OLD_FP32 * PRODUCTS)
+    forward, backward = (
+        of("calls of operators", f"wkv: wkv{arch.version}{end}") for end in ("", "_backward")
+    )
+    heads = max(1, arch.dim_att * arch.head_size // HEAD_SIZE**2)
+    tensor_cores = args.card != OLD_CARD and width >= wkv_budget.CHUNK and arch.head_size == HEAD_SIZE
+    calls = wkv_budget.Calls(arch.version, tensor_cores, forward, backward, rows, width, heads)
+    beyond, busy = wkv_budget.beyond(calls, card.l2), wkv_budget.work(calls, card)
+    wkv = {
+        "bandwidth": parts["WKV"]["ms"],  # its arguments read and its results written once
+        "L2": 1e3 * beyond * seconds_of_bytes,
+        "compute": 1e3 * max(busy.values()),
+        "launches": 1e3 * parts["WKV"]["launches"] * wkv_budget.START,
+    }
+    parts["WKV"] |= {"GB": parts["WKV"]["GB"] + beyond / 1e9, "ms": sum(wkv.values())}
     gpu = sum(part["ms"] for part in parts.values())
     launches = sum(part["launches"] for part in parts.values())
     host = launches * LAUNCH / 1e3
@@ -205,13 +230,22 @@ def report(args: argparse.Namespace) -> dict:
     tokens = rows * width
     print(
         f"RWKV-{arch.version}, {arch.n_layer} x {arch.n_embd}, {args.peft}, {rows} x {width} tokens,"
-        f" {config.precision}, {card}: {bandwidth / 1e12:.2f} TB/s, {flops / 1e12:.0f} TFLOP/s\n"
+        f" {config.precision}, {card.name}: {card.bandwidth / 1e12:.2f} TB/s,"
+        f" {card.flops / 1e12:.0f} TFLOP/s, L2 {card.l2 / 1e6:.0f} MB\n"
     )
     print(f"{'part':20} {'launches':>8} {'GB':>8} {'TFLOP':>7} {'ms':>7}")
     for name, part in parts.items():
         print(f"{name:20} {part['launches']:8,} {part['GB']:8.1f} {part['TFLOP']:7.2f} {part['ms']:7.1f}")
     print(f"{'GPU, sum':20} {launches:8,} {'':8} {'':7} {gpu:7.1f}")
     print(f"{'host':20} {'':8} {'':8} {'':7} {host:7.1f}   {LAUNCH} us a launch")
+    print(
+        f"\nWKV: bound by {max(wkv, key=wkv.get)}. Bandwidth {wkv['bandwidth']:.1f} ms, scratch beyond L2"
+        f" {wkv['L2']:.1f} ({beyond / 1e9:.1f} GB), {max(busy, key=busy.get)} {wkv['compute']:.1f}, launches"
+        f" {wkv['launches']:.1f}"
+    )
+    segments = {}
+    if tensor_cores:
+        segments = segments_by_l2(calls, card, 1e-3 * (gpu - wkv["L2"] - wkv["launches"]), launches)
     print(f"\na layer: {per_layer} launches, {tensors:.1f} elementwise tensors of (B, T, C)")
     print("by kind: " + ", ".join(f"{kind} {count}" for kind, count in sorted(layer["launches"].items())))
     if args.operators:
@@ -224,8 +258,10 @@ def report(args: argparse.Namespace) -> dict:
         "model": f"v{arch.version} {arch.n_layer} x {arch.n_embd}",
         "peft": args.peft,
         "tokens": tokens,
-        "card": card,
+        "card": card.name,
         "parts": {name: {key: round(x, 3) for key, x in part.items()} for name, part in parts.items()},
+        "wkv": {"bound_by": max(wkv, key=wkv.get)} | {name: round(ms, 1) for name, ms in wkv.items()},
+        "segment_chunks": segments,
         "gpu_ms": round(gpu, 1),
         "host_ms": round(host, 1),
         "tokens_per_second": round(1e3 * tokens / max(gpu, host)),
@@ -246,6 +282,30 @@ def report(args: argparse.Namespace) -> dict:
             "loss_GB": round(loss, 1),
         }
     return figures
+
+
+def segments_by_l2(calls: wkv_budget.Calls, card: Card, gpu: float, launches: int) -> dict[str, int]:
+    """Print how many chunks a segment of time should have with each of L2_SIZES, and return it by MB.
+
+    `gpu`: seconds of all but the scratch and the launches of the WKV. `launches`: of the whole step.
+    """
+    forward, scratch = wkv_budget.scratch(calls)
+    host = (launches - wkv_budget.launches(calls)) * LAUNCH / 1e6
+    print(f"its scratch: {forward / 1e6:.0f} MB forward, {scratch / 1e6:.0f} backward")
+    print("with another L2, chunks of time in a segment, and ms of the scratch and the launches:")
+    print(f"{'L2, MB':>8} {'fit':>6} {'best':>6} {'ms':>8} {'ms now':>8}")
+    found, rate = {}, card.bandwidth * BANDWIDTH
+    for size in L2_SIZES:
+        fit = int(size * 1e6 // wkv_budget.scratch(calls, 1)[1])
+        best = wkv_budget.best(calls, size * 1e6, rate, gpu, host, LAUNCH / 1e6)
+        ms, now = (
+            1e3 * wkv_budget.beyond(calls, size * 1e6, most) / rate
+            + 1e3 * wkv_budget.START * wkv_budget.launches(calls, most)
+            for most in (best, 0)
+        )
+        print(f"{size:8} {min(fit, calls.chunks):6} {best:6} {ms:8.1f} {now:8.1f}")
+        found[str(size)] = best
+    return found
 
 
 if __name__ == "__main__":

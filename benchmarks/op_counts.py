@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from .wkv_budget import segments
+
 # what counts as elementwise traffic: all that is no product, no WKV, no loss and no optimizer
 TRAFFIC = ("elementwise", "norm", "reduction", "copy")
 
@@ -66,15 +68,6 @@ def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
             if blocks == LIST_BLOCKS or held == most and not left:
                 launches, blocks, held = launches + 1, 0, 1 if left else 0
     return launches + (held > 0)
-
-
-def segments(B: int, T: int, H: int) -> int:
-    """Count the segments of chunks into which the tensor-core WKV cuts the time, as Sizes in
-    cuda/chunked.cuh.
-    """
-    chunks = -(-T // 16)
-    segments = -(-chunks // max(16, 1024 // (B * H)))
-    return -(-chunks // -(-chunks // segments))
 
 
 def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
@@ -199,10 +192,10 @@ def multiply_adds(name: str, args: tuple, result) -> int:
 
 
 class Tally:
-    """Launches, bytes and multiply-adds by kind; `operators` has the launches and bytes of each operator."""
+    """Launches, bytes and multiply-adds by kind; `operators` has the calls, launches and bytes of each."""
 
     def __init__(self):
-        self.operators = {"launches": Counter(), "bytes": Counter()}
+        self.operators = {"calls": Counter(), "launches": Counter(), "bytes": Counter()}
         self.launches, self.bytes, self.multiply_adds = Counter(), Counter(), Counter()
 
     def add(
@@ -227,6 +220,7 @@ class Tally:
         moved = traffic(name, args, kwargs, result)
         self.launches[kind] += launches
         self.bytes[kind] += moved
+        self.operators["calls"][f"{kind}: {name}"] += 1
         self.operators["launches"][f"{kind}: {name}"] += launches
         self.operators["bytes"][f"{kind}: {name}"] += moved
 

@@ -5,10 +5,12 @@ import ctypes
 import pytest
 import torch
 
+from benchmarks import wkv_budget
 from src.ops import kernel_errors, native, self_test
 from tests.test_wkv import NAMES, both, documents, golden_cases, make, results
 
-from .ptx.runs import check_run, runs
+from .ptx.runs import check_run, device_of, runs
+from .ptx.traffic import wkv_work
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"))
@@ -77,3 +79,23 @@ def test_the_operators_drive_the_kernels(gpu, version, chunked):
                 *map(ctypes.c_int64, sizes)
             )
             assert native.saved_floats(version, chunked, *sizes) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [False, True])
+@both
+def test_work_that_the_budget_reckons_with(nvcc, version, chunked):
+    # a branch of v6 depends on the numbers
+    for backward, found in wkv_work(device_of("80"), version, chunked).items():
+        assert tuple(found) == pytest.approx(wkv_budget.WORK[version, chunked, backward][:], rel=1e-3)
+
+
+@both
+def test_scratch_that_the_budget_reckons_with(gpu, version):
+    for B, T, H in ((8, 1024, 32), (1, 37, 2), (3, 4096, 12)):
+        calls = wkv_budget.Calls(version, True, 1, 1, B, T, H)
+        parts_of_bonus = B * H * calls.chunks * 64 * 4 if version == 6 else 0
+        for name, expected in zip(("forward_scratch", "scratch"), wkv_budget.scratch(calls), strict=True):
+            function = getattr(gpu.library, f"wkv{version}_chunked_{name}")
+            count = 4 * function(*map(ctypes.c_int64, (B, T, H, 64)), 0, None)
+            assert count == expected + (parts_of_bonus if name == "scratch" else 0), (name, B, T, H)

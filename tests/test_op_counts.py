@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gpu_budget, op_counts
+from benchmarks import gpu_budget, op_counts, wkv_budget
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROW = torch.ones(1, 4)
@@ -76,6 +76,41 @@ def test_segments_of_the_wkv(shape, count):
     assert op_counts.segments(*shape) == count
 
 
+# 24 layers of 32 heads, 8 x 1024 tokens, with a backward
+CALLS = wkv_budget.Calls(7, True, 24, 24, 8, 1024, 32)
+
+
+def test_scratch_that_l2_does_not_hold_is_traffic():
+    """16 chunks of 256 heads: 9,472 bytes of factors each, and 8,192 of a gradient of the state."""
+    assert wkv_budget.scratch(CALLS) == (4096 * 9472, 4096 * 17664)
+    layer = CALLS._replace(forwards=1, backwards=1)
+    moved = 4 * 4096 * (2 * 9472 + 2 * 17664 + 6 * 2048)  # six inputs are read again
+    assert wkv_budget.beyond(layer, 0) == moved
+    held = [wkv_budget.beyond(layer, 1e6 * size) for size in (3, 6, 40, 50, 72, 96)]
+    assert held == sorted(held, reverse=True) and held[0] > 0.9 * moved and held[-1] == 0
+    assert wkv_budget.beyond(CALLS._replace(tensor_cores=False), 0) == 0
+
+
+def test_a_smaller_l2_wants_shorter_segments():
+    rates = {"bandwidth": 1e12, "gpu": 0.5, "host": 0.02, "launch": 1e-5}
+    best = [wkv_budget.best(CALLS, 1e6 * size, **rates) for size in (6, 40, 50, 72, 96)]
+    assert best == sorted(best) and best[0] < 4 and best[-1] >= 16
+    assert wkv_budget.best(CALLS, 6e6, 1e12, 0, 1, 1e-5) == CALLS.chunks, "the host waits: fewest launches"
+
+
+def test_what_the_wkv_of_a_card_is_bound_by():
+    """Not one share of the bandwidth for all: that made 59 ms on an RTX 4090."""
+    card = gpu_budget.CARDS["4090"]
+    busy = wkv_budget.work(CALLS, card)
+    assert max(busy, key=busy.get) == "tensor cores" and 0.005 < busy["tensor cores"] < 0.01
+    old = wkv_budget.work(CALLS._replace(tensor_cores=False), gpu_budget.CARDS["t4"])
+    assert max(old, key=old.get) == "instructions" and old["tensor cores"] == 0
+    figures = budget("--n_layer", "3", "--vocab", "512", "--card", "4090")
+    assert figures["wkv"]["bound_by"] == "bandwidth"
+    assert 8 * figures["parts"]["WKV"]["ms"] < 40
+    assert figures["segment_chunks"] == {"3": 2, "6": 2, "40": 8, "50": 11, "72": 16, "96": 16}
+
+
 def test_the_other_trainer():
     """RWKV-LM's layer: 46 tensors forward, 75 backward."""
     forward, backward = (sum(map(sum, parts)) for parts in zip(*gpu_budget.RWKV_LM.values(), strict=True))
@@ -83,7 +118,8 @@ def test_the_other_trainer():
 
 
 @pytest.mark.parametrize(
-    "flag", ["--ctx_len 0", "--n_layer -1", "--bandwidth -1", "--flops nan", "--grad_cp 3", "--quant int4"]
+    "flag",
+    ["--ctx_len 0", "--n_layer -1", "--bandwidth -1", "--flops nan", "--l2 0", "--grad_cp 3", "--quant int4"],
 )
 def test_a_budget_takes_no_senseless_number(flag, capsys):
     with pytest.raises(SystemExit):
@@ -91,18 +127,20 @@ def test_a_budget_takes_no_senseless_number(flag, capsys):
     assert flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def budget(*flags):
+    """Run gpu_budget and return its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_budget", *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    if "it counts with torch's wheel for CPUs" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("step", gpu_budget.MEASURED)
 def test_the_recorded_prediction_is_today_s_count(step):
     """Of one card: python -m benchmarks.gpu_budget --predict makes them anew."""
     flags = gpu_budget.MEASURED[step].split()
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_budget", *flags, "--card", "5090"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    if "it counts with torch's wheel for CPUs" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    counted = json.loads(done.stdout.splitlines()[-1])
+    counted = budget(*flags, "--card", "5090")
     recorded = json.loads(gpu_budget.PREDICTIONS.read_text())[step]["5090"]
     assert counted["tokens_per_second"] == recorded

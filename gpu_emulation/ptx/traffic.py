@@ -1,13 +1,19 @@
-"""Cost of accesses: passes over the banks of shared memory, sectors of global memory, by line of a source."""
+"""Cost of accesses: passes over the banks of shared memory, sectors of global memory, by line of a source.
+
+`wkv_work` counts what the warps of the WKV run, for benchmarks/wkv_budget.py.
+"""
 
 from __future__ import annotations
 
 import collections
 import json
+import re
 
-from .cases import SMALL
+from benchmarks.wkv_budget import Work
+
+from .cases import BF16, FP16, SMALL, wkv
 from .device import Device
-from .library import readable
+from .library import kernels, readable
 from .mutants import launched_by
 
 
@@ -30,3 +36,39 @@ def print_traffic(device: Device) -> None:
                 for where, (n, m) in sorted(of.items()):
                     if n > 1.05 * m:
                         print(f"      {where}: {n / m:.2f}, {n - m} of {parts - least} more")
+
+
+FORWARD = ("prepare<__nv_bfloat16, false>", "scan<__nv_bfloat16, Factors, false, ", ".cu forward<")
+
+
+def wkv_work(device: Device, version: int, chunked: bool) -> dict[bool, Work]:
+    """Count what the warps of a head run for 16 tokens of many heads, by whether it is a backward's."""
+    heads, tokens = 128, (48, 64) if chunked else (16, 32)
+    seen = [_executed(device)]
+    for T in tokens:
+        device.clear(traffic=1)
+        wkv(device, version, chunked, (1, T, heads, 64), BF16 if chunked else FP16, ends="none")
+        seen.append(_executed(device))
+    device.clear()
+    more = heads * (tokens[1] - tokens[0]) / 16
+    return {
+        backward: Work(*((z - 2 * y + x) / more for x, y, z in zip(*(of[backward] for of in seen))))
+        for backward in (False, True)
+    }
+
+
+def _executed(device: Device) -> dict[bool, Work]:
+    """Sum up what all kernels of the WKV have run so far, of forwards and of backwards."""
+    sums = {False: [0, 0, 0], True: [0, 0, 0]}
+    for kernel in kernels(device.library):
+        name = readable(kernel)
+        if not name.startswith("wkv"):
+            continue
+        of = sums[not any(part in name for part in FORWARD)]
+        for text, _, hits, passes, _ in json.loads(device.library.ptx_code(kernel.encode())):
+            opcode = re.sub(r"^@\S+\s+", "", text)
+            of[0] += hits
+            of[1] += hits if opcode.startswith(("shfl.", "movmatrix.")) else 0
+            of[1] += passes if not opcode.startswith(("ld.global", "st.global")) else 0
+            of[2] += hits if opcode.startswith("mma.") else 0
+    return {backward: Work(*of) for backward, of in sums.items()}
