@@ -185,7 +185,7 @@ def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Itera
             [x(), x(5, B * T, RANK)],
             6 + 7,
         ),
-        "value_residual": (e.value_residual, [x(), x(), x()], 4 + 7),
+        "value_residual": (lambda *a: e.value_residual(*a)[0], [x(), x(), x()], 4 + 7),
         "delta_inputs": (lambda k, a, n: e.delta_inputs(k, a, k_k, k_a, heads, n), [x(), x()], 5 + 7),
         "readout7": (
             lambda *a: e.readout7(*a[:5], r_k, weight, bias, eps, a[5]),

@@ -59,11 +59,7 @@ template <class T> __device__ Vec centred(const Row<T>& at, const Vec& x, int C)
 template <class T> __global__ void __launch_bounds__(MOST_THREADS) add_layer_norm(
     const void* x, const void* mixed, Vectors vectors, void* sum, void* normed, int C, float eps) {
     const Row<T> at(blockIdx.x, C);
-    const Vec exact = at.read(x) + at.read(mixed), kept = each([&](int e) {
-        T number;
-        store(&number, exact[e]);
-        return load(&number);
-    });
+    const Vec kept = rounded<T>(at.read(x) + at.read(mixed));
     at.write(sum, kept);
     const Vec apart = centred(at, kept, C);
     float variance[] = {total(apart * apart)};

@@ -176,15 +176,16 @@ struct ValueResidual {
     }
 };
 
+// dlater, or null: what the later layers make of the gradient of `first`. A sum of tensors has the same bits.
 struct ValueResidualBackward {
     static constexpr int VECTORS = 0;
     static constexpr int TRAINABLE = 0;
-    const void *v, *first, *gate, *dy;
+    const void *v, *first, *gate, *dy, *dlater;
     void *dv, *dfirst, *dgate;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
         const Vec s = sigmoid(at.read(gate)), g = at.read(dy), d = g * s;
         at.write(dgate, d * (1 - s) * (at.read(first) - at.read(v)));
-        at.write(dfirst, d);
+        at.write(dfirst, dlater ? at.read(dlater) + at.rounded(d) : d);
         at.write(dv, g - d);
     }
 };
@@ -449,12 +450,12 @@ extern "C" int value_residual_forward(const void* v, const void* first, const vo
 }
 
 extern "C" int value_residual_backward(const void* v, const void* first, const void* gate, const void* dy,
-    void* dv, void* dfirst, void* dgate, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
-    int device, void* stream) {
+    const void* dlater, void* dv, void* dfirst, void* dgate, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_each(
-        ValueResidualBackward{v, first, gate, dy, dv, dfirst, dgate}, B * T, C, dtype, stream);
+        ValueResidualBackward{v, first, gate, dy, dlater, dv, dfirst, dgate}, B * T, C, dtype, stream);
 }
 
 // vectors: k_k, k_a

@@ -127,6 +127,7 @@ template <class T> struct Place {
         if (has) write_vec(static_cast<T*>(x) + i, value);
     }
     __device__ Vec read(const void* x) const { return read_at(x, here); }
+    __device__ Vec rounded(const Vec& x) const { return ::rounded<T>(x); }
     __device__ void write(void* x, const Vec& value) const { write_at(x, here, value); }
     // output i
     __device__ void write(const Tensors& x, const Vec& value, int i = 0) const {

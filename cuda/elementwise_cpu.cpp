@@ -201,13 +201,15 @@ void value_residual_forward(const void* v, const void* first, const void* gate, 
     });
 }
 
-void value_residual_backward(const void* v, const void* first, const void* gate, const void* dy, void* dv,
-    void* dfirst, void* dgate, SIZES) {
+// dlater, or null: what the later layers make of the gradient of `first`. A sum of tensors has the same bits.
+void value_residual_backward(const void* v, const void* first, const void* gate, const void* dy,
+    const void* dlater, void* dv, void* dfirst, void* dgate, SIZES) {
     each(SHAPE, [=](auto lanes, auto number, long i) {
         constexpr int W = lanes;
         const auto s = sigmoid<W>(read<W>(IN(gate) + i)), g = read<W>(IN(dy) + i), d = g * s;
         write<W>(OUT(dgate) + i, d * (1.f - s) * (read<W>(IN(first) + i) - read<W>(IN(v) + i)));
         write<W>(OUT(dfirst) + i, d);
+        if (dlater) write<W>(OUT(dfirst) + i, read<W>(IN(dlater) + i) + read<W>(IN(dfirst) + i));
         write<W>(OUT(dv) + i, g - d);
     });
 }

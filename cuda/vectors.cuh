@@ -64,5 +64,13 @@ template <class T> __device__ __forceinline__ void write_vec(T* p, const Vec& x)
 #pragma unroll
     for (int i = 0; i < PIECES<T>; i++) reinterpret_cast<uint4*>(p)[i] = packed.pieces[i];
 }
+// as they are in memory
+template <class T> __device__ __forceinline__ Vec rounded(const Vec& x) {
+    return each([&](int e) {
+        T number;
+        store(&number, x[e]);
+        return load(&number);
+    });
+}
 
 }  // namespace

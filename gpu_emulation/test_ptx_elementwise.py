@@ -35,12 +35,29 @@ def test_half_precision_rounds_outputs_only(name, gpu):
     """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own."""
     if name == "shift_mix_low_rank":
         return
-    want = results(name, SIZES[2], "cuda", torch.float32, True)
+    # value_residual's other gradient is a sum of rounded numbers
+    used = slice(1) if name == "value_residual" else slice(None)
+    want = results(name, SIZES[2], "cuda", torch.float32, True, used=used)
     for dtype in DTYPES[1:]:
-        got = results(name, SIZES[2], "cuda", dtype, True, [torch.float32])
+        got = results(name, SIZES[2], "cuda", dtype, True, [torch.float32], used=used)
         kept_output = name == "relu_squared"  # its backward reads the rounded output
         for mine, exact in zip(got[:1] if kept_output else got, want):
             assert torch.equal(mine, exact.to(mine.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_v_first_is_summed_as_by_autograd(dtype, gpu):
+    """To the last bit: a layer's own part is rounded, and then added to that of the later layers."""
+    generator = torch.Generator().manual_seed(2)
+    v, first, gate, dv, dfirst = (torch.randn(2, 37, 160, generator=generator).to(dtype) for _ in range(5))
+    leaves = [x.requires_grad_() for x in (v, first, gate)]
+    out = elementwise.value_residual(*leaves, "cuda")
+    together = torch.autograd.grad(out, leaves, [dv, dfirst])
+    apart = torch.autograd.grad(elementwise.value_residual(*leaves, "cuda")[0], leaves, dv)
+    assert torch.equal(together[1], dfirst + apart[1]) and torch.equal(out[1], first)
+    assert torch.equal(together[0], apart[0]) and torch.equal(together[2], apart[2])
+    assert torch.autograd.grad(elementwise.value_residual(*leaves, "cuda")[1], first, dfirst)[0] is not None
+    assert gpu.calls.count("value_residual_backward") == 2
 
 
 @pytest.mark.parametrize("rank, carried", [(8, True), (256, True), (4, False), (24, False), (512, False)])

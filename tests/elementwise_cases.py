@@ -60,7 +60,7 @@ FUNCTIONS = {
         0,
     ),
     "gated": (lambda on, x, gate, reset: elementwise.gated(x, gate, on), 2, 0),
-    "value_residual": (lambda on, *x, reset: elementwise.value_residual(*x, on), 3, 0),
+    "value_residual": (lambda on, *x, reset: elementwise.value_residual(*x, on), 3, 0),  # v, then v_first
     "delta_inputs": (lambda on, *x, heads, reset: elementwise.delta_inputs(*x, heads, on), 2, 2),
     "readout6": (
         lambda on, y, *x, heads, reset: with_sums(

@@ -120,9 +120,9 @@ class TimeMix(nn.Module):
 
     def project(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Compute r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before
-        sigmoid."""
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Compute r, decay w, k, v, learning rate a, gate g, all (B, T, C), and v_first; w and a are raw,
+        before sigmoid."""
         # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         again = [3] if self.layer > 0 else []
@@ -131,13 +131,15 @@ class TimeMix(nn.Module):
         x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = x
         v = self.value(x_v)
         if self.layer > 0:
-            v = value_residual(v, v_first, low_rank(*x_v_again, self.v1, self.v2, self.v0), self.native)
+            v, v_first = value_residual(
+                v, v_first, low_rank(*x_v_again, self.v1, self.v2, self.v0), self.native
+            )
         w = low_rank(x_w, self.w1, self.w2, self.w0, torch.tanh)
         a = low_rank(x_a, self.a1, self.a2, self.a0)
         g = low_rank(x_g, self.g1, self.g2, act=torch.sigmoid)
         r = self.receptance(x_r)
         k = self.key(x_k)
-        return r, w, k, v, a, g
+        return (r, w, k, v, a, g), v if self.layer == 0 else v_first
 
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
@@ -147,10 +149,9 @@ class TimeMix(nn.Module):
         z (B, T, C): the input, after ln1. v_first (B, T, C): layer 0's value. last (B, C): the z before the
         first one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
         """
-        r, w, k, v, a, g = self.project(z, v_first, last, reset)
-        if self.layer == 0:
-            v_first = v
-        activations, initial_state = (r, w, k, v, a, g), self.initial_state()
+        activations, v_first = self.project(z, v_first, last, reset)
+        r, w, k, v, a, g = activations
+        initial_state = self.initial_state()
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
         if mix7_serves(activations, vectors, reset, initial_state, self.native):
             # the three steps below in one native function, which keeps less for the backward

@@ -63,9 +63,9 @@ def gated(x: Tensor, gate: Tensor, native: str) -> Tensor:
     return elementwise_reference.gated(x, gate)
 
 
-def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: str) -> Tensor:
+def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: str) -> tuple[Tensor, Tensor]:
     if serves(native, [v, v_first, gate]):
-        return elementwise_ops.value_residual(1, 0.0, *ready(v, v_first, gate))
+        return elementwise_ops.ValueResidual.apply(*ready(v, v_first, gate))
     return elementwise_reference.value_residual(v, v_first, gate)
 
 

@@ -223,10 +223,54 @@ def check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
 
 relu_squared = _define("relu_squared", 1, keeps_output=True, summed=True)
 gated = _define("gated", 2)
-value_residual = _define("value_residual", 3)
 delta_inputs = _define("delta_inputs", 2, 2, outputs=3)
 readout6 = _define("readout6", 2, 2, summed=True)
 readout7 = _define("readout7", 5, 3, summed=True)
+
+
+# v_first goes through all layers, so that each backward adds to its gradient where it writes it.
+
+
+def _value_forward(tensors):
+    made = [torch.empty_like(tensors[0])]
+    check_sizes("value_residual", tensors)
+    call("value_residual_forward", made[0], tensors, (), made)
+    return made
+
+
+def _value_backward(tensors, dv, dlater):
+    made = [torch.empty_like(x) for x in tensors]
+    check_sizes("value_residual", [*tensors, dv])
+    call("value_residual_backward", dv, tensors, (), [dv, dlater, *made])
+    return made
+
+
+_value_op = library_op(
+    "value_residual", "Tensor[] tensors", _value_forward, lambda tensors: [torch.empty_like(tensors[0])]
+)
+_value_backward_op = library_op(
+    "value_residual_backward",
+    "Tensor[] tensors, Tensor dv, Tensor? dlater",
+    _value_backward,
+    lambda tensors, *_: [torch.empty_like(x) for x in tensors],
+)
+
+
+class ValueResidual(torch.autograd.Function):
+    """Autograd function of value_residual: (v, v_first, gate). It keeps them, and returns v_first, too."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # of the last v_first there is none
+        return _value_op(tensors)[0], tensors[1].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dv, dlater):
+        if dv is None:
+            return None, dlater, None
+        return tuple(_value_backward_op(ctx.saved_tensors, *ready(dv, dlater)))
 
 
 # On a GPU the backwards before and after the recurrence's, in mix7, work together: the second one adds the

@@ -40,9 +40,9 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
     return torch.sigmoid(gate) * x
 
 
-def value_residual(v: Tensor, v_first: Tensor, gate: Tensor) -> Tensor:
-    """Compute v + (v_first - v) sigmoid(gate)."""
-    return v + (v_first - v) * torch.sigmoid(gate)
+def value_residual(v: Tensor, v_first: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute v + (v_first - v) sigmoid(gate); returns it, and v_first for the next layer."""
+    return v + (v_first - v) * torch.sigmoid(gate), v_first
 
 
 def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
