@@ -50,6 +50,7 @@ def test_a_first_step_without_memory_is_done_again_with_half_the_micro_batch(run
     assert "the GPU's memory did not suffice" in settings
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2")])
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_one_of_two_processes_without_memory_ends_both_and_says_what_to_give(run, place, strategy):

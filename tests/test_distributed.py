@@ -153,9 +153,12 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "strategy"), [("torchrun", "deepspeed_stage_3"), ("deepspeed", "deepspeed_stage_2")]
+    ("launcher", "strategy"),
+    [
+        slow("torchrun", "deepspeed_stage_3"),
+        pytest.param("deepspeed", "deepspeed_stage_2", marks=pytest.mark.rare),
+    ],
 )
 def test_two_machines_train_what_one_process_does_and_the_first_one_writes_it(
     files, tmp_path, plain, two_machines, launcher, strategy

@@ -409,7 +409,12 @@ def run_folder(tmp_path):
             ),
         ),
         ("", 0, "rank 1 ends, because the process that started it is gone"),
-        slow("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
+        pytest.param(
+            "deepspeed.launcher.runner --num_gpus 2",
+            1,
+            "rank 1 .* ended without a word",
+            marks=pytest.mark.rare,
+        ),
     ],
 )
 def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(
