@@ -14,8 +14,8 @@ import rwkv_miss
 from rwkv_miss import read_checkpoint
 from tests import program
 from tests.conftest import make_arch, random_tensors, slow
-from tests.program import flags_of, same_adapters, same_lines, succeed, write_data
-from tests.test_grpo_run import REWARDS, measured
+from tests.program import flags_of, lines, same_adapters, same_lines, succeed, write_data
+from tests.test_grpo_run import REWARDS
 from tests.test_live_adapters import train
 
 from .fake_gpu import stub
@@ -101,7 +101,7 @@ def same_runs(ours, theirs, case):
     """Losses, metrics and what is trained, in fp32; words of answers and samples are equal."""
     for file in ("metrics.jsonl", "validation.jsonl"):
         if (theirs / file).exists():
-            found, expected = measured(ours, file), measured(theirs, file)
+            found, expected = lines(ours, file), lines(theirs, file)
             for line, other in zip(found, expected, strict=True):
                 for words in ("answers", "samples"):
                     assert line.pop(words, None) == other.pop(words, None)

@@ -5,6 +5,7 @@ that neither a deleted docstring nor a move between files is a saving.
 """
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -36,6 +37,7 @@ def parameters(function: ast.FunctionDef) -> int:
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
 
+@functools.cache
 def sizes() -> dict[str, int]:
     """Measure everything that has a ceiling but the walks, which a benchmark counts."""
     trees = {

@@ -7,17 +7,17 @@ import pytest
 from . import ceilings
 from .ceilings import parameters, statements
 
-SIZES, CEILINGS = ceilings.sizes(), ceilings.ceilings()
+CEILINGS = ceilings.ceilings()
+WALKS = {name for name in CEILINGS if name.startswith("files that ")}  # test_benchmarks counts them
 
 
 def test_every_size_has_a_ceiling():
-    walks = {name for name in CEILINGS if name.startswith("files that ")}
-    assert CEILINGS.keys() - walks == SIZES.keys() and len(walks) == 5, "test_benchmarks counts the walks"
+    assert CEILINGS.keys() - WALKS == ceilings.sizes().keys() and len(WALKS) == 5
 
 
-@pytest.mark.parametrize("what", SIZES)
+@pytest.mark.parametrize("what", sorted(CEILINGS.keys() - WALKS))
 def test_nothing_grows_beyond_its_ceiling(what):
-    size, most = SIZES[what], CEILINGS[what]
+    size, most = ceilings.sizes()[what], CEILINGS[what]
     assert size <= most, (
         f"{size} {what}, and tests/ceilings.txt allows {most}: what can go in its place? The ceiling rises in"
         " a commit of its own, which says what fell elsewhere"

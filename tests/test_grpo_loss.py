@@ -89,7 +89,7 @@ def gradient(of, log_probs):
 def test_losses_gradients_and_sums_are_those_of_the_formula(name, counts, first):
     log_probs, batch = make_batch(counts, seed=len(counts))
     batch = batch.having(old=None) if first else batch
-    loss, sums = KINDS[name].of(log_probs, batch)
+    loss, sums = KINDS[name].from_log_probs(log_probs, batch)
     wanted, of = by_the_formula(KINDS[name], log_probs, batch)
     assert loss.dtype == sums.dtype == torch.float64 and not sums.requires_grad
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
@@ -119,7 +119,7 @@ def test_both_ends_of_the_clip_and_of_the_weights_are_tried_above():
 @pytest.mark.parametrize("name", KINDS)
 def test_the_gradient_is_that_of_the_loss(name):
     log_probs, batch = make_batch([3, 1, 5], seed=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: KINDS[name].of(x, batch)[0], log_probs)
+    assert torch.autograd.gradcheck(lambda x: KINDS[name].from_log_probs(x, batch)[0], log_probs)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -127,14 +127,14 @@ def test_a_step_in_parts_is_the_step(name):
     """The divisor is that of the whole step, so that it does not matter how answers are shared out."""
     loss = KINDS[name]
     log_probs, batch = make_batch([3, 1, 13, 5, 7, 2], seed=3)
-    whole, sums = loss.of(log_probs, batch)
+    whole, sums = loss.from_log_probs(log_probs, batch)
     total, joined = 0.0, loss.sums()
     for of in ([0, 4], [3], [], [1, 2, 5]):
         taken = torch.isin(batch.answer, torch.tensor(of, dtype=torch.int64))
         part = Batch(old=batch.old[taken], reference=batch.reference[taken], drawn=batch.drawn[taken])
         part.answer = torch.tensor([of.index(i) for i in batch.answer[taken].tolist()], dtype=torch.int64)
         part.advantage = batch.advantage[of]
-        each, of_part = loss.of(log_probs[taken], part)
+        each, of_part = loss.from_log_probs(log_probs[taken], part)
         total, joined = total + each, loss.joined(joined, of_part)
     assert total.item() == pytest.approx(whole.item(), rel=1e-12)
     assert torch.equal(gradient(total, log_probs), gradient(whole, log_probs))
@@ -156,7 +156,7 @@ def test_answers_without_an_advantage_change_nothing_without_a_kl(name):
     loss = KINDS[name]
     log_probs, batch = make_batch([3, 1, 13, 5], seed=4)
     batch.advantage[[1, 3]] = 0
-    got = gradient(loss.of(log_probs, batch)[0], log_probs)
+    got = gradient(loss.from_log_probs(log_probs, batch)[0], log_probs)
     theirs = (batch.answer == 1) | (batch.answer == 3)
     assert bool(got[theirs].any()) == bool(loss.options.beta) and got[~theirs].any()
 
@@ -167,7 +167,7 @@ def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
     empty = torch.zeros(0)
     batch = Batch(answer=empty.long(), advantage=empty, drawn=empty)
     for old, reference in ((empty, empty), (None, None)):
-        loss, sums = KINDS[name].of(weights[:0] * 2, batch.having(old=old, reference=reference))
+        loss, sums = KINDS[name].from_log_probs(weights[:0] * 2, batch.having(old=old, reference=reference))
         assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
 
 
@@ -178,7 +178,7 @@ def over_all_tokens(loss, logits, drawn, reference, advantage):
         one = slice(token, token + 1)
         batch = Batch(answer=torch.tensor([0]), advantage=advantage[one], old=None)
         batch = batch.having(drawn=drawn[one].log(), reference=reference[one].log())
-        total = total + chance * loss.of(new[one], batch)[0]
+        total = total + chance * loss.from_log_probs(new[one], batch)[0]
     return total
 
 
@@ -215,7 +215,7 @@ def test_weights_make_up_for_an_engine_that_draws_with_other_probabilities():
 def test_a_kl_without_its_reference_is_told():
     log_probs, batch = make_batch([2])
     with pytest.raises(ValueError, match="has no `reference`"):
-        KINDS["grpo with KL"].of(log_probs, batch.having(reference=None))
+        KINDS["grpo with KL"].from_log_probs(log_probs, batch.having(reference=None))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -232,14 +232,14 @@ def test_nothing_is_infinite_or_no_number_however_far_apart_the_models_are(name,
         setattr(batch, key, log_probs.detach() + (apart if key == of else 0))
     if of == "old":
         batch.drawn = batch.old
-    loss, sums = KINDS[name].of(log_probs, batch)
+    loss, sums = KINDS[name].from_log_probs(log_probs, batch)
     got = gradient(loss, log_probs)
     assert loss.isfinite() and sums.isfinite().all() and got.isfinite().all() and got.norm().isfinite()
     bad = got[batch.answer == 1]
     if of == "old" and apart < 0:
         assert (bad > 1e7).all(), "-e^20"
     if of == "drawn" and apart < 0:
-        weighed = KINDS[name].of(log_probs, batch.having(drawn=log_probs.detach() - 1))[0]
+        weighed = KINDS[name].from_log_probs(log_probs, batch.having(drawn=log_probs.detach() - 1))[0]
         assert loss.item() == pytest.approx(weighed.item(), rel=1e-9)
 
 
@@ -341,7 +341,7 @@ def test_losses_and_gradients_are_those_of_trl(case, name):
         if not settings["corrected"]:
             batch.drawn = batch.old
         log_probs = flat(case["log_probs"][part]).requires_grad_()
-        mean = loss.of(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
+        mean = loss.from_log_probs(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
         found.append(gradient(mean, log_probs))
         total += mean.item()
     want = flat(gradients, torch.float64)

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_miss.errors import UserError
 from src.common.batch import Batch, Reads
@@ -26,8 +27,10 @@ from src.model.batch_loss import Chunks
 from src.model.loss import top_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
+from src.planning.step_memory import step_bytes, without_values
 from src.sources.base import Source
 
+from .conftest import ROOT, make_arch
 from .loss_cases import make_model
 
 VOCAB, TEACHER_WIDTH, TOP = 67, 24, 3
@@ -180,6 +183,27 @@ def test_the_plans_batch_of_zeros_is_a_collated_batch(name, chunk, shared):
     for key, value in found.items():
         dtype = torch.float32 if value.is_floating_point() else value.dtype  # batch_of() has made it wider
         assert (zeros[key].shape, zeros[key].dtype) == (value.shape, dtype), key
+
+
+@each_loss
+def test_the_plan_counts_a_step(name):
+    """On tensors without values; a size that depends on one is an error with the loss's name."""
+    given = {**GIVEN.get(name, {}), "reference": str(ROOT / "demo/rwkv7-reverse.pth")}
+    options = {field.name for field in dataclasses.fields(LOSSES[name].Options)}
+    config = Config(loss=name, **{key: value for key, value in given.items() if key in options}, micro_bsz=2)
+    draft = Draft(config)
+    choose_loss(draft)
+    config = dataclasses.replace(
+        draft.config, precision="fp32", accelerator="cpu", grad_cp=0, peft_config={"r": 4}
+    )
+    found = step_bytes(make_arch(7, vocab_size=256), config, "torch", "fp32", 32, 20)
+    assert found.peak > found.activations > 0
+
+
+def test_a_loss_whose_sizes_depend_on_values_is_named():
+    with FakeTensorMode(), pytest.raises(TypeError, match="^--loss own: a size depends on a tensor's value"):
+        with without_values("own"):
+            torch.ones(3).nonzero()
 
 
 def other_value(option):

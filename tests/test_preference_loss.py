@@ -130,7 +130,7 @@ def by_the_formula(loss, log_probs, batch):
 def test_losses_gradients_and_metrics_are_the_formulas(name, examples, sft_weight):
     loss = KINDS[name] if sft_weight is None else changed(KINDS[name], sft_weight=sft_weight)
     log_probs, batch = make_batch(examples, loss.paired, seed=examples)
-    got, sums = loss.of(log_probs, batch)
+    got, sums = loss.from_log_probs(log_probs, batch)
     (gradient,) = torch.autograd.grad(got, log_probs)
     exact = log_probs.detach().double().requires_grad_()
     wanted, metrics = by_the_formula(loss, exact, batch)
@@ -149,7 +149,7 @@ def test_a_batch_may_be_cut_anywhere(name):
     """Losses and sums of parts add up to those of the whole."""
     loss = KINDS[name]
     log_probs, batch = make_batch(7, loss.paired, seed=3)
-    whole, whole_sums = loss.of(log_probs, batch)
+    whole, whole_sums = loss.from_log_probs(log_probs, batch)
     size, losses, sums = 2 if loss.paired else 1, [], []
     for begin, end in ((0, 2 * size), (2 * size, 2 * size), (2 * size, 7 * size)):
         of = (batch.answer >= begin) & (batch.answer < end)
@@ -159,7 +159,7 @@ def test_a_batch_may_be_cut_anywhere(name):
             reference=batch.reference[of],
             baseline=batch.baseline,
         )
-        one, metrics = loss.of(log_probs[of], part)
+        one, metrics = loss.from_log_probs(log_probs[of], part)
         losses.append(one)
         sums.append(metrics)
     assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-13)
@@ -176,7 +176,7 @@ def test_a_batch_without_examples_has_no_loss_but_a_graph(name):
         baseline=torch.zeros(()),
     )
     for sft_weight in (0.0, 1.0):
-        loss, sums = changed(KINDS[name], sft_weight=sft_weight).of(log_probs, batch)
+        loss, sums = changed(KINDS[name], sft_weight=sft_weight).from_log_probs(log_probs, batch)
         loss.backward()
         assert loss.item() == 0 and not sums.any() and log_probs.grad.shape == (0,)
     assert all(math.isnan(value) for value in LOSS.means(sums.tolist()).values())
@@ -188,7 +188,7 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
     log_probs, batch = make_batch(examples, True, seed=examples)
     batch.reference = log_probs.detach()
     for name in ("dpo", "dpo of means", "cdpo"):
-        loss, sums = KINDS[name].of(log_probs, batch)
+        loss, sums = KINDS[name].from_log_probs(log_probs, batch)
         assert (loss / examples).float().item() == LN2
         found = LOSS.means(sums.tolist())
         assert (found["margin"], found["reward_accuracy"]) == (0, 0.5), "a tie counts as half"
@@ -198,7 +198,7 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
     wanted = 0.5 * (
         GIVEN["desirable_weight"] * desirable + GIVEN["undesirable_weight"] * (examples - desirable)
     )
-    assert KINDS["kto"].of(log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
+    assert KINDS["kto"].from_log_probs(log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
 
 
 def test_a_small_beta_is_a_sum_of_log_ratios():
@@ -207,7 +207,7 @@ def test_a_small_beta_is_a_sum_of_log_ratios():
     ratio = (log_probs - batch.reference).detach().double()
     sides = torch.where(batch.answer % 2 == 0, 1.0, -1.0).double()
     for beta in (1e-3, 1e-5):
-        loss = changed(LOSS, beta=beta).of(log_probs, batch)[0]
+        loss = changed(LOSS, beta=beta).from_log_probs(log_probs, batch)[0]
         (gradient,) = torch.autograd.grad(loss, log_probs)
         wanted = 9 * math.log(2) - beta / 2 * (ratio * sides).sum().item()
         assert loss.item() == pytest.approx(wanted, abs=200 * beta**2)
@@ -221,12 +221,12 @@ def test_ipo_is_least_where_the_means_are_apart_by_half_over_beta(beta):
     batch.reference = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     apart = torch.tensor(0.5 / beta, dtype=torch.float64)
     log_probs = (batch.reference + torch.stack([apart, apart, 0 * apart])).requires_grad_()
-    least = loss.of(log_probs, batch)[0]
+    least = loss.from_log_probs(log_probs, batch)[0]
     assert least.item() == pytest.approx(0, abs=1e-20)
     assert torch.autograd.grad(least, log_probs)[0].abs().max() < 1e-12
     for shift in (-0.1, 0.1):
         moved = log_probs.detach() + shift * torch.tensor([1.0, 1.0, 0.0])
-        assert loss.of(moved, batch)[0].item() == pytest.approx(0.01)
+        assert loss.from_log_probs(moved, batch)[0].item() == pytest.approx(0.01)
 
 
 def test_the_baseline_of_kto_decides_where_an_answer_stands():
@@ -234,7 +234,7 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
     log_probs, batch = make_batch(21, False)
     losses, right = [], []
     for baseline in (0.0, 1.0, 40.0):
-        loss, sums = KINDS["kto"].of(log_probs, batch.having(baseline=torch.tensor(baseline)))
+        loss, sums = KINDS["kto"].from_log_probs(log_probs, batch.having(baseline=torch.tensor(baseline)))
         losses.append(loss.item())
         right.append(LOSS.means(sums.tolist())["reward_accuracy"])
         assert LOSS.means(sums.tolist())["baseline"] == baseline
@@ -244,7 +244,7 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
     assert losses[-1] == pytest.approx(lower, abs=1e-3) and losses[0] != losses[1]
     # 1 - s(b (r - z)) of a good answer alone, by hand
     one = Batch(answer=torch.tensor([0]), chosen=torch.tensor([True]), reference=torch.tensor([-2.0]))
-    got = KINDS["kto"].of(torch.tensor([-1.0]), one.having(baseline=0.25))[0].item()
+    got = KINDS["kto"].from_log_probs(torch.tensor([-1.0]), one.having(baseline=0.25))[0].item()
     assert got == pytest.approx(1.3 * (1 - 1 / (1 + math.exp(-0.3 * 0.75))), rel=1e-14)
 
 
@@ -257,7 +257,7 @@ def test_losses_and_gradients_are_finite_however_sure_a_model_is(name, gap):
     batch = batch.having(reference=torch.tensor([-1.0, -1.0]), baseline=0.0)
     for values in ([0.0, -gap], [-gap, 0.0]):
         log_probs = torch.tensor(values, requires_grad=True)
-        value = loss.of(log_probs, batch)[0]
+        value = loss.from_log_probs(log_probs, batch)[0]
         (gradient,) = torch.autograd.grad(value, log_probs)
         assert value.isfinite() and gradient.isfinite().all()
         if "ipo" not in name and not getattr(loss.options, "label_smoothing", 0):
@@ -278,16 +278,20 @@ def test_the_odds_keep_their_digits_on_both_sides():
 def test_a_missing_reference_is_said():
     log_probs, batch = make_batch(2, True)
     with pytest.raises(ValueError, match="dpo: the batch has no `reference`"):
-        LOSS.of(log_probs, batch.having(reference=None))
-    found = LOSS.means(KINDS["simpo"].of(log_probs, batch.having(reference=None))[1].tolist())
+        LOSS.from_log_probs(log_probs, batch.having(reference=None))
+    found = LOSS.means(KINDS["simpo"].from_log_probs(log_probs, batch.having(reference=None))[1].tolist())
     assert "kl" not in found and found["nll"] > 0
 
 
 def test_two_answers_that_are_as_likely_are_half_a_right_pair():
     batch = Batch(answer=torch.tensor([0, 1, 1, 2, 3]), chosen=torch.arange(4) % 2 == 0, reference=None)
-    found = LOSS.means(KINDS["simpo"].of(torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist())
+    found = LOSS.means(
+        KINDS["simpo"].from_log_probs(torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist()
+    )
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
-    found = LOSS.means(KINDS["simpo"].of(torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist())
+    found = LOSS.means(
+        KINDS["simpo"].from_log_probs(torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist()
+    )
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
 
 
@@ -317,7 +321,7 @@ def test_losses_and_gradients_are_those_of_trl(case, name):
     batch = Batch(answer=torch.repeat_interleave(counts), chosen=torch.tensor(case["chosen"]))
     batch = batch.having(reference=flat(case["reference"]).float(), baseline=case.get("baseline"))
     log_probs = flat(case["log_probs"]).float().requires_grad_()
-    mean = ours.of(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
+    mean = ours.from_log_probs(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
     (got,) = torch.autograd.grad(mean, log_probs)
     wanted = flat(gradient)
     assert mean.item() == pytest.approx(loss, rel=1e-6)

@@ -11,6 +11,7 @@ from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import AUTO, Config, parse, recorded_settings, save
 from src.config.parse import Recorded
 from src.config.schema import type_of
+from src.losses import LOSSES as ALL_LOSSES
 from src.losses import loss_of, options_of
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
@@ -20,7 +21,7 @@ from src.training.resume import MAY_CHANGE, inherit
 from .conftest import make_arch, random_tensors
 
 OF_LOSSES = {name: losses for name, (_, losses) in options_of().items()}
-LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
+LOSSES = [name for name, loss in ALL_LOSSES.items() if loss.source in ("pairs", "labels")]
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
 
@@ -59,7 +60,7 @@ def test_the_tokens_of_a_preference_are_whole_answers(flags):
         ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
         ("--beta 0", "--beta 0: must be above 0; leave it out for the usual one of --loss dpo"),
         ("--beta -1", "--beta -1: must be above 0; leave it out"),
-        ("--loss tdpo", "expected one of sft, distill, dpo, ipo, orpo, simpo, kto, distill_on_policy, grpo"),
+        ("--loss tdpo", f"expected one of {', '.join(ALL_LOSSES)}"),
     ],
 )
 def test_mistakes_are_explained(flags, words):

@@ -215,7 +215,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     for example in compared:
         start, end = end, end + example.targets
         batch = collate_answers([[example]], 1.0).having(baseline=baseline)
-        sums += loss.of(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
+        sums += loss.from_log_probs(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
         for answer, reference in zip(example.answers, example.reference, strict=True):
             part = slice(start, start := start + answer.targets)
             totals = [values.sum(dtype=np.float64) for values in (log_p[part], reference)]

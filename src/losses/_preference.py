@@ -48,8 +48,8 @@ SUMS = (
 )
 
 # of the formula's options: what a loss without them has in their place
-MEAN = {"loss_average": "ipo, orpo and simpo always take the mean, and kto the sum"}
-ALONE = {"reference": "orpo and simpo compare with no other model"}
+NO_AVERAGE = {"loss_average": "ipo, orpo and simpo always take the mean, and kto the sum"}
+NO_REFERENCE = {"reference": "orpo and simpo compare with no other model"}
 
 # the highest mean log-probability of an answer that has odds: fp32 has none nearer to 0
 NEAREST = -(2.0**-24)
@@ -198,7 +198,7 @@ class PreferenceLoss(LogProbLoss):
     # the formula
 
     @abc.abstractmethod
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each example, from the scores() of answers (A,)."""
 
     @property
@@ -206,7 +206,7 @@ class PreferenceLoss(LogProbLoss):
         """A reward is this many times what the loss compares."""
         return self.options.beta
 
-    def of(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def from_log_probs(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (the loss, summed over a batch's examples; its SUMS (len(SUMS),)); float64.
 
         log_probs (n,) are ln p of the answers' tokens. Each answer has a token. Without examples the loss is
@@ -215,7 +215,7 @@ class PreferenceLoss(LogProbLoss):
         answers, chosen = Answers.of(log_probs, batch), batch.chosen
         if self.needs_reference and batch.reference is None and len(chosen):
             raise ValueError(f"{self.name}: the batch has no `reference`, the reference's log-probabilities")
-        losses = self.of_examples(self.scores(answers), batch)
+        losses = self.example_losses(self.scores(answers), batch)
         cross_entropy = -answers.logp / answers.tokens
         cross_entropy = cross_entropy[0::2] if self.paired else torch.where(chosen, cross_entropy, 0.0)
         loss = losses.sum()

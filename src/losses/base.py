@@ -117,13 +117,15 @@ class Loss(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, model: RWKV, batch: Batch, chunks: Chunks, keep: Keep = None) -> tuple[Tensor, Tensor]:
-        """Return (the loss of a batch, summed over what its step's weight counts; sums of the metrics).
+        """Return (the summed loss of a batch, which is divided by the step's weight; sums of the metrics).
 
-        The sums are float64, as means() takes them. `keep` gets ln p of the trained tokens, (n,).
+        The sums are float64, as means() takes them. `keep`, of a feed that compares later steps with this
+        one, gets ln p of the trained tokens, (n,). The plan gives tensors without values: no size may depend
+        on a value.
         """
 
     def held_out(self, model: RWKV, batch: Batch, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        """Return the same of held-out examples, by which states are compared."""
+        """Return __call__()'s results for held-out examples, by which states are compared."""
         return self(model, batch, chunks)
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
@@ -147,10 +149,10 @@ class LogProbLoss(Loss):
         log_probs = token_log_probs(model, batch, chunks)
         if keep:
             keep(log_probs.detach())
-        return self.of(log_probs, batch)
+        return self.from_log_probs(log_probs, batch)
 
     @abc.abstractmethod
-    def of(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def from_log_probs(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return __call__()'s results from log_probs (n,), in the order of batch.targets."""
 
 
@@ -174,12 +176,12 @@ class TokenLoss(DocumentLoss, LogProbLoss):
         return dataclasses.replace(SUPERVISED, titles=titles, line=(*SUPERVISED.line, shown))
 
     @abc.abstractmethod
-    def of_tokens(self, log_probs: Tensor) -> Tensor:
+    def token_losses(self, log_probs: Tensor) -> Tensor:
         """Return the loss of each token, (n,)."""
 
-    def of(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def from_log_probs(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         weights = torch.ones_like(log_probs) if batch.weights is None else batch.weights
-        loss = (self.of_tokens(log_probs) * weights).sum()
+        loss = (self.token_losses(log_probs) * weights).sum()
         with torch.no_grad():
             return loss, torch.stack([-(log_probs * weights).sum(), loss, weights.sum()]).double()
 

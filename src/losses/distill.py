@@ -134,7 +134,7 @@ class TeacherBlocks(Blocks):
     """Blocks whose tokens have the loss, the cross entropy and the KL, each times its weight."""
 
     logit_loss: Teacher | None = None
-    numbers: ClassVar[tuple[int, ...]] = (3,)
+    per_token: ClassVar[tuple[int, ...]] = (3,)
 
     def losses_of(self, logits: Tensor, part: slice) -> Tensor:
         teacher = self.logit_loss._replace(numbers=self.logit_loss.numbers[part])

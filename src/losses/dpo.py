@@ -37,5 +37,5 @@ class Dpo(PreferenceLoss):
         said = [*super().settings(), "log p per token" if self.averaged else "log p summed"]
         return [*said, *([f"label smoothing {smoothing:g}"] if smoothing else [])]
 
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         return smoothed(self.options.beta * (scores[0::2] - scores[1::2]), self.options.label_smoothing)

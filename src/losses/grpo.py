@@ -189,7 +189,7 @@ class Grpo(LogProbLoss, DrawnLoss):
         of_type = {"dapo": tokens, "grpo": answers, "dr_grpo": answers * self.options.max_tokens}
         return max(float(of_type[self.options.grpo_type]), 1.0)
 
-    def of(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def from_log_probs(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (the summed loss of a batch, for divisor(); the sums of `sum_names`), both float64.
 
         log_probs (n,) are ln p. The batch has `answer` (n,) int64, each token's answer; `advantage` (A,), of

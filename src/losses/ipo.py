@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..common.batch import Batch
 from . import options
-from ._preference import MEAN, PreferenceLoss
+from ._preference import NO_AVERAGE, PreferenceLoss
 from .base import register
 
 
@@ -17,7 +17,7 @@ class Ipo(PreferenceLoss):
     name = "ipo"
     about = "a preference between two answers, with a square in the place of a logistic function"
     needs_reference = averaged = True
-    instead = MEAN
+    instead = NO_AVERAGE
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Reference, options.SftWeight, options.Beta):
@@ -29,5 +29,5 @@ class Ipo(PreferenceLoss):
         # its own gradient is 1 / beta at first
         return float(f"{1 / beta:.3g}"), f"1 / beta, as much as the preference pulls; {reason}"
 
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         return (scores[0::2] - scores[1::2] - 1 / (2 * self.options.beta)).square()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.batch import Batch
 from ..common.option import opt
 from . import options
-from ._preference import MEAN, PreferenceLoss
+from ._preference import NO_AVERAGE, PreferenceLoss
 from .base import LABELS, Facts, Words, register
 
 
@@ -25,7 +25,7 @@ class Kto(PreferenceLoss):
     source = LABELS
     needs_reference, paired = True, False
     words = Words("answer", "whose prompts are")
-    instead = MEAN
+    instead = NO_AVERAGE
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Reference, options.SftWeight, options.Beta):
@@ -43,7 +43,7 @@ class Kto(PreferenceLoss):
         weights = f"{self.options.desirable_weight:g} and {self.options.undesirable_weight:g}"
         return [*super().settings(), f"weights {weights}"]
 
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         reward = self.options.beta * (scores - batch.baseline)
         weight = torch.full_like(reward, self.options.undesirable_weight)
         weight = weight.masked_fill(batch.chosen, self.options.desirable_weight)

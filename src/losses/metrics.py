@@ -58,7 +58,7 @@ class LossMetrics:
         """Return the entries of a line: the number of examples, and their metrics. A value that is not
         finite is None.
 
-        DocumentSource training has no metrics, and gets {}.
+        A loss without metrics, such as sft, gets {}.
         """
         if not metrics:
             return {}

@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 from ..common.batch import Batch
 from ..common.option import AUTO, opt
 from . import options
-from ._preference import ALONE, MEAN, PreferenceLoss, log_odds
+from ._preference import NO_AVERAGE, NO_REFERENCE, PreferenceLoss, log_odds
 from .base import Settings, register
 
 
@@ -21,7 +21,7 @@ class Orpo(PreferenceLoss):
     name = "orpo"
     about = "the cross entropy of the chosen answer, and the odds of both; it needs no reference"
     averaged = True
-    instead = {**MEAN, **ALONE, "beta": "orpo weighs its odds ratio with --orpo_lambda"}
+    instead = {**NO_AVERAGE, **NO_REFERENCE, "beta": "orpo weighs its odds ratio with --orpo_lambda"}
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.SftWeight):
@@ -49,5 +49,5 @@ class Orpo(PreferenceLoss):
     def settings(self) -> list[str]:
         return [f"lambda {self.options.orpo_lambda:g}"]
 
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         return -self.options.orpo_lambda * F.logsigmoid(log_odds(scores[0::2]) - log_odds(scores[1::2]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.batch import Batch
 from ..common.option import opt
 from . import options
-from ._preference import ALONE, MEAN, PreferenceLoss, smoothed
+from ._preference import NO_AVERAGE, NO_REFERENCE, PreferenceLoss, smoothed
 from .base import register
 
 
@@ -19,7 +19,7 @@ class Simpo(PreferenceLoss):
     about = "a preference by the mean log-probability of a token; it needs no reference"
     averaged = True
     usual_beta = 2.0
-    instead = {**MEAN, **ALONE}
+    instead = {**NO_AVERAGE, **NO_REFERENCE}
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Smoothing, options.SftWeight, options.Beta):
@@ -35,6 +35,6 @@ class Simpo(PreferenceLoss):
         said = [*super().settings(), f"gamma {self.options.simpo_gamma:g}"]
         return [*said, *([f"label smoothing {smoothing:g}"] if smoothing else [])]
 
-    def of_examples(self, scores: Tensor, batch: Batch) -> Tensor:
+    def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:
         margin = self.options.beta * (scores[0::2] - scores[1::2]) - self.options.simpo_gamma
         return smoothed(margin, self.options.label_smoothing)

@@ -143,10 +143,10 @@ class Blocks:
     native: bool
     exact: bool
     l2wrap: float = L2WRAP
-    numbers: ClassVar[tuple[int, ...]] = ()  # shape of what there is for a token
+    per_token: ClassVar[tuple[int, ...]] = ()  # shape of the numbers that a token has
 
     def losses_of(self, logits: Tensor, part: slice) -> Tensor:
-        """Return the losses (*numbers, tokens) of a part of the tokens from its logits, which become the
+        """Return the losses (*per_token, tokens) of a part of the tokens from its logits, which become the
         gradient of the first number."""
         softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
         weights = None if self.weights is None else self.weights[part]
@@ -158,7 +158,7 @@ class Blocks:
         return torch.promote_types(self.x.dtype, torch.float32)
 
     def losses(self, dx: Tensor | None, dw: Tensor | None) -> Iterator[Tensor]:
-        """Yield the losses (*numbers, tokens) of a block of tokens at a time.
+        """Yield the losses (*per_token, tokens) of a block of tokens at a time.
 
         The gradients of the first one's sum are written to `dx` and added to `dw`, if these are not None.
         """
@@ -186,7 +186,7 @@ class HeadLoss(torch.autograd.Function):
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
         dw = torch.zeros_like(weight, dtype=blocks.wide) if need_dw else None
-        total = torch.zeros(blocks.numbers, dtype=blocks.wide, device=x.device)
+        total = torch.zeros(blocks.per_token, dtype=blocks.wide, device=x.device)
         for losses in blocks.losses(dx, dw):
             total += losses.sum(-1)
         ctx.save_for_backward(dx, dw)

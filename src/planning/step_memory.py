@@ -16,7 +16,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -159,11 +164,23 @@ def _count(
             Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live,
         ):
             activations = live.after(model, "features")
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), without_values(config.loss):
                 loss, _ = source.loss(model, batch, source.chunks)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
+
+
+@contextlib.contextmanager
+def without_values(loss: str) -> Iterator[None]:
+    """Name the loss in an error about tensors without values."""
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise TypeError(
+            f"--loss {loss}: a size depends on a tensor's value ({error}), and the plan runs a step on"
+            " tensors without values; take sizes from the batch's shapes and from batch.ends"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from .held_out_answers import Judge, limit_of
 
 
 class HeldOutLoss(Evaluation):
-    """Evaluation by the source's loss on a run's held-out documents."""
+    """Evaluation by the loss on a run's held-out documents."""
 
     def __init__(self, module):
         self.module, self.encoder, data = module, module.data.encoder, module.data

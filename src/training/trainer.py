@@ -73,8 +73,7 @@ class ScaledFp16(MixedPrecision):
 class FineTuning(pl.LightningModule):
     """Lightning module of a training.
 
-    The loss of an optimizer step is the source's over the whole step, whatever its micro-batches and
-    ranks.
+    The loss of an optimizer step is taken over the whole step, whatever its micro-batches and ranks.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
+from ...losses import LOSSES
 from .errors import WrongSetting
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -126,9 +127,10 @@ def _for_pairs(columns: tuple[str, ...]) -> str:
     by_name = by_lower(columns)
     asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
     chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
+    losses = [name for name, loss in LOSSES.items() if loss.source in ("pairs", "labels")]
     return (
-        "a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto; --sft_field"
-        f" {','.join([*asked, *chosen])} trains on the chosen ones alone"
+        f"a row with a chosen and a rejected answer is for --loss {', '.join(losses[:-1])} or {losses[-1]};"
+        f" --sft_field {','.join([*asked, *chosen])} trains on the chosen ones alone"
     )
 
 
