@@ -17,6 +17,7 @@ from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
 from src.config.parse import Recorded
 from src.config.schema import CHOSEN
 from src.losses import options_of
+from src.losses.base import Facts, Loss
 from src.planning.defaults import (
     choose_batch,
     choose_length,
@@ -27,7 +28,6 @@ from src.planning.defaults import (
     row_length,
 )
 from src.planning.draft import Draft
-from src.sources.base import Source
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
@@ -464,7 +464,7 @@ def files(tmp_path_factory):
 
 def few_steps(rank):
     """A run with the defaults is long. 24 rows of 256 tokens, two in a step, are read five times."""
-    Source.usual_steps = 60
+    Loss.facts = Facts(usual_steps=60)
 
 
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):

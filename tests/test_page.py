@@ -120,7 +120,7 @@ def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(b
         assert page.get_attribute(ANSWER, "aria-busy") == "true"
         server.engine.decoder.pause = 0
         page.wait_for_selector(DONE)
-        assert page.inner_text(f"{DONE} .text >> nth=1") == said
+        eventually(lambda: page.inner_text(f"{DONE} .text >> nth=1") == said)  # rendered by the server
         figures = page.inner_text(f"{DONE} .figures")
         assert re.fullmatch(rf"{len(said) + 1} tokens · [\d.]+ tokens/s · first after \d+\.\d\d s", figures)
 
@@ -295,8 +295,9 @@ def test_markup_in_an_answer_is_text(browser, monkeypatch, packages):
         page.click(".thoughts summary")
         expect(page.locator(".thoughts .text")).to_have_text(evil)
         # the renderer's reply comes after the answer's end, on a busy machine seconds later
-        expect(page.locator(f"{DONE} > .text > p")).to_have_count(2, timeout=30_000)
-        assert page.locator(f"{DONE} > .text > p").all_text_contents() == [evil, f"and {evil}"]
+        paragraphs, want = page.locator(f"{DONE} > .text > p"), [evil, f"and {evil}"]
+        eventually(lambda: paragraphs.all_text_contents() == want, 30)
+        eventually(lambda: page.locator(f"{DONE} > .text pre code").count() == 2, 30)
         codes = page.locator(f"{DONE} > .text pre code").all_text_contents()
         assert codes == [f"{evil}\n\n  end", f"open {evil}"]
         assert page.inner_text(".code-head span >> nth=0") == "html"

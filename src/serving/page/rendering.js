@@ -62,6 +62,7 @@ export function markdownView(element) {
     busy = true;
     const html = await htmlOf(text, unfinished);
     busy = false;
+    if (!last.text) return;
     if (html !== null) show(parsedNodes(html), false);
     else show(plainNodes(last.text), true);
     const now = performance.now();
@@ -71,8 +72,9 @@ export function markdownView(element) {
 
   return (text, unfinished) => {
     if (text === last.text && unfinished === last.unfinished) return;
-    wanted = last = { text, unfinished };
-    if (isPlain && !rendered.has(text)) show(plainNodes(text), true);
+    last = { text, unfinished };
+    wanted = text ? last : null; // the reply for an empty text would come after the first words, and hide them
+    if (!text || (isPlain && !rendered.has(text))) show(plainNodes(text), true);
     work();
   };
 }
