@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         for token in () if self._subparsers else given:  # subcommands look for themselves
             name = token.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                begun = [flag for flag in self._option_string_actions if flag.startswith(name)]
+                begun = sorted((f for f in self._option_string_actions if f.startswith(name)), key=len)
                 near = begun or difflib.get_close_matches(name, self._option_string_actions, 1)
                 raise UserError(
                     f"unknown flag {name}; "

@@ -177,6 +177,7 @@ def test_every_name_has_one_meaning():
         ("--lr-init=1", "--lr_init"),
         ("--peft_confg", "--peft_config"),
         ("--loadmodel", "--load_model"),
+        ("--los", "--loss"),
     ],
 )
 def test_a_typo_is_answered_with_the_nearest_flag(flag, meant):
