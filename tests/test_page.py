@@ -112,6 +112,8 @@ def eventually(holds, seconds=5.0):
 def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(browser):
     said = "Good morning.\nIt rains, and it will rain all day."
     with scripted(said, defaults=LONG) as server, opened(browser, server) as page:
+        sent = []
+        page.on("request", lambda one: sent.append(one))
         server.engine.decoder.pause = 0.05
         page.fill("#draft", "hi")
         page.press("#draft", "Enter")
@@ -121,6 +123,8 @@ def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(b
         server.engine.decoder.pause = 0
         page.wait_for_selector(DONE)
         eventually(lambda: page.inner_text(f"{DONE} .text >> nth=1") == said)  # rendered by the server
+        # the reply for an empty text would hide the first words
+        assert "" not in [one.post_data_json["text"] for one in sent if "page/render" in one.url]
         figures = page.inner_text(f"{DONE} .figures")
         assert re.fullmatch(rf"{len(said) + 1} tokens · [\d.]+ tokens/s · first after \d+\.\d\d s", figures)
 
