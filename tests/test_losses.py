@@ -247,12 +247,9 @@ def test_a_loss_explains_itself(name):
     assert loss.about[0].islower() and not loss.about.startswith("the same") and loss.about[-1] != "."
     assert AUTO not in dataclasses.astuple(loss.options), "all that is left to the program is chosen"
     assert loss.metrics.titles and loss.facts.usual_rows > 0 and loss.words.example
-    for option in dataclasses.fields(loss.Options):
-        assert FIELDS[option.name].metadata["help"] == option.metadata["help"]
 
 
 @pytest.mark.parametrize("of, most", [(Loss, 12), (Source, 20)])
 def test_interfaces_stay_small(of, most):
     """A method more is a question to every loss or source: one that is there goes first."""
-    methods = [value for value in vars(of).values() if isinstance(value, METHODS)]
-    assert len(methods) <= most
+    assert sum(isinstance(value, METHODS) for value in vars(of).values()) <= most
