@@ -41,6 +41,7 @@ with importing():
     from src.data.fetch import fetch_inputs
     from src.model import RWKV
     from src.planning.base_model import build_model
+    from src.planning.defaults import warm_up
     from src.planning.plan import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
@@ -146,11 +147,9 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
             "rates are compared by the loss on held-out documents, and there are none"
             f" ({plan.settings.origin_of('eval_split')}); give --eval_file, or --eval_split 0.05"
         )
-    # a chosen warm-up is a share of each training, not of the run; and a training ends as planned
-    config = dataclasses.replace(
-        plan.settings, warmup_steps=given.warmup_steps, lr_schedule=given.lr_schedule
-    )
-    steps = steps_of_a_training(ours, config, plan.steps)
+    steps, config = steps_of_a_training(ours, given, plan.steps), plan.settings
+    if given.is_automatic("warmup_steps"):  # a chosen warm-up is a share of each training, not of the run
+        config = dataclasses.replace(config, warmup_steps=warm_up(steps))
     rates = ours.rates or grid(config.state_learning_rate if ours.setting == "state_lr" else config.lr_init)
     torch.manual_seed(config.random_seed)
     model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision]).to(
@@ -178,7 +177,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
 def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
     """Count the steps at every rate. Raises UserError if the warm-up takes all of them."""
     steps = ours.steps or min(of_run, STEPS)
-    if config.value_or_zero("warmup_steps") >= steps:
+    if config.settled().warmup_steps >= steps:
         raise UserError(
             f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
             " its full rate; raise --steps, or drop the warm-up"

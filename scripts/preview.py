@@ -113,7 +113,7 @@ def tokenizer_of(config: Config) -> Tokenizer:
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
     """Read everything: findings, the kinds of files, and the rows that can be used."""
     reading, report = Reading.of(config), Report("skip")
-    lint = Lint(encoder, longest_uncut(config.value_or_zero("ctx_len"), config.chunk_ctx), reading.rows)
+    lint = Lint(encoder, longest_uncut(config.settled().ctx_len, config.chunk_ctx), reading.rows)
     loaded = Loaded(config.data_file, encoder, [], [], [], reading.rows)
     used: collections.Counter[str] = collections.Counter()  # rows of each file
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):

@@ -28,7 +28,7 @@ from .common.files import read_lines, write_text
 from .common.first_process import is_first_process
 from .common.freed_memory import freed_memory_kept
 from .common.startup import Start
-from .config import Config, save
+from .config import Config, Settled, save
 from .config.launcher import starts_others
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
@@ -60,6 +60,7 @@ from .reporting.diagnosis import Warnings
 from .reporting.run_end import finish, is_summed_up
 from .sources.base import Source, TrainingData
 from .sources.drawn import SAMPLES
+from .sources.kinds import source_of
 from .sources.reference_model import reference_of
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import write_new_model, writer
@@ -100,7 +101,7 @@ FIRST_STEPS = 3
 class Result:
     """Result of a plan."""
 
-    settings: Config  # of the plan
+    settings: Settled  # of the plan
     step: int  # optimizer steps that are done
     is_complete: bool  # False: stopped before the end, and --resume auto goes on
 
@@ -159,7 +160,7 @@ def prepare(
     if earlier:
         inherit(draft, earlier)
     before = earlier and earlier.settings
-    check_own_functions(draft.config.value_or_zero("rewards"), draft.config.reward_file)
+    check_own_functions(draft.config.settled().rewards, draft.config.reward_file)
     draft.put(**fetch_files(names_of_hub(draft.config, before, others), is_first_process()))
     arch, tokenizer = read_base(draft)
     found = device(draft.config, arch.head_size)
@@ -176,13 +177,14 @@ def prepare(
     reward_digest = try_rewards(draft.source, template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
-    goes_without = before is not None and not before.value_or_zero("eval_steps")
+    goes_without = before is not None and not before.eval_steps
     evaluated = choose_evaluation(draft, schedule, data.held_out, goes_without)
     choose_rate(draft, arch)
     choose_no_evaluations(draft)
+    settings = draft.config.settled()
     return Plan(
         typed=typed,
-        settings=draft.config,
+        settings=settings,
         before=before,
         resume_from=resume_from,
         arch=arch,
@@ -193,7 +195,7 @@ def prepare(
         reward_digest=reward_digest,
         schedule=schedule,
         evaluated=evaluated,
-        source=draft.source,
+        source=source_of(settings),
     )
 
 
@@ -278,7 +280,7 @@ def with_half_micro_batch(plan: Plan) -> Plan:
     )
     draft = Draft(config)
     draft.change("micro_bsz", now, reason)
-    if not config.value_or_zero("global_bsz"):  # it decides the number of passes
+    if not config.global_bsz:  # it decides the number of passes
         draft.change("accumulate_grad_batches", passes, reason)
     schedule = dataclasses.replace(plan.schedule, micro_bsz=now, accumulate=passes)
     source = plan.source.having(draft.config)
@@ -438,7 +440,7 @@ def fit(trainer, module, report) -> None:
         first = "lower --micro_bsz"
         if halves:
             first = f"give --micro_bsz {config.micro_bsz // 2}"
-            if not config.value_or_zero("global_bsz"):
+            if not config.global_bsz:
                 first += f" --accumulate_grad_batches {config.accumulation * 2}"
             first += " for the same steps"
         raise UserError(

@@ -143,7 +143,7 @@ def test_the_file_says_what_was_chosen_and_why(tmp_path):
     lines = pathlib.Path(path).read_text().splitlines()
     assert {"ctx_len: 64  # chosen", "clip_high: 0.3  # command line", "max_tokens: 0  # default"} <= {*lines}
     recorded = config.recorded_settings(path)
-    assert recorded.settings == draft.config
+    assert recorded.settings == draft.config.settled()
     assert recorded.chosen == {"beta": "no KL: cheap", "ctx_len": "the longest"}
     assert parse(["--config", path]).is_automatic("beta"), "as a command it leaves the choice open"
 
@@ -397,7 +397,7 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
 
 
 def test_every_setting_is_read_somewhere():
-    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `config.value_or_zero("NAME")`; by Config `self.NAME`;
+    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `config.settled().NAME`; by Config `self.NAME`;
     by a loss `self.options.NAME`, or of that `given.NAME`.
 
     The rules of validate.py alone would not make a setting do something.
@@ -406,18 +406,15 @@ def test_every_setting_is_read_somewhere():
     for path in (ROOT / "src").rglob("*.py"):
         if path == ROOT / "src/config/validate.py":
             continue
-        holders = ("config", "c", "self") if path.name == "schema.py" else ("config", "c")
+        holders = ("config", "c", "settled", *(["self"] if path.name == "schema.py" else []))
         holders += ("given", "options") if path.parent.name == "losses" else ()
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Attribute)
-                and getattr(node.value, "id", getattr(node.value, "attr", "")) in holders
-            ):
-                read.add(node.attr)
+            if isinstance(node, ast.Attribute):
+                holder = getattr(node.value, "func", node.value)
+                if getattr(holder, "id", getattr(holder, "attr", "")) in holders:
+                    read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "value_or_zero":
-                read.add(getattr(node.args[0], "value", ""))
     dead = sorted(set(FIELDS) - read)
     assert not dead, f"settings that nothing reads: {dead}"
 

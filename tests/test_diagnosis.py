@@ -32,8 +32,10 @@ from . import program
 from .conftest import make_arch, random_tensors
 from .program import succeed
 
-SFT = Config(load_model="base.pth", lr_init=1e-4, epoch_count=2, peft_config={"r": 8})
-DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3, epoch_count=1)
+SFT = Config(load_model="base.pth", lr_init=1e-4, epoch_count=2, peft_config={"r": 8}).settled()
+DPO = Config(
+    load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3, epoch_count=1
+).settled()
 GRPO = Config(
     beta=0.0,
     load_model="base.pth",
@@ -45,7 +47,7 @@ GRPO = Config(
     epoch_count=1,
     max_tokens=28,
     precision="fp32",
-)
+).settled()
 OWN = dataclasses.replace(GRPO, rewards={"exact": 1.0, "own": 0.1})
 GIVEN = "command line"
 NAMED = {rule.name: rule for rule in RULES}
@@ -764,6 +766,7 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     assert "\nverdict:   still learning: the loss on held-out documents fell by " in output
     assert "\nmerge it:  " in output and "; try more passes: --epoch_count " in card
     config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"), epoch_count=1, early_stop=0)
+    config = config.settled()
     done = recorded_settings(str(tmp_path / "still" / "config.yaml")).settings
     run_end.finish(done, [], 12, 12, {"forgetting": {"all": 4.7}})
     assert json.loads((tmp_path / "still" / "run.json").read_text())["verdict"]["forgotten"] == 4.7

@@ -110,7 +110,7 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
     rwkv_miss.inject(
         model, method, **({"rank": 6} if hasattr(rwkv_miss.METHODS[method].Options(), "rank") else {})
     )
-    config = Config(peft=method, micro_bsz=4, ctx_len=64)
+    config = Config(peft=method, micro_bsz=4, ctx_len=64, lr_schedule="cos").settled()
     documents, other = (
         load_documents(files / f"{name}.jsonl", load_tokenizer("bytes", 256), 64)
         for name in ("data", "other")
@@ -233,7 +233,7 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     documents = load_documents(files / "data.jsonl", load_tokenizer("bytes", 256), 64)
     with torch.no_grad():
         model.ln_out.weight.fill_(float("nan"))
-    config = Config(micro_bsz=4, ctx_len=64, lr_init=1e-3)
+    config = Config(micro_bsz=4, ctx_len=64, lr_init=1e-3, lr_schedule="cos").settled()
     losses = list(train(model, source_of(config), documents, 5))
     assert len(losses) == 1 and math.isnan(losses[0])
 

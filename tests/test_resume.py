@@ -156,7 +156,7 @@ def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
     """Its config.yaml has auto, and not what that was."""
     proj_dir = folder("config.yaml", STEP_2)
     before = earlier_settings(proj_dir, "auto").settings
-    assert before == Config(**SETTINGS) and before.precision == "auto"
+    assert before == Config(**SETTINGS).settled() and before.is_automatic("precision")
     assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(
         STEP_2
     )

@@ -207,7 +207,7 @@ def test_evaluations_take_a_tenth_at_most(flags, capsys):
 def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, every):
     draft = Draft(Config(loss="grpo", inner_steps=inner))
     choose_eval_steps(draft, steps, affordable)
-    assert draft.config.value_or_zero("eval_steps") == every
+    assert draft.config.settled().eval_steps == every
     assert ("eval_steps" in draft.config.origins) == (every > 0)
     assert every == 0 or evaluations(steps, every) <= min(7, affordable)
     given = Draft(Config(loss="grpo", inner_steps=inner, eval_steps=0))

@@ -125,7 +125,7 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
         parse(["--config", path])
     assert parse(["--config", path, "--reward_file", "own.py"]) == config
     before = recorded_settings(path)
-    assert before.settings == config, "it may be compared with"
+    assert before.settings == config.settled(), "it may be compared with"
     for flags in ((), ("--rewards", "own=1", "--resume", "auto")):
         resumed = Draft(settings(*flags))
         with pytest.raises(UserError, match="only the command line may name code; add --reward_file own.py"):

@@ -216,7 +216,7 @@ def test_embedding_and_head_of_the_file_have_rates_of_their_own(files, adapters,
     draft = Draft(parse([*flags, "--init_adapter", str(path), *given]))
     _, tokenizer = read_base(draft)
     choose_train_parts(draft, live.arch, None, tokenizer)
-    assert draft.config.train_parts == "emb,head" and draft.config.value_or_zero("lr_map") == factors
+    assert draft.config.train_parts == "emb,head" and draft.config.settled().lr_map == factors
 
 
 def test_rows_of_tokens_go_on_with_those_of_the_file(files, adapters):

@@ -262,12 +262,12 @@ def choice(path, texts, of="train_parts", **settings):
     draft = Draft(Config(load_model=str(path), **settings))
     arch = make_arch(7, vocab_size=256)
     choose_train_parts(draft, arch, Documents(documents), tokenizer)
-    parts = draft.config.value_or_zero("train_parts")
+    parts = draft.config.settled().train_parts
     if draft.config.origins.get("train_parts") and parts:
         share = chosen_rate(Config(load_model="a", peft="none"), arch) / chosen_rate(draft.config, arch) / 2
         share = min(share, 1.0)
         assert draft.config.lr_map == dict.fromkeys(parts.split(","), pytest.approx(share, rel=0.2))
-    return draft.config.value_or_zero(of), draft.config.origins.get(of)
+    return getattr(draft.config.settled(), of), draft.config.origins.get(of)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

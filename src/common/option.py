@@ -16,7 +16,7 @@ class Auto(enum.Enum):
     AUTO = "auto"
 
     def __bool__(self) -> bool:
-        raise TypeError("AUTO has no truth value: ask Config.is_automatic(), or take Config.value_or_zero()")
+        raise TypeError("AUTO has no truth value: ask Config.is_automatic(), or take Config.settled()")
 
 
 AUTO = Auto.AUTO

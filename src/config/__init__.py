@@ -5,13 +5,14 @@ Imports common and losses. Other rooms take the public names below from here; sc
 
 from ..common.option import AUTO
 from .parse import command, parse, recorded_settings, save, settle
-from .schema import FIELDS, Config
+from .schema import FIELDS, Config, Settled
 from .validate import validate
 
 __all__ = [
     "AUTO",
     "FIELDS",
     "Config",
+    "Settled",
     "command",
     "parse",
     "recorded_settings",

@@ -45,7 +45,7 @@ def check_by_hand(config: Config) -> None:
     0 without a KL. Code is named only on the command line, so that nobody else's settings run it.
     """
     by_hand = config.loss in options_of()["beta"][1] and config.origins.get("beta") == "command line"
-    if by_hand and config.loss != "grpo" and (beta := config.value_or_zero("beta")) <= 0:
+    if by_hand and config.loss != "grpo" and (beta := config.settled().beta) <= 0:
         raise UserError(
             f"--beta {beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
         )

@@ -38,6 +38,7 @@ from .schema import (
     PUBLISHED,
     SCRIPT_NOTES,
     Config,
+    Settled,
     read,
     type_of,
     uncommon_bounds,
@@ -174,7 +175,7 @@ def settle(given: dict[str, Any]) -> Config:
 class Recorded:
     """The settings in the config.yaml of a run. Code that they name is not run."""
 
-    settings: Config
+    settings: Settled
     chosen: Mapping[str, str]  # of those that were left to the program: why it chose them
 
 
@@ -184,7 +185,8 @@ def recorded_settings(path: str) -> Recorded:
     reasons = _load_yaml(path).get(CHOSEN)
     reasons = reasons if isinstance(reasons, dict) else {}
     chosen = {name: why for name, why in reasons.items() if name in FIELDS and isinstance(why, str)}
-    return Recorded(dataclasses.replace(config, **{name: config.written(name) for name in chosen}), chosen)
+    config = dataclasses.replace(config, **{name: config.written(name) for name in chosen})
+    return Recorded(config.settled(), chosen)
 
 
 def _merged(given: dict[str, Any]) -> Config:
@@ -201,7 +203,7 @@ def _merged(given: dict[str, Any]) -> Config:
 
 def checked(config: Config) -> Config:
     """Return the settings of a Config that was made in Python, of their types. UserError if one is wrong."""
-    values = {name: value for name in FIELDS if (value := getattr(config, name)) is not AUTO}
+    values = {name: getattr(config, name) for name in FIELDS if not config.is_automatic(name)}
     for name, value in values.items():
         typed = _typed_value(name, value)
         # a text may be more than one: a name of the hub has the local file

@@ -28,7 +28,7 @@ def check_rewards(config: Config) -> None:
         raise UserError(
             "--group_size 1: a rollout is compared with the other rollouts of its question; give at least 2"
         )
-    rewards, longest = config.value_or_zero("rewards"), config.value_or_zero("max_tokens")
+    rewards, longest = config.settled().rewards, config.settled().max_tokens
     check_weights(rewards)
     if config.resume != "auto" or config.reward_file:
         check_own_functions(rewards, config.reward_file)
@@ -112,7 +112,7 @@ def check_draws(config: Config) -> None:
             " it"
         )
     for name in ("save_steps", "eval_steps", "epoch_steps"):
-        steps = config.value_or_zero(name)
+        steps = getattr(config.settled(), name)
         if steps > 0 and steps % config.inner_steps:
             raise UserError(
                 f"--{name} {steps} is not a multiple of --inner_steps {config.inner_steps}, the steps on the"
@@ -122,7 +122,7 @@ def check_draws(config: Config) -> None:
 
 def check_reference_of_kl(config: Config) -> None:
     """Check that a KL has a reference model, and that a reference is used."""
-    beta = config.value_or_zero("beta")
+    beta = config.settled().beta
     if config.reference and not beta:
         raise UserError(
             f"--reference {config.reference} has no meaning with --loss grpo without a KL; give --beta 0.04,"
@@ -132,7 +132,7 @@ def check_reference_of_kl(config: Config) -> None:
         return
     for flag, changes in (
         (f"--peft {config.peft}", config.peft in ("none", "state")),
-        (f"--train_parts {config.train_parts}", bool(split_parts(config.value_or_zero("train_parts")))),
+        (f"--train_parts {config.train_parts}", bool(split_parts(config.settled().train_parts))),
     ):
         if changes:
             raise UserError(

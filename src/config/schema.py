@@ -352,8 +352,8 @@ class Config(LossSettings):
         """Adapter of --peft, --peft_config and --train_parts; None in full training."""
         if self.peft == "none":
             return None
-        options, parts = self.value_or_zero("peft_config"), self.value_or_zero("train_parts")
-        return AdapterOptions.of(self.peft, options, parts, self.layers, tuple(token_ids(self.train_tokens)))
+        given, tokens = self.settled(), tuple(token_ids(self.train_tokens))
+        return AdapterOptions.of(self.peft, given.peft_config, given.train_parts, self.layers, tokens)
 
     def adapted_layers(self, n_layer: int) -> list[int]:
         """List the layers that are trained, of a model with `n_layer`."""
@@ -372,7 +372,7 @@ class Config(LossSettings):
 
         An initial state that is trained alone has the rate lr_init.
         """
-        if "state" not in split_parts(self.value_or_zero("train_parts")):
+        if "state" not in split_parts(self.settled().train_parts):
             return None
         return self.state_lr or METHODS["state"].default_lr
 
@@ -386,7 +386,7 @@ class Config(LossSettings):
         """Forward passes of one device in one optimizer step."""
         if self.global_bsz:
             return self.global_bsz // (self.micro_bsz * self.world)
-        return self.value_or_zero("accumulate_grad_batches") or 1
+        return self.settled().accumulate_grad_batches or 1
 
     @property
     def rows_per_step(self) -> int:
@@ -398,12 +398,14 @@ class Config(LossSettings):
         return self.epoch_count * (self.epoch_steps or steps_per_pass)
 
     def is_automatic(self, name: str) -> bool:
-        """Tell whether a setting is left to the program, and has not been chosen yet."""
+        """Tell whether a setting is left to the program, which has not chosen it."""
         return FIELDS[name].metadata["automatic"] and getattr(self, name) == FIELDS[name].default
 
-    def value_or_zero(self, name: str) -> Any:
-        """Return the value of a number or mapping; 0 or {} where it is left to the program."""
-        return type_of(name)() if self.is_automatic(name) else getattr(self, name)
+    def settled(self) -> Settled:
+        """Return the settings without AUTO: one that is still left to the program is 0 or empty."""
+        unused = {name: type_of(name)() for name in FIELDS if self.is_automatic(name)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        return Settled(**values | unused, unused=frozenset(unused))
 
     def written(self, name: str) -> Any:
         """Return the value as files and commands have it, where AUTO is a number or empty."""
@@ -414,8 +416,29 @@ class Config(LossSettings):
         """Tell where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or
         the reason why it was chosen.
         """
-        is_default = self.value_or_zero(name) == Config().value_or_zero(name)
+        is_default = self.written(name) == Config().written(name)
         return self.origins.get(name, "default" if is_default else "given")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled(Config):
+    """Settings of a run, after all choices; none is AUTO.
+
+    Nothing chooses a setting that the run does not use. It is 0 or empty here, and files have the word or
+    number for a choice of the program.
+    """
+
+    unused: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if left := [name for name in FIELDS if getattr(self, name) is AUTO]:
+            raise TypeError(f"{', '.join(left)}: AUTO is no value of a run; make Settled by Config.settled()")
+
+    def is_automatic(self, name: str) -> bool:
+        return name in self.unused
+
+    def written(self, name: str) -> Any:
+        return FIELDS[name].metadata["written"] if name in self.unused else getattr(self, name)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in ("origins", "script_notes")}

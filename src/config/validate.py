@@ -89,7 +89,7 @@ def check_adapter(config: Config) -> None:
     """Check that the options can be parsed; full training has none."""
     if config.adapter:
         return
-    if config.value_or_zero("peft_config"):
+    if config.settled().peft_config:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if config.init_adapter:
         raise UserError(
@@ -102,7 +102,7 @@ def check_adapter(config: Config) -> None:
             f"--layers {config.layers} has no meaning with --peft none, which trains everything; choose an"
             " adapter, or drop it"
         )
-    if split_parts(config.value_or_zero("train_parts")):
+    if split_parts(config.settled().train_parts):
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
             " choose an adapter, or drop it"
@@ -111,7 +111,7 @@ def check_adapter(config: Config) -> None:
 
 def check_tokens(config: Config) -> None:
     """Check that tokens are ids, and have a part whose rows are trained."""
-    parts = split_parts(config.value_or_zero("train_parts"))
+    parts = split_parts(config.settled().train_parts)
     if token_ids(config.train_tokens) and not {*LAYERS} & {*parts}:
         raise UserError(
             f"--train_tokens {config.train_tokens} is for rows of emb and head; give"
@@ -121,7 +121,7 @@ def check_tokens(config: Config) -> None:
 
 def check_start(config: Config) -> None:
     """Check that an adapter to begin with is not beside a reference without it."""
-    loss, has_kl = LOSSES[config.loss], config.on_rewards and config.value_or_zero("beta")
+    loss, has_kl = LOSSES[config.loss], config.on_rewards and config.settled().beta
     compares = has_kl or loss.needs_reference and not loss.needs_teacher
     if config.init_adapter and compares and not config.reference:
         raise UserError(
@@ -134,7 +134,7 @@ def check_start(config: Config) -> None:
 
 def check_learning_rates(config: Config) -> None:
     """Check that every given rate is used."""
-    for part, factor in config.value_or_zero("lr_map").items():
+    for part, factor in config.settled().lr_map.items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise UserError(
                 f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}"
@@ -146,7 +146,7 @@ def check_learning_rates(config: Config) -> None:
             "--lr_final 0 is never reached by --lr_schedule exp, which multiplies; give a rate above 0, or"
             " --lr_schedule linear"
         )
-    if config.state_lr and "state" not in split_parts(config.value_or_zero("train_parts")):
+    if config.state_lr and "state" not in split_parts(config.settled().train_parts):
         raise UserError(
             f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
             " alone it learns at --lr_init"
@@ -155,7 +155,7 @@ def check_learning_rates(config: Config) -> None:
 
 def check_weight_decay(config: Config) -> None:
     """Check that something that is trained decays."""
-    decays = config.value_or_zero("train_parts") or config.peft not in METHODS or METHODS[config.peft].decays
+    decays = config.settled().train_parts or config.peft not in METHODS or METHODS[config.peft].decays
     if config.weight_decay and not decays:
         raise UserError(
             f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
@@ -165,34 +165,35 @@ def check_weight_decay(config: Config) -> None:
 
 def check_evaluation(config: Config) -> None:
     """Check that evaluations have held-out data, from one place."""
-    share, every = config.value_or_zero("eval_split"), config.value_or_zero("eval_steps")
-    if not 0 <= share < 1:
+    given = config.settled()
+    if not 0 <= given.eval_split < 1:
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
-    if config.eval_file and share:
+    if config.eval_file and given.eval_split:
         raise UserError(
             f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of"
             " them"
         )
     for name in ("eval_steps", "eval_docs"):
-        if config.value_or_zero(name) and not config.eval_file and config.eval_split == 0:
+        if getattr(given, name) and not config.eval_file and config.eval_split == 0:
             raise UserError(
                 f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
                 "or --eval_split 0.05"
             )
     # with nothing held out the training loss may end a run, but not the reward of drawn answers
     by_heart = not config.eval_file and config.eval_split == 0 and not config.on_rewards
-    if config.value_or_zero("early_stop") and not every and not by_heart:
+    if given.early_stop and not given.eval_steps and not by_heart:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 
 
 def check_rows_per_step(config: Config) -> None:
     """Check that the rows of a step are whole forward passes of all devices."""
-    rows, passes = (config.value_or_zero(name) for name in ("micro_bsz", "accumulate_grad_batches"))
-    given = "micro_bsz" if rows else "accumulate_grad_batches"
+    given = config.settled()
+    rows, passes = given.micro_bsz, given.accumulate_grad_batches
+    name = "micro_bsz" if rows else "accumulate_grad_batches"
     each = (rows or passes or 1) * config.world
     if config.global_bsz % each:
         raise UserError(
-            f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}"
+            f"--global_bsz {config.global_bsz} is not a multiple of {name} x devices x num_nodes = {each}"
         )
     if rows and passes not in (0, config.accumulation):
         raise UserError(
@@ -213,7 +214,7 @@ def check_chunks(config: Config) -> None:
             f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of"
             f" --chunk_ctx {config.chunk_ctx}"
         )
-    if config.chunk_ctx >= config.value_or_zero("ctx_len") > 0:
+    if config.chunk_ctx >= config.settled().ctx_len > 0:
         raise UserError(
             f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there"
             " would be nothing to cut; raise --ctx_len to the length that your documents need, or drop"

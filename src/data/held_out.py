@@ -42,7 +42,7 @@ def hold_out(
     The choice depends on the documents' own content and the seed, so that it is the same in every process and
     in a resumed run. Raises UserError where either side would be left without a trained token.
     """
-    if not config.eval_file and not config.value_or_zero("eval_split"):
+    if not config.eval_file and not config.settled().eval_split:
         return documents, documents.take(np.zeros(0, np.int64))
     keys = _keys(documents.held_out_by(), documents, config.random_seed)
     if config.eval_file:

@@ -100,7 +100,7 @@ class Rewards:
 
     def __init__(self, config: Config, template: Template):
         self.config, self.template = config, template
-        rewards = config.value_or_zero("rewards")
+        rewards = config.settled().rewards
         self.names = tuple(rewards)
         self.weights = torch.tensor(list(rewards.values()), dtype=torch.float64)
         self.own, here, seconds = None, pathlib.Path(__file__), config.reward_timeout
@@ -118,7 +118,7 @@ class Rewards:
 
         Raises UserError for a file without the functions, and if math_verify is not installed.
         """
-        if "math_verify" in config.value_or_zero("rewards"):
+        if "math_verify" in config.settled().rewards:
             require_math_verify()
         rewards = cls(config, template)
         if rewards.own:

@@ -70,7 +70,7 @@ def read_base(draft: Draft):
             draft.put(peft_config={**rank, **draft.config.peft_config})
         draft.config.adapter.inject(model)
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
-    check_parts("--lr_map", config.value_or_zero("lr_map"), trained)
+    check_parts("--lr_map", config.settled().lr_map, trained)
     if config.reference:
         check_reference(config.reference, config.load_model, arch.vocab_size)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
@@ -87,7 +87,7 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
         if config.init_adapter and config.origin_of("train_parts").startswith(CHOSEN):
             choose_factors(draft, arch, config.train_parts)
         return
-    has_kl = config.on_rewards and config.value_or_zero("beta") and not config.reference
+    has_kl = config.on_rewards and config.settled().beta and not config.reference
     if config.peft in ("none", "state") or has_kl:
         draft.choose("train_parts", "", "a KL needs the base" if has_kl else f"--peft {config.peft} is given")
         return

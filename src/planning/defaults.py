@@ -175,7 +175,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """Yield the ways to run a step, the fastest first."""
-    most, given = _rows_of_a_process(config, rows), config.value_or_zero("accumulate_grad_batches")
+    most, given = _rows_of_a_process(config, rows), config.settled().accumulate_grad_batches
     sizes = [n for n in range(min(most, loss_of(config).facts.usual_rows), 0, -1) if most % n == 0]
     if config.global_bsz and given:
         sizes = [most]
@@ -187,7 +187,7 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
     """Count the rows of one process in a step, or in a pass if the number of passes is given."""
-    passes = config.value_or_zero("accumulate_grad_batches")
+    passes = config.settled().accumulate_grad_batches
     if config.global_bsz:
         return config.global_bsz // (config.world * (passes or 1))
     if passes:
@@ -198,7 +198,7 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 def _rows_of_a_step(config: Config, rows: int) -> int:
     """Choose a power of two from FEWEST_ROWS to usual_rows with which one pass has usual_steps, if it can."""
     facts = loss_of(config).facts
-    enough = rows * (config.value_or_zero("epoch_count") or 1) // facts.usual_steps
+    enough = rows * (config.settled().epoch_count or 1) // facts.usual_steps
     if config.epoch_steps:
         enough = facts.usual_rows
     elif not facts.has_small_steps:

@@ -20,7 +20,7 @@ from ..common.device import choose_accelerator, choose_precision, unseen_gpu
 from ..common.first_process import is_first_process
 from ..common.formatting import counted
 from ..common.moments import adamw_of_8_bits
-from ..config import Config
+from ..config import Config, Settled
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.bos import bos_ids
@@ -84,8 +84,8 @@ class Plan:
     """Plan of a run: what was typed, and what was chosen for it. No weight is read yet."""
 
     typed: Config
-    settings: Config  # with all choices
-    before: Config | None  # the settings of the run that this one resumes
+    settings: Settled  # with all choices
+    before: Settled | None  # the settings of the run that this one resumes
     resume_from: str | None  # its newest checkpoint
     arch: Arch
     device: Device
@@ -248,7 +248,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     longest, texts, word = draft.source.longest(loaded)
     draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
     documents = draft.source.examples(loaded)
-    word, eval_steps = draft.source.loss.words.example, config.value_or_zero("eval_steps")
+    word, eval_steps = draft.source.loss.words.example, config.settled().eval_steps
     count = len(documents)
     if count < PROMPTS_COUNTED:  # those with one prompt are held out together
         count = len({part.tobytes() for part in documents.held_out_by()})
@@ -285,9 +285,9 @@ def choose_evaluation(
     costs = source.cost.evaluation_costs(held_out.take(order))
     budget = source.cost.evaluation_budget(held_out, schedule, steps)
     if source.loss.facts.evaluations_between and not goes_without:
-        taken = costs[: config.value_or_zero("eval_docs") or None]
+        taken = costs[: config.settled().eval_docs or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
-    fits = paid_for(costs, budget / evaluations(steps, draft.config.value_or_zero("eval_steps")))
+    fits = paid_for(costs, budget / evaluations(steps, config.settled().eval_steps))
     if fits < len(order):
         of_all = counted(len(order), f"held-out {source.loss.words.example}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"

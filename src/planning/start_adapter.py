@@ -48,11 +48,11 @@ def take_settings(draft: Draft, arch: Arch) -> None:
     found = _settings(adapter, arch)
     for name, value in found.items():
         given = getattr(config, name)
-        if config.is_automatic(name) or given == type(config)().written(name) and name not in config.origins:
+        if config.is_automatic(name) or given == Config().written(name) and name not in config.origins:
             draft.change(name, value, f"in --init_adapter {config.init_adapter}")
         elif other := _difference(config, name, given, adapter, value, arch):
             _refuse(config, other)
-    given = config.value_or_zero("peft_config")
+    given = config.settled().peft_config
     targets = {name: given[name] for name in TARGET_NAMES if name in given}
     draft.put(peft_config={**found["peft_config"], **targets})
     if PUBLISHED in draft.config.origin_of("lr_init"):
@@ -78,7 +78,7 @@ def _read(config: Config) -> Adapter:
     if not os.path.exists(path):
         way = hint(path) or "; give an adapter's file, such as the adapter.pth of a run's folder"
         raise UserError(f"--init_adapter {path} does not exist{way}")
-    options = config.value_or_zero("peft_config")
+    options = config.settled().peft_config
     hints = Hints(alpha=options.get("alpha", options.get("lora_alpha")))
     first = os.path.join(os.path.dirname(path), "init_pissa.pth")
     if config.peft == "pissa" and os.path.exists(first):

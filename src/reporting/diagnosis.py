@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.files.hub_names import recorded
 
-from ..config import Config
+from ..config import Settled
 from ..config.schema import CHOSEN, PUBLISHED
 from ..losses import loss_of
 from ..losses.metrics import percent
@@ -281,7 +281,7 @@ class Verdict(NamedTuple):
         return f"{self.name}: {self.reason}" + (f"; try {self.remedy}" if self.remedy else "")
 
 
-def verdict(config: Config, metrics: list[dict], step: int, history: list[dict]) -> Verdict:
+def verdict(config: Settled, metrics: list[dict], step: int, history: list[dict]) -> Verdict:
     """Judge a run that has ended, by the first rule that holds. The arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
@@ -313,7 +313,7 @@ def numbers_of(facts: Facts) -> dict[str, Any]:
 class Warnings:
     """Warnings after every step, each given once. `before` are the earlier lines of a resumed run."""
 
-    def __init__(self, config: Config, before: Iterable[dict]):
+    def __init__(self, config: Settled, before: Iterable[dict]):
         self.config, self.lines, self.top, self.said = config, [], [], set()
         for line in before:
             self(line)
@@ -353,7 +353,7 @@ def larger_beta(f: Facts) -> str:
     return f"a larger --beta than {beta:g}" if beta else "--beta 0.04, a KL to the base"
 
 
-def usual_weight(config: Config) -> float:
+def usual_weight(config: Settled) -> float:
     """Return the weight of the chosen answers' cross entropy that keeps them likely."""
     if config.loss == "orpo":
         return 0.0

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from ..config import Config
+from ..config import Settled
 from ..evaluation.rewards import RANGES
 from ..losses import loss_of
 from ..losses._preference import ACCURACIES
@@ -47,7 +47,7 @@ class Facts:
 
     def __init__(
         self,
-        config: Config,
+        config: Settled,
         lines: Sequence[dict],
         top: Sequence[dict] = (),
         step: int | None = None,
@@ -197,7 +197,7 @@ class Facts:
         """
         if self.after and (self.history[-1] is not self.after or self.after["loss"] is None):
             return False
-        if is_over(self.history, self.config.value_or_zero("early_stop")):
+        if is_over(self.history, self.config.early_stop):
             return False
         name, part = "loss" if self.by_loss else "reward", len(self.lines) // 4
         if self.between and self.between[-1][name] is not None:
@@ -218,7 +218,7 @@ class Facts:
     def is_short(self) -> bool:
         """True if the run ended with its best state after fewer steps than are worth trying."""
         is_last = not self.history or self.history[-1] is self.after
-        ended = is_over(self.history, self.config.value_or_zero("early_stop"))
+        ended = is_over(self.history, self.config.early_stop)
         return is_last and not ended and self.lines[-1]["step"] < ENOUGH
 
     # training losses; their rows differ

@@ -18,7 +18,7 @@ from rwkv_miss.targets import layers_text
 from rwkv_miss.version import VERSION
 
 from ..common.files import write_text
-from ..config import Config
+from ..config import Settled
 from ..data.formats.sources import names_dataset, weighted_paths
 from ..losses import Loss, loss_of
 from ..sources.kinds import source_of
@@ -30,7 +30,7 @@ WRITTEN = "<!-- A run writes this text anew at its end. Without this line it lea
 
 
 def write_model_card(
-    config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str
+    config: Settled, summary: dict, metrics: list[dict], history: list[dict], file: str
 ) -> None:
     """Write README.md unless the user has one there. `file` is the run's recommendation."""
     path = os.path.join(config.proj_dir, README)
@@ -41,7 +41,7 @@ def write_model_card(
     write_text(path, model_card(config, summary, metrics, history, file))
 
 
-def model_card(config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str) -> str:
+def model_card(config: Settled, summary: dict, metrics: list[dict], history: list[dict], file: str) -> str:
     """Write the text of README.md."""
     metadata = rwkv_miss.read_metadata(file) or {}
     described = metadata.get("arch")
@@ -113,7 +113,7 @@ def _what(peft: str, load_model: str, base: str) -> str:
 
 
 def _trained(
-    config: Config, arch: Arch, base: str, metadata: dict, metrics: list[dict], summary: dict
+    config: Settled, arch: Arch, base: str, metadata: dict, metrics: list[dict], summary: dict
 ) -> list[list[str]]:
     """Make the rows of the table about the training."""
     files = [_data_name(path, weight) for path, weight in weighted_paths(hub.recorded(config.data_file))]
@@ -127,7 +127,7 @@ def _trained(
         if config.peft != "none"
         else "full training",
         "layers with adapters": layers_text(config.adapted_layers(arch.n_layer)) if config.layers else "",
-        "rows of tokens" if config.train_tokens else "whole tensors": config.value_or_zero("train_parts")
+        "rows of tokens" if config.train_tokens else "whole tensors": config.train_parts
         + (f", of tokens {config.train_tokens}" if config.train_tokens else ""),
         "loss": source_of(config).description,
         "data": ", ".join(files),

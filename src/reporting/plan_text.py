@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.inject import adapter_tensors
@@ -373,7 +375,9 @@ def resume(run: Plan, over: bool) -> list[str]:
     planned, done = before.total_steps(run.schedule.steps_per_pass), checkpoint_step(path)
     if planned != run.steps and config.lr_schedule != "plateau":  # which has no length
         rate = config.lr_init
-        was = rate * learning_rate_factor(before, before.lr_init, planned)(done - 1)
+        # an earlier version left the schedule open, which meant cos
+        shaped = dataclasses.replace(before, lr_schedule=before.lr_schedule or "cos")
+        was = rate * learning_rate_factor(shaped, before.lr_init, planned)(done - 1)
         now = rate * learning_rate_factor(config, rate, run.steps)(done)
         lines.append(
             f"           {counted(planned, 'step')} -> {run.steps:,}: the learning rate was {was:.2g} in step"

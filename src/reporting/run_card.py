@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from ..config import Config, command
+from ..config import Settled, command
 from ..losses import loss_of
 from ..losses.metrics import LossMetrics, loss_text, percent
 from ..training.validation_log import base_wins, best_trained, evaluation_at
@@ -24,7 +24,7 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 
 
 def card(
-    config: Config,
+    config: Settled,
     plan: list[str],
     summary: dict,
     log: RunLog,
@@ -40,7 +40,7 @@ def card(
         "verdict": judged.sentence,
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
-        "greedy answers": held_out_words(config.value_or_zero("rewards"), kept, log.history),
+        "greedy answers": held_out_words(config.rewards, kept, log.history),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"

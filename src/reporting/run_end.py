@@ -13,7 +13,7 @@ from rwkv_miss.progress import say
 from rwkv_miss.version import VERSION, commit
 
 from ..common.files import write_text
-from ..config import Config
+from ..config import Settled
 from ..losses import loss_of
 from ..losses.metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, SUMMARY, output_path
@@ -41,7 +41,7 @@ def is_summed_up(proj_dir: str, step: int) -> bool:
 
 
 def finish(
-    config: Config,
+    config: Settled,
     plan: list[str],
     step: int,
     total_steps: int,
@@ -142,7 +142,7 @@ def _recommended(summary: dict) -> tuple[str, int]:
 
 
 def _last_words(
-    config: Config, state: str, summary: dict, history: list[dict], judged: Verdict | None
+    config: Settled, state: str, summary: dict, history: list[dict], judged: Verdict | None
 ) -> list[str]:
     """Write the last lines of a run: its results, the verdict, and the next command."""
     first = summary.get("command_to_first_step_seconds")
@@ -206,7 +206,7 @@ def _forgotten(summary: dict) -> float | None:
     return moved if kl_in_words(moved) == VERY_LARGE else None
 
 
-def _next_command(config: Config, trained: str) -> str:
+def _next_command(config: Settled, trained: str) -> str:
     """Write the next command for the file of trained tensors: chat with a model, merge an adapter."""
     if config.peft == "none":
         return f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', trained])}"

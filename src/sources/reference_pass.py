@@ -229,7 +229,7 @@ class ReferencePass:
         """Return the folder for the values of these documents, read in this order."""
         config = self.config
         # a method may change the base, up to its rounding
-        parts = config.value_or_zero("train_parts")
+        parts = config.train_parts
         method = [config.peft, config.written("peft_config"), parts, config.train_tokens, config.layers]
         start = [self.model.base_fingerprint, *method]
         batch = []  # what decides which examples are in a batch together

@@ -28,7 +28,7 @@ from ..common.device import mapped_files, peak_memory
 from ..common.files import append_line, read_lines, write_lines
 from ..common.first_process import is_first_process
 from ..common.late_reading import Moment, Numbers
-from ..config import Config
+from ..config import Settled
 from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing
@@ -43,7 +43,7 @@ from .validation_log import BEST, may_know_by_heart
 # too: what comes within these seconds of the first signal is the same request.
 ONE_REQUEST = 1.0
 
-Warnings = Callable[[Config, list[dict]], Callable[[dict], str | None]]
+Warnings = Callable[[Settled, list[dict]], Callable[[dict], str | None]]
 
 
 def works_behind(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rwkv_miss.errors import UserError
 
 from ..common.files import write_text
-from ..config import FIELDS, Config
+from ..config import FIELDS, Settled
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
 
@@ -65,7 +65,7 @@ class WeightsAndBiases:
     The key, and staying offline, are wandb's own settings.
     """
 
-    def __init__(self, config: Config, first_step: int):
+    def __init__(self, config: Settled, first_step: int):
         import wandb
 
         path, known = os.path.join(config.proj_dir, WANDB_ID), None
@@ -124,7 +124,7 @@ def tensorboard_problem() -> str | None:
     return None
 
 
-def open_writers(config: Config, first_step: int) -> list[Writer]:
+def open_writers(config: Settled, first_step: int) -> list[Writer]:
     """Open the loggers of a run that goes on after `first_step`."""
     writers: list[Writer] = [] if tensorboard_problem() else [TensorBoard(config.proj_dir, first_step)]
     return [*writers, WeightsAndBiases(config, first_step)] if config.wandb else writers

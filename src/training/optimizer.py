@@ -12,8 +12,7 @@ import rwkv_miss
 from rwkv_miss.adapter import most_specific
 
 from ..common.moments import adamw_of_8_bits
-from ..config import Config
-from ..planning.defaults import warm_up
+from ..config import Settled
 from .validation_log import no_better
 
 PLATEAU = 0.5  # factor of the rate for each evaluation that is no better than one before
@@ -27,15 +26,14 @@ SHAPES = {
 }
 
 
-def learning_rate_factor(config: Config, rate: float, total: int, history: Sequence[dict] = ()):
+def learning_rate_factor(config: Settled, rate: float, total: int, history: Sequence[dict] = ()):
     """Return a function of the optimizer step, counted from 0: the factor of `rate`.
 
-    It is a linear warm-up, then --lr_schedule: cos if nothing else was chosen for it. `plateau` is a
-    function of the evaluations in `history` before the step's predecessor, so that a run that goes on after
-    an evaluation has the rates of one that never stopped.
+    It is a linear warm-up, then --lr_schedule. `plateau` is a function of the evaluations in `history` before
+    the step's predecessor, so that a run that goes on after an evaluation has the rates of one that never
+    stopped.
     """
-    warmup = warm_up(total) if config.is_automatic("warmup_steps") else config.warmup_steps
-    shape = "cos" if config.is_automatic("lr_schedule") else config.lr_schedule
+    warmup, shape = config.warmup_steps, config.lr_schedule
     final = 0.1 if config.lr_final < 0 else config.lr_final / rate
 
     def factor(step: int) -> float:
@@ -71,7 +69,7 @@ def parameter_groups(
     return rwkv_miss.parameter_groups(model, rate, weight_decay)
 
 
-def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.Optimizer:
+def adamw(groups: list[dict], config: Settled, rate: float) -> torch.optim.Optimizer:
     """Make AdamW over the groups of parameter_groups(), with moments in fp32 or in 8 bits.
 
     On a GPU all tensors take one launch, not a dozen for each few. ZeRO has one flat tensor for a group, and

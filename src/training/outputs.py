@@ -16,7 +16,7 @@ from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.model_files import read_tensors
 from rwkv_miss.inject import adapter_tensors
 
-from ..config import Config
+from ..config import Config, Settled
 from ..data.encode import Encoder
 from ..model import RWKV
 from .run_folder import NEW_MODEL
@@ -35,7 +35,7 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 
 
-def writer(config: Config, model: RWKV, encoder: Encoder):
+def writer(config: Settled, model: RWKV, encoder: Encoder):
     """Return a function that writes the trained tensors or, in full training, the whole model.
 
     It is called on every rank. Its keywords become metadata.

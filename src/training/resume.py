@@ -144,7 +144,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
         return None
     _refuse_changes(config, before, [name for name in FIELDS if name not in MAY_CHANGE])
     # a share might have been chosen only after the command was checked
-    if config.value_or_zero("eval_steps") and not config.eval_file and config.eval_split == 0:
+    if config.settled().eval_steps and not config.eval_file and config.eval_split == 0:
         raise UserError(
             f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
@@ -225,7 +225,7 @@ def keep_rows_per_step(draft: Draft, rows: int, passes: int) -> None:
         draft.put(accumulate_grad_batches=AUTO)
         config = draft.config
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
-    given = {name: config.value_or_zero(name) for name in ("micro_bsz", "accumulate_grad_batches")}
+    given = {name: getattr(config.settled(), name) for name in ("micro_bsz", "accumulate_grad_batches")}
     if config.global_bsz not in (0, rows) or all(given.values()):
         raise UserError(
             f"{what}, now it has {config.global_bsz or config.rows_per_step}; drop --global_bsz and"

@@ -119,7 +119,7 @@ def train(model: RWKV, source: Source, documents: Examples, steps: int) -> Itera
     schedule = make_schedule(documents, config, 1)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
-    factors = config.value_or_zero("lr_map")
+    factors = config.lr_map
     groups = parameter_groups(model, rate, config.weight_decay, config.state_learning_rate, factors)
     optimizer = adamw(groups, config, rate)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))

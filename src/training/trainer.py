@@ -31,7 +31,7 @@ from rwkv_miss.adapter import AroundSteps
 
 from ..common.batch import Batch
 from ..common.device import PRECISIONS
-from ..config import Config
+from ..config import Settled
 from ..config.launcher import launched
 from ..data.batches import make_schedule
 from ..distributed.consistency import agree
@@ -113,7 +113,7 @@ class FineTuning(pl.LightningModule):
         self.lr = config.lr_init
         self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps, self.history)
         # now, while every parameter has its shape: ZeRO-3 takes it away
-        factors = config.value_or_zero("lr_map")
+        factors = config.lr_map
         self.groups = parameter_groups(
             self.model, self.lr, config.weight_decay, config.state_learning_rate, factors
         )
@@ -210,7 +210,7 @@ class ReferenceAtStart(pl.Callback):
 
 
 def make_trainer(
-    config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0
+    config: Settled, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0
 ) -> pl.Trainer:
     """Make Lightning's Trainer for settings that are filled in; `first_step` steps are done already."""
     _quiet()

@@ -6,7 +6,7 @@ import math
 import os
 
 from ..common.files import read_lines
-from ..config import Config
+from ..config import Settled
 from ..losses.metrics import LossMetrics
 from .run_folder import METRICS
 
@@ -75,18 +75,18 @@ def is_over(history: list[dict], early_stop: int) -> bool:
     return 0 < early_stop <= len(history) and all(no_better(history)[-early_stop:])
 
 
-def learns_by_heart(config: Config) -> bool:
+def learns_by_heart(config: Settled) -> bool:
     """Tell whether the training loss ends a run early, because nothing is held out."""
-    is_blind = not config.eval_file and not config.value_or_zero("eval_split")
-    return is_blind and config.value_or_zero("early_stop") > 0
+    is_blind = not config.eval_file and not config.eval_split
+    return is_blind and config.early_stop > 0
 
 
-def may_know_by_heart(config: Config, step: int, total: int) -> bool:
+def may_know_by_heart(config: Settled, step: int, total: int) -> bool:
     """Tell whether a step is the end of a pass, after which the training loss may end the run early."""
     return learns_by_heart(config) and step % (total // config.epoch_count) == 0
 
 
-def is_known_by_heart(config: Config, step: int, total: int) -> bool:
+def is_known_by_heart(config: Settled, step: int, total: int) -> bool:
     """Tell whether a run of at most `total` steps knew its data by heart in the pass that this step ends."""
     if not may_know_by_heart(config, step, total):
         return False

@@ -36,7 +36,7 @@ class RewardSource(DrawnSource):
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
     ) -> Iterator[tuple[str, object, str]]:
         config = self.config
-        ctx_len = config.value_or_zero("ctx_len")
+        ctx_len = config.settled().ctx_len
         yield "max_tokens", *longest_answer(loaded, tokenizer, config.rewards, config.reward_length, ctx_len)
 
     @property

@@ -51,7 +51,7 @@ class TaughtDrawnSource(DrawnSource):
         if have_answers(loaded.questions):
             limit = answer_limit("exact", tokenizer, loaded.questions)
             reason = "1.25 times the longest reference answer, plus 16"
-        ctx_len = self.config.value_or_zero("ctx_len")
+        ctx_len = self.config.settled().ctx_len
         yield "max_tokens", *within_row(limit, reason, loaded, ctx_len)
 
     @property
