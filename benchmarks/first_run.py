@@ -47,7 +47,7 @@ from src.data.questions import answer_limit, read_questions
 from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training import trainer
 from src.training.short_runs import held_out_loss
 

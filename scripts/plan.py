@@ -43,8 +43,8 @@ with importing():
     from src.planning.throughput import speed_here
     from src.reporting import data_text, plan_text
     from src.run import prepare
+    from src.sources import source_of
     from src.sources.estimates import Speed
-    from src.sources.kinds import source_of
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")

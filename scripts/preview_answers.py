@@ -8,7 +8,7 @@ from src.config import Config
 from src.data.examples import Examples
 from src.data.formats import Report
 from src.data.preferences import Preferences
-from src.sources.kinds import source_of
+from src.sources import source_of
 
 
 def answer_figures(examples: Examples, report: Report) -> dict:

@@ -29,7 +29,7 @@ from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.losses.grpo import REWARDS
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
-from src.sources.kinds import source_of
+from src.sources import source_of
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards of all reference answers; the others run in other processes, and see JUDGED of them

@@ -58,9 +58,9 @@ from .planning.throughput import speed_here
 from .reporting import plan_text
 from .reporting.diagnosis import Warnings
 from .reporting.run_end import finish, is_summed_up
+from .sources import source_of
 from .sources.base import Source, TrainingData
 from .sources.drawn import SAMPLES
-from .sources.kinds import source_of
 from .sources.reference_model import reference_of
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import write_new_model, writer

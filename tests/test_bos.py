@@ -36,7 +36,7 @@ from src.model import RWKV
 from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.reporting import data_text, document_text
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 

@@ -30,7 +30,7 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.reporting import data_text, document_text
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors

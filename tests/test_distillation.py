@@ -22,7 +22,7 @@ from src.model.loss import head_loss, head_sums, top_of
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.sources.reference_blocks import Blocks
 from src.sources.reference_model import build_reference
 from src.sources.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row

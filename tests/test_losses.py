@@ -69,10 +69,10 @@ def example(source, seed, prompt, answers):
 
 def collated(loss, rows, chunk=0, shared=False):
     """The batch of these rows, before a reference or a teacher has read it."""
-    found = [[example(loss.source, i, *SIZES[i]) for i in row] for row in rows]
-    if loss.source == "documents":
+    found = [[example(loss.data, i, *SIZES[i]) for i in row] for row in rows]
+    if loss.data == "documents":
         return collate([[one for documents in row for one in documents] for row in found], 1.0, chunk)
-    return collate_answers(found, 1.0, chunk, shared, GROUP if loss.source == "questions" else PREFERENCE)
+    return collate_answers(found, 1.0, chunk, shared, GROUP if loss.data == "questions" else PREFERENCE)
 
 
 def batch_of(loss, rows=PACKED, chunk=0, shared=False):
@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_the_loss(name):
         with torch.no_grad():
             values.append(loss(model, batch, Chunks())[0].item())
     slope = (values[0] - values[1]) / 2e-5
-    allowed = 1e-3 if loss.source == "documents" else 1e-6
+    allowed = 1e-3 if loss.data == "documents" else 1e-6
     assert slope == pytest.approx((direction @ gradient).item(), rel=allowed) and gradient.norm() > 0.01
 
 
@@ -136,7 +136,7 @@ def test_the_gradient_is_that_of_the_loss(name):
 )
 def test_chunks_rows_and_shared_prompts_change_nothing(name, rows, chunk, shared):
     loss, model = settled(name), make_model(7)
-    if shared and loss.source in ("documents", "labels"):
+    if shared and loss.data in ("documents", "labels"):
         return
     want = results(loss, model, batch_of(loss))
     got = results(loss, model, batch_of(loss, rows, chunk, shared), chunk)
@@ -166,7 +166,7 @@ def test_micro_batches_add_up_to_the_step(name):
 def test_the_plans_batch_of_zeros_is_a_collated_batch(name, chunk, shared):
     """In dtype and in bytes: of each entry that the loss reads."""
     loss = settled(name)
-    if shared and loss.source in ("documents", "labels"):
+    if shared and loss.data in ("documents", "labels"):
         return
     batch, reads = batch_of(loss, chunk=chunk, shared=shared), loss.reads()
     if name == "distill_on_policy":  # its source knows the teacher's sizes

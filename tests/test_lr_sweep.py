@@ -19,7 +19,7 @@ from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.planning.defaults import chosen_rate
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training import short_runs
 from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials

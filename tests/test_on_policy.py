@@ -17,7 +17,7 @@ from src.model import loss as losses
 from src.model.loss import head_sums
 from src.planning.memory import memory_parts
 from src.planning.step_memory import Live
-from src.sources.kinds import source_of
+from src.sources import source_of
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors

@@ -36,8 +36,8 @@ from src.planning.draft import Draft
 from src.planning.memory import memory_parts
 from src.planning.plan import estimate
 from src.planning.step_memory import Live, StepBytes, step_bytes
+from src.sources import source_of
 from src.sources.estimates import fullest_rows, largest_batch
-from src.sources.kinds import source_of
 
 from .conftest import ROOT, make_arch, settled_config, slow
 

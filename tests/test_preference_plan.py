@@ -19,8 +19,8 @@ from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.step_memory import Live, step_bytes
 from src.reporting.document_text import example_sample, short_example
+from src.sources import source_of
 from src.sources.estimates import SharedPrompts
-from src.sources.kinds import source_of
 from src.sources.pairs import source
 
 from .conftest import make_arch, settled_config

@@ -15,7 +15,7 @@ from src.losses.metrics import SUPERVISED
 from src.reporting import curves, run_card, run_end
 from src.reporting.diagnosis import LEARNT, Verdict, Warnings
 from src.reporting.run_log import RunLog
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.callbacks import StepReport
 from src.training.validation_log import describe
 

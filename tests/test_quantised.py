@@ -27,7 +27,7 @@ from src.planning import step_memory
 from src.planning.base_model import build_model
 from src.planning.defaults import cheapest_fix
 from src.planning.memory import memory_parts
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.short_runs import held_out_loss, train
 
 from . import program

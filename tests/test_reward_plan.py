@@ -28,9 +28,9 @@ from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.reporting.plan_text import far_above
+from src.sources import source_of
 from src.sources.drawn.sizes import TOGETHER, largest_groups, longest_answer
 from src.sources.estimates import DRAWN, Speed, Work
-from src.sources.kinds import source_of
 
 from .conftest import make_arch
 from .test_plan import SIZES

@@ -21,11 +21,11 @@ from src.model import RWKV
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.diagnosis import verdict
 from src.reporting.run_log import RunLog
+from src.sources import source_of
 from src.sources.drawn import evaluation as reward_evaluation
 from src.sources.drawn import rollouts
 from src.sources.drawn.evaluation import RewardEvaluation
 from src.sources.drawn.samples import SampleWriter, is_due
-from src.sources.kinds import source_of
 from src.training.validation_log import best, best_trained, describe, is_over
 
 from .conftest import make_arch

@@ -9,7 +9,7 @@ from src.config import AUTO, parse, recorded_settings, save
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.run import prepare
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.resume import inherit
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", "grpo"]

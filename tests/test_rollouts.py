@@ -27,11 +27,11 @@ from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
+from src.sources import source_of
 from src.sources.base import TrainingData
 from src.sources.drawn.feed import AllFailed, Reference, RewardFeed, Totals
 from src.sources.drawn.rollouts import Rollouts
 from src.sources.drawn.sizes import STATE_BYTES, STATES, rows_at_once
-from src.sources.kinds import source_of
 from src.sources.policy import policy_of
 from src.training.callbacks import Saver, StepReport
 from src.training.rollback import LastGood
@@ -113,7 +113,7 @@ def feed_of(
     )
     policy = policy_of(model, source.chunks, processes)
     schedule = make_schedule(questions, config, world)
-    return RewardFeed(rollouts, schedule, steps, source, policy, Reference(source, policy))
+    return RewardFeed(rollouts, schedule, steps, source, policy, reference=Reference(source, policy))
 
 
 def plus(**of_others):

@@ -21,7 +21,7 @@ from src.data.dataset import Document, Documents
 from src.planning.draft import Draft
 from src.planning.plan import choose_evaluation
 from src.reporting import document_text, plan_text
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training import callbacks, trainer
 
 from . import program

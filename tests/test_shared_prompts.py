@@ -18,7 +18,7 @@ from src.model import RWKV, batch_loss
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.sources.pairs.prompt_reading import tokens_of_layouts
 
 from .conftest import close, make_arch, random_tensors

@@ -22,7 +22,7 @@ from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.loss import L2WRAP, head_loss, loss_sum
 from src.reporting import document_text
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.short_runs import held_out_loss, put_back, train
 
 from .conftest import make_arch, random_tensors

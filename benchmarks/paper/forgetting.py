@@ -35,7 +35,7 @@ from src.evaluation.kl_divergence import divergence
 from src.model import RWKV
 from src.planning.base_model import build_model
 from src.planning.defaults import WARM_UP, chosen_rate
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.short_runs import put_back, train, trial_of
 
 from ..rates import best_of, enclose

@@ -25,7 +25,7 @@ from src.data.collate import collate
 from src.data.dataset import Documents
 from src.model import RWKV
 from src.planning.base_model import build_model
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.short_runs import held_out_loss, train
 
 from .settings import option

@@ -20,7 +20,7 @@ from src.model.batch_loss import batch_loss
 from src.model.dtypes import dtype_of
 from src.model.rwkv import replace_tensors
 from src.planning.step_memory import model_on_meta
-from src.sources.kinds import source_of
+from src.sources import source_of
 
 from .device import FakeGpu
 

@@ -27,9 +27,8 @@ from src.model.batch_loss import batch_loss
 from src.planning import memory as planned_memory
 from src.planning import throughput
 from src.planning.step_memory import StepBytes, step_bytes
-from src.sources import held_out_loss
+from src.sources import held_out_loss, source_of
 from src.sources.estimates import Speed
-from src.sources.kinds import source_of
 from src.training import forgetting
 from src.training.optimizer import parameter_groups
 from src.training.trainer import FineTuning

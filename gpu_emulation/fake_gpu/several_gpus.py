@@ -22,7 +22,7 @@ from src.config import Config
 from src.model import default_arch
 from src.model.batch_loss import batch_loss
 from src.planning.memory import memory_parts
-from src.sources.kinds import source_of
+from src.sources import source_of
 from src.training.optimizer import parameter_groups
 
 from .device import FakeGpu

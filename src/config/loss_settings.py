@@ -25,7 +25,7 @@ class LossChoice(DataSettings):
     @property
     def on_preferences(self) -> bool:
         """Tell whether the loss compares answers in the data."""
-        return LOSSES[self.loss].source in (PAIRS, LABELS)
+        return LOSSES[self.loss].data in (PAIRS, LABELS)
 
     @property
     def has_teacher(self) -> bool:
@@ -35,7 +35,7 @@ class LossChoice(DataSettings):
     @property
     def is_supervised(self) -> bool:
         """Tell whether the loss is on documents."""
-        return LOSSES[self.loss].source == DOCUMENTS
+        return LOSSES[self.loss].data == DOCUMENTS
 
     @property
     def on_rewards(self) -> bool:
@@ -45,7 +45,7 @@ class LossChoice(DataSettings):
     @property
     def draws_answers(self) -> bool:
         """Tell whether the model learns from answers that it draws itself."""
-        return LOSSES[self.loss].source == QUESTIONS
+        return LOSSES[self.loss].data == QUESTIONS
 
 
 LossSettings = dataclasses.make_dataclass(

@@ -39,7 +39,7 @@ SUMS = (
 class DrawnLoss(Loss):
     """Loss on drawn answers. A step's loss is divided by divisor()."""
 
-    source = QUESTIONS
+    data, source = QUESTIONS, "drawn.rewarded"
     words = Words(
         "question",
         "whose prompts are",

@@ -125,7 +125,7 @@ class Answers(NamedTuple):
 class PreferenceLoss(LogProbLoss):
     """Loss on answers. It adds sft_weight times the cross entropy of the chosen answer, -ln p(c)/|c|."""
 
-    source = PAIRS
+    data, source = PAIRS, "pairs.source"
     paired: ClassVar[bool] = True  # an example is two answers; else it is one with a label
     averaged: bool = False  # whether answers are compared by their means over tokens
     usual_beta: ClassVar[float] = 0.1

@@ -1,7 +1,7 @@
 """Interface of a loss: formula, options, checks, words. A file of this folder has one.
 
 A loss has options and no state. It sees the model and a batch, and knows no files, devices or processes.
-`source` says where its examples come from: src/sources reads and draws them.
+`data` says what its rows are, and `source` names the file of src/sources that makes examples of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..model.rwkv import RWKV
 from .metrics import SUPERVISED, LossMetrics, Shown
 
 # documents; pairs of answers; single answers with a label; questions, whose answers the model draws
-DOCUMENTS, PAIRS, LABELS, QUESTIONS = SOURCES = ("documents", "pairs", "labels", "questions")
+DOCUMENTS, PAIRS, LABELS, QUESTIONS = DATA = ("documents", "pairs", "labels", "questions")
 NO_METRICS = torch.zeros(0, dtype=torch.float64)
 Keep = Callable[[Tensor], None] | None  # takes ln p of a micro-batch's trained tokens, (n,)
 Default = tuple[str, object, str]  # (setting, value, why)
@@ -71,7 +71,8 @@ class Loss(abc.ABC):
 
     name: ClassVar[str]
     about: ClassVar[str]  # in the help of --loss
-    source: ClassVar[str] = DOCUMENTS  # one of SOURCES
+    data: ClassVar[str] = DOCUMENTS  # one of DATA
+    source: ClassVar[str] = "documents"  # a module of src/sources
     needs_reference: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # --reference must be given
     words: ClassVar[Words] = Words()
@@ -193,11 +194,9 @@ class TokenLoss(DocumentLoss, LogProbLoss):
 
 
 def register(loss: type[Loss]) -> type[Loss]:
-    """Add a loss to LOSSES, which is in the order of the docs: by source, sft first, then by name."""
+    """Add a loss to LOSSES, which is in the order of the docs: by data, sft first, then by name."""
     LOSSES[loss.name] = loss
-    ordered = sorted(
-        LOSSES.values(), key=lambda one: (SOURCES.index(one.source), one.name != "sft", one.name)
-    )
+    ordered = sorted(LOSSES.values(), key=lambda one: (DATA.index(one.data), one.name != "sft", one.name))
     LOSSES.clear()
     LOSSES.update((one.name, one) for one in ordered)
     return loss

@@ -36,6 +36,7 @@ from .metrics import SUPERVISED, Shown
 class Distill(DocumentLoss):
     name = "distill"
     about = "the cross entropy and the KL from a teacher, the model of --reference (docs/training.md)"
+    source = "taught_documents"
     needs_reference = needs_teacher = True
     words = Words(reference="teacher")
     metrics = dataclasses.replace(

@@ -60,6 +60,7 @@ OWN_ANSWERS = LossMetrics(
 class DistillOnPolicy(DrawnLoss):
     name = "distill_on_policy"
     about = "the model answers questions, and the KL from a teacher is taken at each token of its own answers"
+    source = "drawn.taught"
     needs_reference = needs_teacher = True
     words = dataclasses.replace(DrawnLoss.words, reference="teacher")
     metrics = OWN_ANSWERS

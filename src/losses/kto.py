@@ -22,7 +22,7 @@ from .base import LABELS, Facts, Words, register
 class Kto(PreferenceLoss):
     name = "kto"
     about = "a preference for rows with one answer, with label true or false"
-    source = LABELS
+    data = LABELS
     needs_reference, paired = True, False
     words = Words("answer", "whose prompts are")
     instead = NO_AVERAGE

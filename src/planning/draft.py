@@ -6,8 +6,8 @@ import dataclasses
 
 from ..config import Config
 from ..config.schema import CHOSEN
+from ..sources import source_of
 from ..sources.base import Source
-from ..sources.kinds import source_of
 
 
 class Draft:

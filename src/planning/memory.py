@@ -38,8 +38,8 @@ from ..common.moments import moment_bytes
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..model import RWKV
+from ..sources import source_of
 from ..sources.estimates import SharedPrompts
-from ..sources.kinds import source_of
 from ..sources.reference_model import reference_arch
 from .step_memory import StepBytes, model_on_meta, step_bytes
 

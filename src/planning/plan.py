@@ -33,9 +33,9 @@ from ..data.formats import Reading, Report, sources
 from ..data.held_out import evaluations, hold_out, in_hash_order, paid_for
 from ..data.tokenizer import Tokenizer
 from ..losses import Loss
+from ..sources import source_of
 from ..sources.base import Source, TrainingData
 from ..sources.estimates import Speed
-from ..sources.kinds import source_of
 from .defaults import (
     GUESSED,
     choose_batch,

@@ -37,9 +37,9 @@ from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
 from ..ops import per_document
+from ..sources import source_of
 from ..sources.base import Source
 from ..sources.estimates import SharedPrompts
-from ..sources.kinds import source_of
 
 COUNTED_CHUNKS = 4  # the most chunks of a row that are counted; each further chunk adds the same
 WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)

@@ -18,9 +18,9 @@ from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
+from ..sources import source_of
 from ..sources.estimates import Speed
 from ..sources.held_out_answers import ASKED
-from ..sources.kinds import source_of
 from .plan import Plan
 from .step_memory import model_on_meta
 

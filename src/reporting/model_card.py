@@ -21,7 +21,7 @@ from ..common.files import write_text
 from ..config import Settled
 from ..data.formats.sources import names_dataset, weighted_paths
 from ..losses import Loss, loss_of
-from ..sources.kinds import source_of
+from ..sources import source_of
 from .curves import pictures
 from .run_card import evaluations_table, table, training_score
 

@@ -1,5 +1,22 @@
 """Sources of a loss's examples: what a run reads or draws, what it costs, and how it is evaluated.
 
 Imports common, config, ops, model, losses, data, distributed, inference and evaluation. base.py has what the
-sources share, kinds.py tells which one a run has.
+sources share. A loss names the file of its source, which alone is loaded.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ..config import Config
+from ..losses import LOSSES
+
+if TYPE_CHECKING:
+    from .base import Source
+
+
+def source_of(config: Config) -> Source:
+    """Return the source of --loss, with these settings."""
+    module = importlib.import_module(f".{LOSSES[config.loss].source}", __name__)
+    return module.SOURCE(config)

@@ -1,7 +1,7 @@
 """Interface of a source of examples to the plan, the steps and evaluations: a Source, and in a run its Feed.
 
-A Source has settings and a loss, and no state. documents.py, taught_documents.py, pairs/ and drawn/ have
-them, and kinds.py tells which one a run has.
+A Source has settings and a loss, and no state. Modules of this folder have one each as their SOURCE, and a
+loss names its module.
 """
 
 from __future__ import annotations

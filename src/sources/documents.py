@@ -37,6 +37,9 @@ class DocumentSource(Source):
         return HeldOutLoss(module)
 
 
+SOURCE = DocumentSource
+
+
 def weighing(documents: Examples) -> str:
     """Say the sum of the trained tokens' weights, if it is not their number."""
     if documents.weight == documents.targets:

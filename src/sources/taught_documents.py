@@ -93,6 +93,9 @@ class TaughtDocumentSource(DocumentSource):
         ]
 
 
+SOURCE = TaughtDocumentSource
+
+
 def asked_of(documents: Examples, schedule: Schedule, steps: int) -> Examples:
     """Return the documents whose values a run of `steps` steps needs."""
     whole = steps >= schedule.steps_per_pass

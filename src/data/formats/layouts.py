@@ -127,7 +127,7 @@ def _for_pairs(columns: tuple[str, ...]) -> str:
     by_name = by_lower(columns)
     asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
     chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
-    losses = [name for name, loss in LOSSES.items() if loss.source in ("pairs", "labels")]
+    losses = [name for name, loss in LOSSES.items() if loss.data in ("pairs", "labels")]
     return (
         f"a row with a chosen and a rejected answer is for --loss {', '.join(losses[:-1])} or {losses[-1]};"
         f" --sft_field {','.join([*asked, *chosen])} trains on the chosen ones alone"

@@ -37,7 +37,7 @@ WATCHED = 16  # records between two updates of the progress
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
-ROWS_OF = {"pairs": PAIRS, "labels": LABELS}  # source of a loss -> what its rows are; else SFT
+ROWS_OF = {"pairs": PAIRS, "labels": LABELS}  # data of a loss -> what its rows are; else SFT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Reading:
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
         # questions are rows of supervised training, whose answer is the reference answer
-        rows = ROWS_OF.get(LOSSES[getattr(config, "loss", "sft")].source, SFT)
+        rows = ROWS_OF.get(LOSSES[getattr(config, "loss", "sft")].data, SFT)
         return cls(tuple(filter(None, names)), config.sft_split, rows, config.largest_row * MB)
 
 

@@ -2,8 +2,8 @@
 
 A rollout phase is for `inner_steps` optimizer steps. All questions of a step go through one engine in each
 process. Then the processes add up what they have, and share out the groups evenly, each over its
-micro-batches. A group that trains nothing is left out. The step is
-divided by all answers all the same, so that nothing changes but the time.
+micro-batches. A group that trains nothing is left out. The step is divided by all answers all the same, so
+that only the time changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -257,16 +258,8 @@ class RolloutFeed(Feed):
 class RewardFeed(RolloutFeed):
     """Feed of answers with rewards, and with ln p of their reference where the KL is trained or measured."""
 
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        schedule: Schedule,
-        steps: range,
-        source: Source,
-        policy: Policy,
-        reference: Reference,
-    ):
-        super().__init__(rollouts, schedule, steps, source, policy)
+    def __init__(self, *drawn: Any, reference: Reference):
+        super().__init__(*drawn)
         self.reference = reference
 
     def _is_trained(self, group: Group) -> bool:

@@ -60,10 +60,13 @@ class RewardSource(DrawnSource):
         from .feed import Reference, RewardFeed  # the engine, which a plan need not load
 
         rollouts = self.rollouts(data, policy)
-        return RewardFeed(rollouts, schedule, steps, self, policy, Reference(self, policy))
+        return RewardFeed(rollouts, schedule, steps, self, policy, reference=Reference(self, policy))
 
     def evaluation(self, module) -> Evaluation:
         from .evaluation import RewardEvaluation
 
         data = module.data
         return RewardEvaluation(data.encoder, data.rewards, self.config.reward_timeout)
+
+
+SOURCE = RewardSource

@@ -78,10 +78,13 @@ class TaughtDrawnSource(DrawnSource):
     ) -> Feed:
         from .taught_feed import TaughtFeed  # the engine, which a plan need not load
 
-        return TaughtFeed(self.rollouts(data, policy), schedule, steps, self, policy, data.teacher)
+        return TaughtFeed(self.rollouts(data, policy), schedule, steps, self, policy, teacher=data.teacher)
 
     def evaluation(self, module) -> Evaluation:
         from .taught_evaluation import TaughtEvaluation
 
         data = module.data
         return TaughtEvaluation(data.encoder, data.rewards, self.config.reward_timeout)
+
+
+SOURCE = TaughtDrawnSource

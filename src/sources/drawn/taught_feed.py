@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ...common.batch import Batch
-from ...data.batches import Schedule
-from ..base import Source
-from ..policy import Policy
 from ..reference_model import TeacherBeside
 from .feed import RolloutFeed
-from .rollouts import Rollouts
 
 
 class TaughtFeed(RolloutFeed):
     """Feed of all drawn answers. The teacher reads a micro-batch when its turn comes, so that only its inputs
     of the head are in memory."""
 
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        schedule: Schedule,
-        steps: range,
-        source: Source,
-        policy: Policy,
-        teacher: TeacherBeside,
-    ):
-        super().__init__(rollouts, schedule, steps, source, policy)
+    def __init__(self, *drawn: Any, teacher: TeacherBeside):
+        super().__init__(*drawn)
         self.teacher = teacher
 
     def __iter__(self) -> Iterator[Batch]:

@@ -153,6 +153,9 @@ class PairSource(Source):
         return WithKl(module) if self.loss.needs_reference else HeldOutLoss(module)
 
 
+SOURCE = PairSource
+
+
 class WithKl(HeldOutLoss):
     """Evaluations with the KL to the reference beside the other metrics."""
 
