@@ -6,7 +6,7 @@ import copy
 import dataclasses
 
 from ..common.option import opt
-from ..losses import LOSSES, options_of
+from ..losses import LOSSES, help_of, options_of
 from ..losses.base import DOCUMENTS, LABELS, PAIRS, QUESTIONS
 from .data_settings import DataSettings
 
@@ -48,9 +48,16 @@ class LossChoice(DataSettings):
         return LOSSES[self.loss].data == QUESTIONS
 
 
+def declared(option: dataclasses.Field, losses: tuple[str, ...]) -> dataclasses.Field:
+    """Make the field of a setting from an option of these losses."""
+    field = copy.copy(option)
+    field.metadata = {**option.metadata, "help": help_of(option, losses)}
+    return field
+
+
 LossSettings = dataclasses.make_dataclass(
     "LossSettings",
-    [(name, field.type, copy.copy(field)) for name, (field, _) in options_of().items()],
+    [(name, field.type, declared(field, losses)) for name, (field, losses) in options_of().items()],
     bases=(LossChoice,),
     frozen=True,
 )

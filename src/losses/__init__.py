@@ -7,7 +7,7 @@ Imports common, ops and model. Every file here but base.py, metrics.py, options.
 import importlib
 import pkgutil
 
-from .base import LOSSES, Loss, loss_of, options_of
+from .base import LOSSES, Loss, help_of, loss_of, options_of
 
 OWN = ("base", "metrics", "options")
 
@@ -15,4 +15,4 @@ for module in pkgutil.iter_modules(__path__):
     if module.name not in OWN and not module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{module.name}")
 
-__all__ = ["LOSSES", "Loss", "loss_of", "options_of"]
+__all__ = ["LOSSES", "Loss", "help_of", "loss_of", "options_of"]

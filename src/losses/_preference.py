@@ -130,6 +130,7 @@ class PreferenceLoss(LogProbLoss):
     averaged: bool = False  # whether answers are compared by their means over tokens
     usual_beta: ClassVar[float] = 0.1
     words = Words("pair", "whose prompts are")
+    helps: ClassVar[dict[str, str]] = {"reference": "the reference model"}
 
     @property
     def metrics(self) -> LossMetrics:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -76,6 +76,7 @@ class Loss(abc.ABC):
     needs_reference: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # --reference must be given
     words: ClassVar[Words] = Words()
+    helps: ClassVar[dict[str, str]] = {}  # option that losses share -> what it is for this one, in the help
     instead: ClassVar[dict[str, str]] = {}  # option of other losses -> what this one has in its place
     metrics: LossMetrics = SUPERVISED  # beside the loss
 
@@ -209,6 +210,16 @@ def options_of() -> dict[str, tuple[dataclasses.Field, tuple[str, ...]]]:
         for field in dataclasses.fields(loss.Options):
             found[field.name] = (field, (*found.get(field.name, (None, ()))[1], name))
     return found
+
+
+def help_of(option: dataclasses.Field, losses: Iterable[str]) -> str:
+    """Put together the help of an option: what it is for each of these losses, then what is true of all."""
+    uses: dict[str, list[str]] = {}
+    for name in losses:
+        uses.setdefault(LOSSES[name].helps.get(option.name, ""), []).append(name)
+    own = option.metadata["help"]
+    parts = [f"{', '.join(names)}: {use or own}" for use, names in uses.items()]
+    return ". ".join(parts if "" in uses else [*parts, own])
 
 
 def loss_of(config: Settings) -> Loss:

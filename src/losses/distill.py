@@ -38,6 +38,7 @@ class Distill(DocumentLoss):
     about = "the cross entropy and the KL from a teacher, the model of --reference (docs/training.md)"
     source = "taught_documents"
     needs_reference = needs_teacher = True
+    helps = {"reference": "the teacher, of any size, which must be given"}
     words = Words(reference="teacher")
     metrics = dataclasses.replace(
         SUPERVISED,
@@ -50,14 +51,14 @@ class Distill(DocumentLoss):
     class Options(options.Teacher):
         distill_top: int = opt(
             64,
-            "distill: the number of likeliest tokens that are kept of the teacher at each trained token. All"
+            "the number of likeliest tokens that are kept of the teacher at each trained token. All"
             " others count as one",
             low=1,
             high=2**16,
         )
         distill_mix: float = opt(
             0.9,
-            "distill: the weight of the KL; the cross entropy has 1 minus that",
+            "the weight of the KL; the cross entropy has 1 minus that",
             low=0,
             high=1,
         )

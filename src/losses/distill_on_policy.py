@@ -62,6 +62,7 @@ class DistillOnPolicy(DrawnLoss):
     about = "the model answers questions, and the KL from a teacher is taken at each token of its own answers"
     source = "drawn.taught"
     needs_reference = needs_teacher = True
+    helps = {"reference": "the teacher, of any size, which must be given"}
     words = dataclasses.replace(DrawnLoss.words, reference="teacher")
     metrics = OWN_ANSWERS
 

@@ -23,7 +23,7 @@ class Dpo(PreferenceLoss):
     class Options(options.Reference, options.Smoothing, options.SftWeight, options.Beta):
         loss_average: str = opt(
             "sum",
-            "what dpo compares. sum: the log-probability of an answer, as in the paper. mean: the"
+            "what is compared. sum: the log-probability of an answer, as in the paper. mean: the"
             " log-probability per token. ipo, orpo and simpo always take the mean, and kto the sum",
             choices=("sum", "mean"),
         )

@@ -58,13 +58,17 @@ class Grpo(LogProbLoss, DrawnLoss):
     about = "the model answers questions, and learns from the rewards of its answers (docs/rewards.md)"
     # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training has 3e-3
     facts = dataclasses.replace(DrawnLoss.facts, rate_share=1 / 2)
+    helps = {
+        "reference": "the model that the KL is taken to",
+        "beta": "the weight of the KL to the reference. Left out: 0, no KL",
+    }
     instead = {"loss_average": "grpo has --grpo_type"}
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Draws, options.Reference, options.Beta):
         rewards: dict = opt(
             {},
-            "grpo: what a rollout is rewarded for, with weights: exact=1,partial=0.5. A name alone has the"
+            "what a rollout is rewarded for, with weights: exact=1,partial=0.5. A name alone has the"
             " weight 1. exact, number, boxed or math_verify: 1 for a right answer, judged as by"
             " scripts.evaluate. partial: the share of characters in the right place. regex: 1 if"
             " --reward_regex is found. length: 0, and less for rollouts above --reward_length. Another"
@@ -75,38 +79,36 @@ class Grpo(LogProbLoss, DrawnLoss):
         )
         reward_file: str = opt(
             "",
-            "grpo: a Python file with functions NAME(prompt, answers, right). Each returns a list of"
+            "a Python file with functions NAME(prompt, answers, right). Each returns a list of"
             " numbers, one for each answer; right is the reference answer. Parameters cut and tokens after"
             " these get which answers were cut, and their tokens. The file's code is run, so only the command"
             " line can name it, and no YAML file",
             operator=True,
         )
-        reward_regex: str = opt(
-            "", "grpo: the regular expression of --rewards regex, searched for in the rollout"
-        )
+        reward_regex: str = opt("", "the regular expression of --rewards regex, searched for in the rollout")
         reward_length: int = opt(
             0,
-            "grpo: the longest rollout, in tokens, that --rewards length gives 0. A longer one gets less,"
+            "the longest rollout, in tokens, that --rewards length gives 0. A longer one gets less,"
             " down to -1 at --max_tokens",
             low=0,
         )
         reward_timeout: float = opt(
             10.0,
-            "grpo: seconds that the functions of --reward_file have for the rollouts of one question. Then"
+            "seconds that the functions of --reward_file have for the rollouts of one question. Then"
             " they are stopped, and the question is left out of the step",
             low=0.1,
             high=1e6,
         )
         grpo_type: str = opt(
             "dapo",
-            "grpo: how the losses of tokens are put together. dapo: the mean over all tokens of the step."
+            "how the losses of tokens are put together. dapo: the mean over all tokens of the step."
             " grpo: the mean over an answer, then over the answers, so that a token of a long answer counts"
             " less. dr_grpo: the sum over --max_tokens, then the mean over the answers",
             choices=("dapo", "grpo", "dr_grpo"),
         )
         clip_low: float = opt(
             0.2,
-            "grpo: a token that has lost more than this share of its probability since the rollout is not"
+            "a token that has lost more than this share of its probability since the rollout is not"
             " pushed down any further",
             alias=("epsilon",),
             low=0,
@@ -114,7 +116,7 @@ class Grpo(LogProbLoss, DrawnLoss):
         )
         clip_high: float = opt(
             0.0,
-            "grpo: a token that has gained more than this share of its probability since the rollout is"
+            "a token that has gained more than this share of its probability since the rollout is"
             " not pushed up any further. 0: 0.28 for --grpo_type dapo, else the value of --clip_low",
             alias=("epsilon_high",),
             automatic=True,
@@ -123,7 +125,7 @@ class Grpo(LogProbLoss, DrawnLoss):
         )
         advantage_scale: str = opt(
             "auto",
-            "grpo: how advantages are scaled. group: the rewards of a question, minus their mean, are"
+            "how advantages are scaled. group: the rewards of a question, minus their mean, are"
             " divided by their standard deviation. none: they are not divided. auto: none for --grpo_type"
             " dr_grpo, else group",
             choices=("auto", "group", "none"),

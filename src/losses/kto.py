@@ -29,10 +29,8 @@ class Kto(PreferenceLoss):
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Reference, options.SftWeight, options.Beta):
-        desirable_weight: float = opt(1.0, "kto: the weight of the answers with label true", low=0, high=1e30)
-        undesirable_weight: float = opt(
-            1.0, "kto: the weight of the answers with label false", low=0, high=1e30
-        )
+        desirable_weight: float = opt(1.0, "the weight of the answers with label true", low=0, high=1e30)
+        undesirable_weight: float = opt(1.0, "the weight of the answers with label false", low=0, high=1e30)
 
     @property
     def facts(self) -> Facts:

@@ -1,4 +1,7 @@
-"""Options that several losses share; a loss's own are in its file."""
+"""Options that several losses share; a loss's own are in its file.
+
+Loss.helps says what one is for a loss, where that is not the text here.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,7 @@ from ..common.option import opt
 class Beta:
     beta: float = opt(
         0.0,
-        "dpo, ipo and kto: how closely the model is held to the reference, above 0. simpo: the scale"
-        " of the reward. Left out: 0.1 for dpo, ipo and kto, 2 for simpo. orpo has --orpo_lambda. grpo:"
-        " the weight of the KL to the reference. Left out: 0, no KL",
+        "how closely the model is held to the reference, above 0. Left out: 0.1",
         alias=("pref_beta",),
         automatic=True,
         low=0,
@@ -28,9 +29,8 @@ class Beta:
 class Reference:
     reference: str = opt(
         "",
-        "the reference model of dpo, ipo, kto and the KL of grpo, and the teacher of distill and"
-        " distill_on_policy, of any size: a file, a folder or a name of the hub, as for --load_model. Empty:"
-        " the base model, with the adapter off; a teacher must be given",
+        "A file, a folder or a name of the hub, as for --load_model. Empty: the base model, with the"
+        " adapter off",
         alias=("ref_model",),
         file=True,
     )
@@ -45,7 +45,7 @@ class Reference:
 class Teacher(Reference):
     distill_temperature: float = opt(
         2.0,
-        "distill, distill_on_policy: the temperature of the teacher's and the model's probabilities in the"
+        "the temperature of the teacher's and the model's probabilities in the"
         " KL. Above 1 unlikely tokens count more",
         alias=("kd_temperature",),
         low=0.01,
@@ -70,7 +70,7 @@ class SftWeight:
 class Smoothing:
     label_smoothing: float = opt(
         0.0,
-        "for dpo and simpo: the share of pairs whose answers are taken to be the wrong way round",
+        "the share of pairs whose answers are taken to be the wrong way round",
         low=0,
         below=0.5,
     )
@@ -80,14 +80,14 @@ class Smoothing:
 class Draws:
     group_size: int = opt(
         8,
-        "grpo, distill_on_policy: rollouts of each question; grpo needs 2 or more",
+        "rollouts of each question; grpo needs 2 or more",
         alias=("num_generations",),
         low=1,
         high=2**16,
     )
     max_tokens: int = opt(
         0,
-        "grpo, distill_on_policy: the longest rollout, in tokens. A rollout that has no end by then is cut."
+        "the longest rollout, in tokens. A rollout that has no end by then is cut."
         " 0: for exact and partial, and with a teacher, 1.25 times the longest reference answer, plus 16; for"
         " other rewards see docs/rewards.md. It must fit into --ctx_len",
         alias=("max_completion_length",),
@@ -96,7 +96,7 @@ class Draws:
     )
     inner_steps: int = opt(
         1,
-        "grpo, distill_on_policy: optimizer steps on the same rollouts. More steps need fewer rollouts, and"
+        "optimizer steps on the same rollouts. More steps need fewer rollouts, and"
         " learn from answers that are no longer the model's own",
         alias=("num_iterations",),
         low=1,

@@ -20,12 +20,13 @@ class Simpo(PreferenceLoss):
     averaged = True
     usual_beta = 2.0
     instead = {**NO_AVERAGE, **NO_REFERENCE}
+    helps = PreferenceLoss.helps | {"beta": "the scale of the reward. Left out: 2"}
 
     @dataclasses.dataclass(frozen=True)
     class Options(options.Smoothing, options.SftWeight, options.Beta):
         simpo_gamma: float = opt(
             1.0,
-            "simpo: by how much the reward of the chosen answer should be above the other's",
+            "by how much the reward of the chosen answer should be above the other's",
             low=0,
             high=1e30,
         )
