@@ -29,7 +29,7 @@ from src.serving.chat_text import ChatText
 from src.serving.errors import Refused
 from src.serving.fields import read_object
 from src.serving.guard import Guard, host_name, is_own_machine
-from src.serving.http_parser import Parser
+from src.serving.http_parser import HttpParser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.served_models import OUTSIDE, inside
@@ -648,7 +648,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
 )
 def test_a_request_that_can_be_read_in_two_ways_is_refused(raw, fits):
     def events(parts):
-        parser, seen = Parser(), b""
+        parser, seen = HttpParser(), b""
         for part in parts:
             parser.receive_data(part)
             while (event := parser.next_event()) is not h11.NEED_DATA:

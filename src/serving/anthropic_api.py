@@ -6,44 +6,44 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .blocks import Block, BlockReply, refuse_n_and_logprobs
+from .blocks import AnswerBlock, BlockReply, refuse_n_and_logprobs
 from .errors import Refused, client_names, wrong
 from .fields import Fields
 from .forms import read_format
 from .messages import check_call, read_content, read_role
 from .replies import Usage
-from .request_parsing import AskedChat, RequestReader, read_chat
+from .request_parsing import ParsedChat, RequestReader, read_chat
 from .worker import Piece
 
 # names of a chat's fields -> names of this API
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format", "reasoning_effort": "thinking"}
-# its efforts -> OpenAI's
+# Anthropic's efforts -> OpenAI's
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "xhigh"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class Kind(NamedTuple):
+class BlockNames(NamedTuple):
     """Names of a block's kind in this API."""
 
     type: str
-    field: str  # of the text
-    delta_type: str  # of new text
+    field: str  # the key of a block's text
+    delta_type: str  # the type of an event with new text
     delta_field: str
 
 
 KINDS = {
-    "thoughts": Kind("thinking", "thinking", "thinking_delta", "thinking"),
-    "text": Kind("text", "text", "text_delta", "text"),
-    "call": Kind("tool_use", "input", "input_json_delta", "partial_json"),
+    "thoughts": BlockNames("thinking", "thinking", "thinking_delta", "thinking"),
+    "text": BlockNames("text", "text", "text_delta", "text"),
+    "call": BlockNames("tool_use", "input", "input_json_delta", "partial_json"),
 }
 
 
-def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
+def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> ParsedChat:
     """Read a request to /v1/messages. Raises Refused."""
     fields = Fields(body)
     refuse_n_and_logprobs(fields)
     config, tools = fields.inner("output_config"), fields.objects("tools") or []
-    given = {
+    chat_fields = {
         "messages": _messages(fields),
         "stop": fields.take("stop_sequences"),
         "reasoning_effort": _effort(fields, config),
@@ -53,7 +53,7 @@ def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     }
     same_fields = {name: value for name, value in body.items() if name not in fields.seen}
     with client_names(NAMES):
-        return read_chat(reader, {**same_fields, **given})
+        return read_chat(reader, {**same_fields, **chat_fields})
 
 
 def _effort(fields: Fields, config: Fields | None) -> str | None:
@@ -90,12 +90,12 @@ def _tool(tool: Fields) -> dict[str, Any]:
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:
     """Read system and messages as the messages of a chat."""
-    given = fields.objects("messages", 1)
-    if given is None:
+    sent = fields.objects("messages", 1)
+    if sent is None:
         raise fields.refuse("messages", None, "a list of at least one message")
     system = read_content(fields, False, "system")
     messages = [{"role": "system", "content": system}] if system else []
-    for i, message in enumerate(given):
+    for i, message in enumerate(sent):
         messages += _turns(Fields(message, f"messages[{i}]."))
     if messages[-1]["role"] == "assistant":
         raise wrong("messages", "the last one is the assistant's, and this server begins a new answer")
@@ -145,21 +145,21 @@ class AnthropicReply(BlockReply):
     def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if not self.has_begun:  # only the first piece tells what was cached
             self.has_begun = True
-            read = self.asked.state_tokens
-            usage = Usage(read + len(self.asked.requests[0].tokens), 0, read + piece.cached_tokens)
+            read = self.parsed.state_tokens
+            usage = Usage(read + len(self.parsed.requests[0].tokens), 0, read + piece.cached_tokens)
             yield {"type": "message_start", "message": self._message([], usage)}
         yield from super().events(piece)
 
-    def begun(self, block: Block) -> Iterator[dict[str, Any]]:
+    def begun(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         content = self._content(block, {} if block.kind == "call" else "")
         yield {"type": "content_block_start", "index": block.index, "content_block": content}
 
-    def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+    def grown(self, block: AnswerBlock, text: str) -> Iterator[dict[str, Any]]:
         kind = KINDS[block.kind]
         delta = {"type": kind.delta_type, kind.delta_field: text}
         yield {"type": "content_block_delta", "index": block.index, "delta": delta}
 
-    def ended(self, block: Block) -> Iterator[dict[str, Any]]:
+    def ended(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         yield {"type": "content_block_stop", "index": block.index}
 
     def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -181,7 +181,7 @@ class AnthropicReply(BlockReply):
             "id": f"msg_{self.key}",
             "type": "message",
             "role": "assistant",
-            "model": self.asked.model,
+            "model": self.parsed.model,
             "content": content,
             **self._reason(),
             "usage": _usage(usage),
@@ -189,7 +189,7 @@ class AnthropicReply(BlockReply):
 
     def _reason(self) -> dict[str, Any]:
         """Say why the answer has ended."""
-        stop = self.stop if self.stop in self.asked.stops else None
+        stop = self.stop if self.stop in self.parsed.stops else None
         reasons = {"": None, "length": "max_tokens"}
         reason = reasons.get(self.finish, "stop_sequence" if stop else "end_turn")
         if any(block.kind == "call" for block in self.blocks) and self.finish:
@@ -197,7 +197,7 @@ class AnthropicReply(BlockReply):
         return {"stop_reason": reason, "stop_sequence": stop}
 
     @staticmethod
-    def _content(block: Block, value: Any) -> dict[str, Any]:
+    def _content(block: AnswerBlock, value: Any) -> dict[str, Any]:
         kind = KINDS[block.kind]
         content = {"type": kind.type, kind.field: value}
         if block.kind == "thoughts":

@@ -36,7 +36,7 @@ from .request_log import RequestLog
 from .request_parsing import Defaults, RequestReader, read_chat, read_completion
 from .responses_api import ResponsesReply, read_response
 from .served_models import ServedModels
-from .state_requests import AskedState, StateReply, read_state
+from .state_requests import ParsedState, StateReply, read_state
 from .states import States
 from .think_modes import efforts_of, modes_of
 from .token_requests import TokensReply, read_detokenize, read_tokenize, tokenizer_info
@@ -184,33 +184,33 @@ class Routes:
         return dataclasses.asdict(self.reader.defaults.sampling_of(opening))
 
     async def chat(self, request: Request) -> Response:
-        asked = await self._asked(request, read_chat)
-        return await answer(self.dispatcher, request, asked, ChatChoices(asked, self.dispatcher.names))
+        parsed = await self._parsed(request, read_chat)
+        return await answer(self.dispatcher, request, parsed, ChatChoices(parsed, self.dispatcher.names))
 
     async def completions(self, request: Request) -> Response:
-        asked = await self._asked(request, read_completion)
-        return await answer(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
+        parsed = await self._parsed(request, read_completion)
+        return await answer(self.dispatcher, request, parsed, TextChoices(parsed, self.dispatcher.names))
 
     async def responses(self, request: Request) -> Response:
-        asked = await self._asked(request, read_response)
-        return await answer(self.dispatcher, request, asked, ResponsesReply(asked, self.dispatcher.names))
+        parsed = await self._parsed(request, read_response)
+        return await answer(self.dispatcher, request, parsed, ResponsesReply(parsed, self.dispatcher.names))
 
     async def messages(self, request: Request) -> Response:
-        asked = await self._asked(request, read_anthropic)
-        return await answer(self.dispatcher, request, asked, AnthropicReply(asked))
+        parsed = await self._parsed(request, read_anthropic)
+        return await answer(self.dispatcher, request, parsed, AnthropicReply(parsed))
 
     async def count_tokens(self, request: Request) -> Response:
-        asked = await self._asked(request, read_anthropic)
-        return json_reply({"input_tokens": asked.state_tokens + len(asked.requests[0].tokens)})
+        parsed = await self._parsed(request, read_anthropic)
+        return json_reply({"input_tokens": parsed.state_tokens + len(parsed.requests[0].tokens)})
 
     async def tokens(self, read: Callable[[RequestReader, dict], TokensReply], request: Request) -> Response:
-        value, ignored = await self._asked(request, read)
+        value, ignored = await self._parsed(request, read)
         return json_reply(value, headers=ignored_header(ignored))
 
     async def tokenizer_info(self, request: Request) -> Response:
         return json_reply(tokenizer_info(self.reader))
 
-    async def _asked(self, request: Request, read: Callable[[RequestReader, dict], Any]) -> Any:
+    async def _parsed(self, request: Request, read: Callable[[RequestReader, dict], Any]) -> Any:
         """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
         return await self.readers.run(lambda: read(self.reader, read_object(body)))
@@ -244,12 +244,12 @@ class Routes:
         return json_reply({"object": "list", "data": [state.as_object() for state in states]})
 
     async def add_state(self, request: Request) -> Response:
-        asked = await self._asked(request, read_state)
+        parsed = await self._parsed(request, read_state)
         dispatcher, states = self.dispatcher, self.reader.states
         with states.room():
-            if isinstance(asked, AskedState):
-                return await answer(dispatcher, request, asked, StateReply(asked, states))
-            file, chosen, ignored = asked
+            if isinstance(parsed, ParsedState):
+                return await answer(dispatcher, request, parsed, StateReply(parsed, states))
+            file, chosen, ignored = parsed
             read = await dispatcher.served.state_of(file, dispatcher.worker)
             state = states.keep(chosen.id, chosen.fingerprint, [], [], read)
             return json_reply(state.as_object(), headers=ignored_header(ignored))

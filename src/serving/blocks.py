@@ -12,7 +12,7 @@ from .errors import wrong
 from .fields import Fields
 from .openai_choices import join_deltas
 from .replies import Reply
-from .request_parsing import AskedChat
+from .request_parsing import ParsedChat
 from .worker import Piece
 
 
@@ -25,13 +25,13 @@ def refuse_n_and_logprobs(fields: Fields) -> None:
 
 
 @dataclasses.dataclass
-class Block:
+class AnswerBlock:
     """Part of an answer, which grows until the next one begins."""
 
     kind: str  # thoughts, text or call
     index: int
-    name: str  # of the function that is called
-    text: str = ""  # a call's is its arguments
+    name: str  # name of the function that is called
+    text: str = ""  # the arguments, if the block is a call
     key: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))  # for ids
 
 
@@ -40,20 +40,20 @@ class BlockReply(Reply):
 
     end = b""
 
-    def __init__(self, asked: AskedChat):
-        self.asked = asked
+    def __init__(self, parsed: ParsedChat):
+        self.parsed = parsed
         self.key = secrets.token_hex(12)
-        self.text = ChatText(asked.template, asked.tools)
-        self.blocks: list[Block] = []
+        self.text = ChatText(parsed.template, parsed.tools)
+        self.blocks: list[AnswerBlock] = []
         self.finish = self.stop = ""
 
-    def begun(self, block: Block) -> Iterator[dict[str, Any]]:
+    def begun(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         """Yield the events of a block that has no text yet."""
 
-    def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+    def grown(self, block: AnswerBlock, text: str) -> Iterator[dict[str, Any]]:
         """Yield the events of new text."""
 
-    def ended(self, block: Block) -> Iterator[dict[str, Any]]:
+    def ended(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         """Yield the events of a block that is complete."""
 
     def take(self, piece: Piece) -> None:
@@ -79,7 +79,7 @@ class BlockReply(Reply):
     def _begin(self, kind: str, name: str = "") -> Iterator[dict[str, Any]]:
         if self.blocks:
             yield from self.ended(self.blocks[-1])
-        self.blocks.append(Block(kind, len(self.blocks), name))
+        self.blocks.append(AnswerBlock(kind, len(self.blocks), name))
         yield from self.begun(self.blocks[-1])
 
     def _add(self, kind: str, text: str) -> Iterator[dict[str, Any]]:

@@ -16,13 +16,13 @@ from rwkv_miss.errors import UserError
 from ..common.formatting import counted
 from .errors import Refused, failed
 from .limits import Limits
-from .metrics import Metrics
+from .metrics import ServerMetrics
 from .openai_objects import TokenNames
 from .replies import EventStream, Reply, Usage, WholeReply, ignored_header, json_reply, until_gone
 from .request_parsing import ParsedRequest
 from .served_models import ServedModels
 from .states import States
-from .worker import Job, Piece, Worker
+from .worker import EngineJob, Piece, Worker
 
 GONE = 499  # status, as other servers log it, of a client who left before its reply; for the log alone
 
@@ -36,7 +36,7 @@ class Dispatcher:
         self.worker, self.served, self.states = worker, served, states
         self.names, self.limits = names, limits
         self.rows = worker.engine.decoder.rows
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.running: set[RunningRequest] = set()
         self.open = 0  # answers that are not finished
         self.closing = False
@@ -46,9 +46,9 @@ class Dispatcher:
         """Answers that have no row yet."""
         return max(0, self.open - self.rows)
 
-    async def begin(self, asked: ParsedRequest) -> RunningRequest:
+    async def begin(self, parsed: ParsedRequest) -> RunningRequest:
         """Give a request to the engine. Raises Refused if too many wait, or the engine refuses it."""
-        answers = sum(request.n for request in asked.requests)
+        answers = sum(request.n for request in parsed.requests)
         if self.closing:
             raise Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "10"})
         if self.worker.broken:
@@ -62,9 +62,9 @@ class Dispatcher:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )
-        run = RunningRequest(self, asked, answers)
+        run = RunningRequest(self, parsed, answers)
         try:
-            run.job = await self.worker.submit(asked.requests)
+            run.job = await self.worker.submit(parsed.requests)
         except UserError as error:
             raise Refused(400, str(error), code="invalid_value") from None
         except RuntimeError as error:
@@ -90,15 +90,15 @@ class Dispatcher:
 class RunningRequest:
     """Request from begin() to its end, which is close()."""
 
-    def __init__(self, dispatcher: Dispatcher, asked: ParsedRequest, answers: int):
-        self.dispatcher, self.asked = dispatcher, asked
-        self.entries = dispatcher.served.held(asked.requests[0].applied)
-        self.job: Job | None = None
+    def __init__(self, dispatcher: Dispatcher, parsed: ParsedRequest, answers: int):
+        self.dispatcher, self.parsed = dispatcher, parsed
+        self.entries = dispatcher.served.held(parsed.requests[0].applied)
+        self.job: EngineJob | None = None
         self.left = answers  # answers that are not finished
         self.began, self.first_token = time.monotonic(), 0.0
         self.tokens = 0
-        self.prompt_tokens = sum(asked.state_tokens + len(request.tokens) for request in asked.requests)
-        self.cached = [0] * len(asked.requests)
+        self.prompt_tokens = sum(parsed.state_tokens + len(request.tokens) for request in parsed.requests)
+        self.cached = [0] * len(parsed.requests)
         self.closed = False
         dispatcher.open += answers
         dispatcher.running.add(self)
@@ -114,8 +114,8 @@ class RunningRequest:
                     metrics.first_token.add(self.first_token)
                 self.tokens += piece.tokens
                 metrics.answer_tokens += piece.tokens
-                place = piece.index // self.asked.requests[0].n
-                self.cached[place] = max(self.cached[place], self.asked.state_tokens + piece.cached_tokens)
+                place = piece.index // self.parsed.requests[0].n
+                self.cached[place] = max(self.cached[place], self.parsed.state_tokens + piece.cached_tokens)
                 if piece.finish:
                     self.left -= 1
                     self.dispatcher.open -= 1
@@ -144,19 +144,19 @@ class RunningRequest:
         dispatcher.open -= self.left
         dispatcher.running.discard(self)
         dispatcher.served.release(self.entries, dispatcher.worker)
-        start = self.asked.requests[0].start
-        if start is not None and not dispatcher.states.has(start):  # it was deleted meanwhile
+        start = self.parsed.requests[0].start
+        if start is not None and not dispatcher.states.has(start):  # a client deleted the state meanwhile
             dispatcher.worker.post(lambda: dispatcher.worker.engine.cache.forget(start))
 
 
 async def answer(
-    dispatcher: Dispatcher, request: Request, asked: ParsedRequest, reply: WholeReply
+    dispatcher: Dispatcher, request: Request, parsed: ParsedRequest, reply: WholeReply
 ) -> Response:
     """Answer a request: with a stream, which takes a Reply, or with the whole answer. Raises Refused."""
-    run = await dispatcher.begin(asked)
-    headers = {"X-System-Fingerprint": asked.chosen.fingerprint, **ignored_header(asked.ignored)}
-    headers["X-Max-Tokens"] = str(asked.requests[0].max_tokens)  # a larger limit was cut to the server's
-    if asked.stream:
+    run = await dispatcher.begin(parsed)
+    headers = {"X-System-Fingerprint": parsed.chosen.fingerprint, **ignored_header(parsed.ignored)}
+    headers["X-Max-Tokens"] = str(parsed.requests[0].max_tokens)  # a larger limit was cut to the server's
+    if parsed.stream:
         return EventStream(_events(run, reply), headers, reply.end, run.close, dispatcher.metrics.left)
     gone = asyncio.create_task(until_gone(request))
     work = asyncio.create_task(_collected(run, reply))

@@ -1,4 +1,4 @@
-"""Duty: work of one kind beside the event loop, one piece after another, none of which stops the others."""
+"""Duty: blocking work, one piece after another in a thread, while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from .errors import Refused
 
-WAITING = 3  # times the seconds of a piece: with those before it
+WAITING = 3  # a request waits this many times the seconds of a piece, for its turn and its own piece
 MOST_LEFT = 8  # pieces past their deadline that still run
 
 
 class Duty:
     """Duty whose pieces of work may take `seconds` each.
 
-    A thread can't be ended. One that is past its deadline is left alone and may still complete its work, and
-    the next piece begins. Its request is told so.
+    A thread can't be ended. So a piece past its deadline is left running, the next piece begins, and the
+    request of the late one is refused.
     """
 
     def __init__(self, name: str, seconds: float):

@@ -43,7 +43,7 @@ def shown(value: Any) -> str:
         return short(value)
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except RecursionError:  # it was read with fewer calls below it
+    except RecursionError:  # the value was parsed with fewer calls on the stack
         return "a value that is nested too deeply"
     return text if len(text) <= 200 else f"{text[:200]}..."
 

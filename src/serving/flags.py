@@ -168,8 +168,10 @@ def check(args: argparse.Namespace) -> None:
         both = " or --train FOLDER, not both" if args.model else ", or --train FOLDER for the training page"
         raise UserError(f"give --model FILE{both}")
     stray = ("adapter", "adapter_dir") if args.train else ("models", "train_flags", "limit_upload")
-    if given := next((flag for flag in stray if getattr(args, flag)), None):
-        raise UserError(f"--{given} has no meaning {'with' if args.train else 'without'} --train; drop it")
+    if misplaced := next((flag for flag in stray if getattr(args, flag)), None):
+        raise UserError(
+            f"--{misplaced} has no meaning {'with' if args.train else 'without'} --train; drop it"
+        )
     if args.train and importlib.util.find_spec("fcntl") is None:
         raise UserError("--train needs locks of files, which Windows lacks; use WSL, or train.py itself")
     args.adapter = named(args.adapter)
@@ -255,5 +257,5 @@ def chosen_sampling(args: argparse.Namespace) -> dict[str, float]:
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
-    given = {field: getattr(args, flag) for flag, (field, _) in LIMITS.items()}
-    return Limits(body_bytes=parse_size(args.limit_body, "--limit_body"), **given)
+    limits = {field: getattr(args, flag) for flag, (field, _) in LIMITS.items()}
+    return Limits(body_bytes=parse_size(args.limit_body, "--limit_body"), **limits)

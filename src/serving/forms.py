@@ -24,7 +24,7 @@ Compiler = Callable[[], GrammarCompiler]  # made on first use
 COMPOSED = {"allOf", "anyOf", "oneOf", "$ref"}
 # space between JSON's tokens, if any: a blank, or a new line that is indented; a weak model fills any room
 SPACE = r"\x20|\x0A(\x20{0,16}|\x09{0,4})"
-MOST_CALLS = 8  # of an answer whose calls are held: a weak model would call until its limit of tokens
+MOST_CALLS = 8  # in an answer whose calls must have the form: a weak model would call until its token limit
 # a rule that is lazy ends at the first place where it can
 LARK = r"""
 TEXT: /(?s:.*)/
@@ -34,14 +34,14 @@ thoughts[lazy]: TEXT "</think>"
 """
 
 
-class Asked(NamedTuple):
+class AskedForm(NamedTuple):
     """Form that a field asks for: {"json_schema": ...} or {"lark_grammar": ...}."""
 
     field: str
     part: dict[str, Any]
 
 
-def read_form(fields: Fields, compiler: Compiler) -> Asked | None:
+def read_form(fields: Fields, compiler: Compiler) -> AskedForm | None:
     """Read the one field that asks for a form, if there is one. Raises Refused."""
     readers = {
         "response_format": _response_format,
@@ -52,7 +52,7 @@ def read_form(fields: Fields, compiler: Compiler) -> Asked | None:
         "guided_grammar": lambda value: compiler().grammar(_text(value)),
         "grammar": lambda value: compiler().grammar(_text(value)),
     }
-    asked = None
+    wanted = None
     for field, read in readers.items():
         if (value := fields.take(field)) is None:
             continue
@@ -60,14 +60,14 @@ def read_form(fields: Fields, compiler: Compiler) -> Asked | None:
             part = read(value)
         except UserError as error:
             raise wrong(field, str(error)) from None
-        if part and asked:
-            raise wrong(field, f"{asked.field} says it already; give one of the two")
-        asked = Asked(field, part) if part else asked
-    return asked
+        if part and wanted:
+            raise wrong(field, f"{wanted.field} says it already; give one of the two")
+        wanted = AskedForm(field, part) if part else wanted
+    return wanted
 
 
 def read_format(form: Fields | None) -> dict[str, Any] | None:
-    """Read a form that has its schema beside its type, as the newer APIs write it, into response_format."""
+    """Turn {"type", "schema"}, which the newer APIs send, into OpenAI's response_format."""
     if form is None:
         return None
     kind, schema = form.choice("type", ("text", "json_object", "json_schema")), form.take("schema")
@@ -76,15 +76,17 @@ def read_format(form: Fields | None) -> dict[str, Any] | None:
     return {"type": kind, "json_schema": {"schema": schema}}
 
 
-def answer_form(compiler: Compiler, template: Template, tools: Tools, asked: Asked | None) -> Form | None:
+def answer_form(
+    compiler: Compiler, template: Template, tools: Tools, wanted: AskedForm | None
+) -> Form | None:
     """Compile the form of a chat's answers; None leaves them free. Raises Refused."""
     style = style_of(template) if tools.described else None
     if tools.forced and not style:
         raise wrong("tool_choice", f"the template writes no calls in a known style ({template.name})")
-    parts = {"asked": asked.part} if asked and not tools.forced else {}
+    parts = {"asked": wanted.part} if wanted and not tools.forced else {}
     body, rules = "@asked", ""
     try:
-        if style and (tools.forced or asked):
+        if style and (tools.forced or wanted):
             body = "calls" if tools.forced else "(calls | @asked)"
             rules = _call_rules(style, tools, parts)
         elif style and not style.before_call.startswith("```"):  # which other answers have, too
@@ -93,22 +95,22 @@ def answer_form(compiler: Compiler, template: Template, tools: Tools, asked: Ask
             begun = f"begun {_literal(end + rest)} function {_literal(style.after_call)}"
             body = f"(TEXT | {begun} more)" if tools.parallel else f"(TEXT | {begun})"
             rules = _call_rules(style, tools, parts) + f"begun[lazy]: TEXT {_literal(line)}\n"
-        elif not asked:
+        elif not wanted:
             return None
         return compiler().compile(f"start: {_lead(template)} {body}\n{rules}{LARK}", parts)
     except (UserError, RecursionError) as error:
-        if tools.forced or asked:
-            field = "tools" if tools.forced else asked.field
+        if tools.forced or wanted:
+            field = "tools" if tools.forced else wanted.field
             raise wrong(field, f"{error}{_largest(list(parts.values()))}") from None
         return None  # without llguidance, and with schemas that it can't read
 
 
-def text_form(compiler: Compiler, asked: Asked | None) -> Form | None:
+def text_form(compiler: Compiler, wanted: AskedForm | None) -> Form | None:
     """Compile the form of a completion. Raises Refused."""
     try:
-        return compiler().compile("start: @asked", {"asked": asked.part}) if asked else None
+        return compiler().compile("start: @asked", {"asked": wanted.part}) if wanted else None
     except (UserError, RecursionError) as error:
-        raise wrong(asked.field, f"{error}{_largest(asked.part)}") from None
+        raise wrong(wanted.field, f"{error}{_largest(wanted.part)}") from None
 
 
 def json_part(schema: dict[str, Any], lenient: bool = False) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from .errors import Refused
 from .replies import error_reply
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
-# fetched by a browser before anybody could type a key into the page, and by monitors
+# open to all: browsers fetch these before anybody could type a key into the page, and monitors do too
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
-# what changes something there needs an admin's key, if there are any
+# a request that changes something below these paths needs an admin's key, if the server has admins' keys
 ADMIN_PATHS = ("/studio", "/v1/adapters", "/v1/states", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
@@ -61,21 +61,21 @@ class Guard:
         # a browser asks without the key whether it may ask
         if not self.keys and not is_admins or method == "OPTIONS" or is_open and reads:
             return
-        scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         # Anthropic's clients have a header of their own
         other = headers.get(b"x-api-key", b"").decode("latin-1")
-        given = given.strip() if scheme.lower() == "bearer" else other
-        if is_one_of(given, self.admin_keys):
+        key = key.strip() if scheme.lower() == "bearer" else other
+        if is_one_of(key, self.admin_keys):
             return
-        known = is_one_of(given, self.keys)
-        if known and is_admins:
+        is_client = is_one_of(key, self.keys)
+        if is_client and is_admins:
             raise Refused(
                 403,
                 "only an admin's key may change something on this server; send one of its --admin_key_file in"
                 " the header Authorization: Bearer KEY",
                 code="admin_key_required",
             )
-        if not known:
+        if not is_client:
             raise Refused(
                 401,
                 "the API key is wrong, or there is none; send the header Authorization: Bearer KEY",
@@ -84,9 +84,9 @@ class Guard:
             )
 
 
-def is_one_of(given: str, keys: Iterable[str]) -> bool:
+def is_one_of(key: str, keys: Iterable[str]) -> bool:
     """Compare a text with keys, in a time that does not depend on where they differ."""
-    digest, *digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, *keys))
+    digest, *digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (key, *keys))
     return any([hmac.compare_digest(digest, other) for other in digests])
 
 

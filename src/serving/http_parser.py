@@ -33,7 +33,7 @@ class WholeLines(ReceiveBuffer):
         return lines
 
 
-class Parser(h11.Connection):
+class HttpParser(h11.Connection):
     """Parser of a server's connection. next_event() raises RemoteProtocolError for doubtful requests."""
 
     def __init__(self):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from rwkv_miss.errors import UserError
 
-RESERVED = 128  # files that the process may need beside its connections
+RESERVED = 128  # open files that the process may need in addition to its connections
 
 
 class Connected(socket.socket):
@@ -68,7 +68,7 @@ class Listener(socket.socket):
         if oldest is None or time.monotonic() - oldest.waits_since < self.patience:
             return False
         del self.open[oldest.fileno()]
-        with contextlib.suppress(OSError):  # it has just left
+        with contextlib.suppress(OSError):  # the client has just left
             oldest.shutdown(socket.SHUT_RDWR)  # asyncio sees its end, and closes it
         return True
 

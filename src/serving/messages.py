@@ -18,10 +18,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
     """Read the conversation: {"role", "content": text} and an answer's or a result's fields. Raises
     Refused."""
-    given = fields.objects("messages", 1)
-    if given is None:
+    messages = fields.objects("messages", 1)
+    if messages is None:
         raise fields.refuse("messages", None, "a list of at least one message")
-    return [_message(Fields(message, f"messages[{i}].")) for i, message in enumerate(given)]
+    return [_message(Fields(message, f"messages[{i}].")) for i, message in enumerate(messages)]
 
 
 def without_thoughts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,8 +30,8 @@ class Histogram:
         return [*lines, f"{name}_sum {self.total:.6f}", f"{name}_count {so_far}"]
 
 
-class Metrics:
-    """Counts of one server. It belongs to the event loop."""
+class ServerMetrics:
+    """Counts of one server. They belong to the event loop."""
 
     def __init__(self):
         self.started = time.time()
@@ -70,10 +70,10 @@ class Metrics:
             ("request_seconds", "From a request to its last token.", self.whole),
         ):
             say(name, "histogram", about, histogram.lines(f"rwkv_{name}"))
-        own = [
+        process_gauges = [
             ("start_time_seconds", "When the server started, in seconds since 1970.", self.started),
             ("resident_memory_bytes", "Memory that the process holds.", float(resident())),
         ]
-        for name, about, value in [*gauges, *own]:
+        for name, about, value in [*gauges, *process_gauges]:
             say(name, "gauge", about, [f"rwkv_{name} {value:.15g}"])
         return "\n".join(lines) + "\n"

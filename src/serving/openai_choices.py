@@ -9,7 +9,7 @@ from .chat_text import ChatText, Delta
 from .errors import Refused
 from .openai_objects import Envelope, TokenNames, delta_object, message_object, usage_object
 from .replies import Reply, Usage
-from .request_parsing import AskedChat, AskedText, ParsedRequest
+from .request_parsing import ParsedChat, ParsedCompletion, ParsedRequest
 from .spelling import Spelled, Spelling, spelled_prompt
 from .worker import Piece
 
@@ -20,9 +20,11 @@ class Choices(Reply):
     prefix = kind = ""
     end = b"data: [DONE]\n\n"
 
-    def __init__(self, asked: ParsedRequest, names: TokenNames):
-        self.names, self.asked = names, asked
-        self.envelope = Envelope(self.prefix, self.kind, asked.model, asked.chosen.fingerprint, asked.usage)
+    def __init__(self, parsed: ParsedRequest, names: TokenNames):
+        self.names, self.parsed = names, parsed
+        self.envelope = Envelope(
+            self.prefix, self.kind, parsed.model, parsed.chosen.fingerprint, parsed.usage
+        )
 
     def first(self) -> Iterator[dict[str, Any]]:
         return (self.envelope.chunk([choice]) for choice in self.first_choices())
@@ -44,7 +46,7 @@ class Choices(Reply):
         return refused.as_object()
 
     def extra(self) -> dict[str, Any]:
-        """Return what stands beside the choices."""
+        """Return further fields of the reply, next to "choices"."""
         return {}
 
 
@@ -53,11 +55,11 @@ class ChatChoices(Choices):
 
     prefix, kind = "chatcmpl", "chat.completion"
 
-    def __init__(self, asked: AskedChat, names: TokenNames):
-        super().__init__(asked, names)
-        count = asked.requests[0].n
-        self.wants_logprobs = asked.requests[0].logprobs is not None
-        self.texts = [ChatText(asked.template, asked.tools) for _ in range(count)]
+    def __init__(self, parsed: ParsedChat, names: TokenNames):
+        super().__init__(parsed, names)
+        count = parsed.requests[0].n
+        self.wants_logprobs = parsed.requests[0].logprobs is not None
+        self.texts = [ChatText(parsed.template, parsed.tools) for _ in range(count)]
         self.drawn = [Spelling(names.tokenizer, with_bytes=True) for _ in range(count)]
         self.said: list[list[Delta]] = [[] for _ in range(count)]
         self.logprobs: list[list[Spelled]] = [[] for _ in range(count)]
@@ -103,7 +105,7 @@ class ChatChoices(Choices):
         ]
 
     def extra(self) -> dict[str, Any]:
-        if (count := self.asked.requests[0].prompt_logprobs) is None:
+        if (count := self.parsed.requests[0].prompt_logprobs) is None:
             return {}
         return {"prompt_logprobs": self.names.prompt(self.prompt_logprobs, count)}
 
@@ -121,12 +123,12 @@ class TextChoices(Choices):
     prefix = "cmpl"
     kind = "text_completion"
 
-    def __init__(self, asked: AskedText, names: TokenNames):
-        super().__init__(asked, names)
-        self.count = asked.requests[0].logprobs
-        each = range(asked.requests[0].n)
-        self.prompts = [prompt for prompt in asked.prompts for _ in each]
-        self.echoes = [prompt.text if asked.echo else "" for prompt in self.prompts]
+    def __init__(self, parsed: ParsedCompletion, names: TokenNames):
+        super().__init__(parsed, names)
+        self.count = parsed.requests[0].logprobs
+        each = range(parsed.requests[0].n)
+        self.prompts = [prompt for prompt in parsed.prompts for _ in each]
+        self.echoes = [prompt.text if parsed.echo else "" for prompt in self.prompts]
         count = len(self.prompts)
         self.drawn = [Spelling(names.tokenizer, False, len(echo)) for echo in self.echoes]
         self.texts, self.finish = [""] * count, [""] * count
@@ -141,7 +143,7 @@ class TextChoices(Choices):
         if not self.begun[index]:
             self.begun[index], self.prompt_logprobs[index] = True, piece.prompt_logprobs
             text = echo + text
-            if self.asked.echo and self.count is not None:
+            if self.parsed.echo and self.count is not None:
                 in_text = piece.prompt_logprobs[self.prompts[index].begin :]
                 tokens = spelled_prompt(self.names.tokenizer, in_text, echo)
         self.texts[index] += text
@@ -161,7 +163,7 @@ class TextChoices(Choices):
         choices = []
         for index, text in enumerate(self.texts):
             choice = self._choice(index, text, self._logprobs(self.logprobs[index]), self.finish[index])
-            if (count := self.asked.prompt_logprobs) is not None:
+            if (count := self.parsed.prompt_logprobs) is not None:
                 choice["prompt_logprobs"] = self.names.prompt(self.prompt_logprobs[index], count)
             choices.append(choice)
         return choices

@@ -105,8 +105,8 @@ class TokenNames:
         content = []
         for text, data, token in ((one.text, one.bytes, one.token) for one in tokens):
             top = [self._named(*other) for other in token.likeliest]
-            own = {"token": text, "logprob": _finite(token.logprob), "bytes": data}
-            content.append({**own, "top_logprobs": top})
+            entry = {"token": text, "logprob": _finite(token.logprob), "bytes": data}
+            content.append({**entry, "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def completion(self, tokens: Sequence[Spelled], count: int) -> dict[str, Any]:

@@ -83,8 +83,10 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
 
 
 def guard_of(args: argparse.Namespace) -> Guard:
-    own = is_own_machine(args.host)
-    hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
+    is_local = is_own_machine(args.host)
+    hosts = (
+        frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if is_local else None
+    )
     origins = frozenset(origin.rstrip("/").lower() for origin in args.cors_origin)
     return Guard(args.keys, hosts, origins, args.admin_keys)
 

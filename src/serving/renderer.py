@@ -25,8 +25,8 @@ PACKAGES = {
     "pygments": "Pygments",
     "latex2mathml": "latex2mathml",
 }
-MOST_BYTES = 256 << 10  # of a request
-WAIT_SECONDS = 30.0  # for one text, with those before it
+MOST_BYTES = 256 << 10  # bytes of one request
+WAIT_SECONDS = 30.0  # the longest wait for one text, including the texts before it
 REPLY_BYTES = 64 << 20
 
 
@@ -59,12 +59,12 @@ class Renderer:
             )
         line = json.dumps([markdown, unfinished]).encode() + b"\n"
         try:
-            found = await asyncio.wait_for(self._ask(line), WAIT_SECONDS)
+            reply = await asyncio.wait_for(self._ask(line), WAIT_SECONDS)
         except asyncio.TimeoutError:
-            found = b""
-        if not found:
+            reply = b""
+        if not reply:
             raise Refused(503, "this text can't be rendered in time", code="render_timeout")
-        html = json.loads(found)
+        html = json.loads(reply)
         if html is None:
             raise wrong("text", "can't be rendered: it has broken characters, or is nested too deeply")
         return html
@@ -72,18 +72,18 @@ class Renderer:
     async def _ask(self, line: bytes) -> bytes:
         """Send a line and return the answer: b"" if the process has ended."""
         async with self.lock:
-            found = b""
+            reply = b""
             try:
                 self.process = self.process or await self._start()
                 self.process.stdin.write(line)
                 await self.process.stdin.drain()
-                found = await self.process.stdout.readline()
+                reply = await self.process.stdout.readline()
             except ConnectionError:
-                pass  # it has ended
+                pass  # the process has ended
             finally:
-                if not found:  # also if this was cancelled: its answer must not be another's
+                if not reply:  # also if this call was cancelled: the next call must not read its answer
                     await self.close()
-            return found
+            return reply
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = subprocess.PIPE

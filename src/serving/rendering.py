@@ -31,7 +31,7 @@ from pygments.util import ClassNotFound
 
 CPU_SECONDS = 2  # for one text
 MEMORY = 1 << 30  # bytes of address space
-STYLES = ("xcode", "github-dark")  # of Pygments: for a light and a dark page
+STYLES = ("xcode", "github-dark")  # Pygments' styles for a light and a dark page
 TEXT_TAGS = set("a blockquote br code del em h3 h4 h5 h6 hr li ol p pre s span strong ul".split())
 TABLE_TAGS = set("table tbody td th thead tr".split())
 MATH_TAGS = set(
@@ -135,13 +135,13 @@ def _read_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:
 
 
 def _read_inline(state: StateInline, silent: bool) -> bool:
-    found = INLINE_FORMULA.match(state.src, state.pos)
-    if not found:
+    match = INLINE_FORMULA.match(state.src, state.pos)
+    if not match:
         return False
     if not silent:
-        opening = found[0][: 1 if found[4] else 2]
-        _push_formula(state, found[found.lastindex], opening, "block" if opening in DISPLAY else "inline")
-    state.pos = found.end()
+        opening = match[0][: 1 if match[4] else 2]
+        _push_formula(state, match[match.lastindex], opening, "block" if opening in DISPLAY else "inline")
+    state.pos = match.end()
     return True
 
 
@@ -168,12 +168,12 @@ def _is_wide(text: str) -> bool:
 
 def _read_break(state: StateInline, silent: bool) -> bool:
     """Read <br>, which models write into the cells of tables."""
-    found = BREAK.match(state.src, state.pos)
-    if not found:
+    match = BREAK.match(state.src, state.pos)
+    if not match:
         return False
     if not silent:
         state.push("hardbreak", "br", 0)
-    state.pos = found.end()
+    state.pos = match.end()
     return True
 
 
@@ -182,10 +182,11 @@ def _formula(renderer, tokens: list[Token], place: int, options, env) -> str:
     token = tokens[place]
     try:
         tree = convert_to_element(ENVIRONMENTS.sub(r"\1{align*}", token.content), display=token.info)
-    except Exception:  # it raises many kinds for what is no LaTeX
+    except Exception:  # the converter raises many kinds of errors for wrong LaTeX
         return f"<code>{escape(token.content.strip())}</code>"
     for element in tree.iter():
-        element.text = unescape(element.text or "")  # it holds entities, and the formula's own < as they are
+        # the text holds entities, and the formula's own < as they are
+        element.text = unescape(element.text or "")
     return tostring(tree, encoding="unicode")
 
 
@@ -214,7 +215,7 @@ def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": _code})
     parser.enable(["table", "strikethrough"])
     parser.use(gfm_autolink_plugin)
-    ends = {"alt": ["paragraph", "reference", "blockquote", "list"]}  # what a formula ends
+    ends = {"alt": ["paragraph", "reference", "blockquote", "list"]}  # blocks that a formula ends
     parser.block.ruler.before("fence", "formula", _read_block, ends)
     parser.inline.ruler.before("escape", "formula", _read_inline)
     parser.inline.ruler.before("escape", "break", _read_break)

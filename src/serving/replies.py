@@ -42,7 +42,7 @@ class WholeReply(Protocol):
 class Reply(WholeReply, Protocol):
     """Reply that may be a stream, too. An event with a `type` is named by it."""
 
-    end: bytes  # what a stream ends with, after the last event
+    end: bytes  # the bytes that end a stream, after the last event
 
     def first(self) -> Iterator[dict[str, Any]]:
         """Yield the events that begin a stream."""

@@ -60,7 +60,7 @@ class Chosen(NamedTuple):
     applied: Applied
     template: Template
     bos: tuple[int, ...]
-    fingerprint: str  # of the contents of base and adapters
+    fingerprint: str  # a digest of the contents of base and adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ParsedRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedChat(ParsedRequest):
+class ParsedChat(ParsedRequest):
     template: Template
     tools: Tools
     stops: list[str]  # the client's own
@@ -131,13 +131,13 @@ class Prompt(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedText(ParsedRequest):
+class ParsedCompletion(ParsedRequest):
     prompts: list[Prompt]
     echo: bool  # whether answers begin with their prompt
-    prompt_logprobs: int | None  # of the reply; an echo has its own
+    prompt_logprobs: int | None  # the field that the client sent; an echo needs the prompt's without it
 
 
-def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
+def read_chat(reader: RequestReader, body: dict[str, Any]) -> ParsedChat:
     """Read a request to /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -173,10 +173,10 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     _check_prompt_logprobs([request], counts, stream and bool(counts))
     ignored, read = fields.ignored(), len(state.tokens)
     stops = _stops(fields)
-    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, stops, state_tokens=read)
+    return ParsedChat(chosen, [request], stream, usage, ignored, template, tools, stops, state_tokens=read)
 
 
-def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
+def read_completion(reader: RequestReader, body: dict[str, Any]) -> ParsedCompletion:
     """Read a request to /v1/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -195,7 +195,7 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     each = counts * requests[0].n  # an answer has its prompt's
     _check_prompt_logprobs(requests, each, stream and prompt_logprobs is not None)
     ignored, read = fields.ignored(), len(state.tokens)
-    return AskedText(
+    return ParsedCompletion(
         chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs, state_tokens=read
     )
 
@@ -222,7 +222,7 @@ def encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
     beginning = CHARACTERS * reader.limits.prompt_tokens
     for text in texts:
         if len(text) > beginning:
-            # its tokens are the text's, up to the cut
+            # the beginning's tokens are the whole text's, up to the cut
             checked(reader, [*tokens, *reader.tokenizer.encode(text[:beginning])[:-LONGEST]], param)
         tokens += reader.tokenizer.encode(text)
         checked(reader, tokens, param)
@@ -323,18 +323,18 @@ def _sampling(fields: Fields, default: Sampling) -> Sampling:
         "frequency_penalty": (-100, 100),
         "penalty_decay": (0, 1),
     }
-    given: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, (low, high) in ranges.items():
         for spelling in filter(None, (OTHER_NAMES.get(name), name)):
             value = fields.number(spelling, low, high)
             if value is not None:
-                given[name] = value
-    if "top_p" in given:
-        given["top_p"] = max(given["top_p"], 1e-6)  # 0 leaves the likeliest token, as 1e-6 does
+                values[name] = value
+    if "top_p" in values:
+        values["top_p"] = max(values["top_p"], 1e-6)  # 0 leaves the likeliest token, as 1e-6 does
     top_k = fields.integer("top_k", -1, 1 << 31)
     if top_k is not None:
-        given["top_k"] = max(top_k, 0)  # -1 is all tokens elsewhere
-    return dataclasses.replace(default, **given)
+        values["top_k"] = max(top_k, 0)  # -1 is all tokens elsewhere
+    return dataclasses.replace(default, **values)
 
 
 def _changes(reader: RequestReader, fields: Fields) -> LogitChanges:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .blocks import Block, BlockReply, refuse_n_and_logprobs
+from .blocks import AnswerBlock, BlockReply, refuse_n_and_logprobs
 from .errors import Refused, client_names, wrong
 from .fields import Fields
 from .forms import read_format
 from .messages import check_call, read_content, read_role
 from .openai_objects import TokenNames
 from .replies import Usage
-from .request_parsing import AskedChat, RequestReader, read_chat
+from .request_parsing import ParsedChat, RequestReader, read_chat
 
 # names of a chat's fields -> names of this API
 NAMES = {
@@ -29,28 +29,28 @@ KEEPS_NOTHING = "this server keeps no answers; send the whole conversation as in
 LOGPROBS = "message.output_text.logprobs"
 
 
-class Kind(NamedTuple):
+class ItemNames(NamedTuple):
     """Names of a block's kind in this API."""
 
-    prefix: str  # of the item's id
+    prefix: str  # the beginning of the item's id
     type: str
-    part: str  # the type of its part; "" without one
+    part: str  # the type of the item's part; "" for an item without parts
     event: str
 
 
 KINDS = {
-    "thoughts": Kind("rs", "reasoning", "reasoning_text", "reasoning_text"),
-    "text": Kind("msg", "message", "output_text", "output_text"),
-    "call": Kind("fc", "function_call", "", "function_call_arguments"),
+    "thoughts": ItemNames("rs", "reasoning", "reasoning_text", "reasoning_text"),
+    "text": ItemNames("msg", "message", "output_text", "output_text"),
+    "call": ItemNames("fc", "function_call", "", "function_call_arguments"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedResponse(AskedChat):
+class ParsedResponse(ParsedChat):
     body: dict[str, Any]  # the reply repeats some of its fields
 
 
-def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
+def read_response(reader: RequestReader, body: dict[str, Any]) -> ParsedResponse:
     """Read a request to /v1/responses. Raises Refused."""
     fields = Fields(body)
     for name in NEEDS_STORAGE:
@@ -61,7 +61,7 @@ def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
     if isinstance(include, list) and LOGPROBS in include:
         raise wrong("include", f"/v1/chat/completions gives log-probabilities; leave out {LOGPROBS}")
     text, reasoning = fields.inner("text"), fields.inner("reasoning")
-    given = {
+    chat_fields = {
         "messages": _messages(fields),
         "max_completion_tokens": fields.take("max_output_tokens"),
         "response_format": read_format(text.inner("format")) if text else None,
@@ -71,8 +71,8 @@ def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
     }
     same_fields = {name: value for name, value in body.items() if name not in fields.seen}
     with client_names(NAMES):
-        asked = read_chat(reader, {**same_fields, **given})
-    return AskedResponse(**vars(asked), body=body)
+        parsed = read_chat(reader, {**same_fields, **chat_fields})
+    return ParsedResponse(**vars(parsed), body=body)
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -131,26 +131,26 @@ def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
 class ResponsesReply(BlockReply):
     """Reply with the items of an answer."""
 
-    def __init__(self, asked: AskedResponse, names: TokenNames):
-        super().__init__(asked)
-        self.body, self.tokenizer = asked.body, names.tokenizer
+    def __init__(self, parsed: ParsedResponse, names: TokenNames):
+        super().__init__(parsed)
+        self.body, self.tokenizer = parsed.body, names.tokenizer
         self.created, self.number = int(time.time()), -1
 
     def first(self) -> Iterator[dict[str, Any]]:
         for kind in ("created", "in_progress"):
             yield self._event(kind, response=self._response("in_progress"))
 
-    def begun(self, block: Block) -> Iterator[dict[str, Any]]:
+    def begun(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         item = self._item(block, "in_progress", begun=True)
         yield self._event("output_item.added", output_index=block.index, item=item)
         if block.kind != "call":
             yield self._event("content_part.added", **self._place(block), part=self._part(block))
 
-    def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+    def grown(self, block: AnswerBlock, text: str) -> Iterator[dict[str, Any]]:
         name = KINDS[block.kind].event
         yield self._event(f"{name}.delta", **self._place(block), delta=text)
 
-    def ended(self, block: Block) -> Iterator[dict[str, Any]]:
+    def ended(self, block: AnswerBlock) -> Iterator[dict[str, Any]]:
         name, text = KINDS[block.kind].event, block.text
         whole = {"arguments": text, "name": block.name} if block.kind == "call" else {"text": text}
         yield self._event(f"{name}.done", **self._place(block), **whole)
@@ -185,12 +185,12 @@ class ResponsesReply(BlockReply):
             "usage": tokens,
         }
 
-    def _status(self, block: Block) -> str:
+    def _status(self, block: AnswerBlock) -> str:
         is_cut = self.finish == "length" and block is self.blocks[-1] and block.kind != "call"
         return "incomplete" if is_cut else "completed"
 
     def _response(self, status: str) -> dict[str, Any]:
-        request = self.asked.requests[0]
+        request = self.parsed.requests[0]
         said = {name: self.body.get(name) for name in ("instructions", "user")}
         return {
             "id": f"resp_{self.key}",
@@ -202,9 +202,9 @@ class ResponsesReply(BlockReply):
             **said,
             "max_output_tokens": request.max_tokens,
             "metadata": self.body.get("metadata") or {},
-            "model": self.asked.model,
+            "model": self.parsed.model,
             "output": [],
-            "parallel_tool_calls": self.asked.tools.parallel,
+            "parallel_tool_calls": self.parsed.tools.parallel,
             "previous_response_id": None,
             "reasoning": self.body.get("reasoning") or {"effort": None, "summary": None},
             "store": False,
@@ -217,7 +217,7 @@ class ResponsesReply(BlockReply):
             "usage": None,
         }
 
-    def _item(self, block: Block, status: str, begun: bool = False) -> dict[str, Any]:
+    def _item(self, block: AnswerBlock, status: str, begun: bool = False) -> dict[str, Any]:
         kind = KINDS[block.kind]
         item = {"id": f"{kind.prefix}_{block.key}", "type": kind.type, "status": status}
         if block.kind == "call":
@@ -225,11 +225,11 @@ class ResponsesReply(BlockReply):
         item["content"] = [] if begun else [self._part(block)]
         return {**item, "summary": []} if block.kind == "thoughts" else {**item, "role": "assistant"}
 
-    def _part(self, block: Block) -> dict[str, Any]:
+    def _part(self, block: AnswerBlock) -> dict[str, Any]:
         part = {"type": KINDS[block.kind].part, "text": block.text}
         return part if block.kind == "thoughts" else {**part, "annotations": [], "logprobs": []}
 
-    def _place(self, block: Block) -> dict[str, Any]:
+    def _place(self, block: AnswerBlock) -> dict[str, Any]:
         place = {"item_id": f"{KINDS[block.kind].prefix}_{block.key}", "output_index": block.index}
         if block.kind == "call":
             return place

@@ -36,13 +36,13 @@ class ServedAdapter:
     """Adapter under the name that clients know."""
 
     name: str
-    internal: str  # its name in the engine, which no other adapter ever had
-    root: str  # its file's name
-    digest: str  # of its file's tensors
+    internal: str  # the name in the engine, which no other adapter ever had
+    root: str  # the file's name
+    digest: str  # a digest of the file's tensors
     template: Template
     bos: tuple[int, ...]
     description: dict[str, Any]
-    own: bool  # the operator's, by --adapter, which clients can't delete
+    is_operators: bool  # whether --adapter named it: clients can't delete it
     created: int  # when it was loaded, in seconds
     users: int = 0  # requests that run with it
 
@@ -86,12 +86,12 @@ class ServedModels:
                 adapters.check(Applied((internal,)))
             except UserError as error:
                 raise UserError(f"{error}. As the only --adapter it is merged on loading") from None
-            self.entries[internal] = self._entry(internal, internal, adapter.path, own=True)
+            self.entries[internal] = self._entry(internal, internal, adapter.path, is_operators=True)
 
     def _taken(self) -> str:
         return f"{self.name} is the base model's name, and an adapter's name is a model's, too"
 
-    def _entry(self, name: str, internal: str, path: str, own: bool = False) -> ServedAdapter:
+    def _entry(self, name: str, internal: str, path: str, is_operators: bool = False) -> ServedAdapter:
         metadata = read_metadata(path) or {}
         rank = (metadata.get("options") or {}).get("rank")
         described = {"name": name, "model": f"{self.name}:{name}", "method": metadata.get("method")}
@@ -100,7 +100,7 @@ class ServedModels:
         template, bos = self.records.template([path]), self.records.bos([path])
         root, digest = os.path.basename(path), self.adapters.by_name[internal].fingerprint
         created = int(time.time())
-        return ServedAdapter(name, internal, root, digest, template, bos, described, own, created)
+        return ServedAdapter(name, internal, root, digest, template, bos, described, is_operators, created)
 
     def models(self) -> list[str]:
         # a list of them at once: requests are read in another thread
@@ -129,15 +129,17 @@ class ServedModels:
     def find(self, fields: Fields) -> Chosen:
         """Find the model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
         model = fields.text("model") or self.name
-        given = fields.text("adapter_id") or ""
+        adapter_id = fields.text("adapter_id") or ""
         scale = fields.number("adapter_scale", -100, 100, self.scale)
         # the base's name may have a colon itself
         named = "" if model == self.name else model.removeprefix(f"{self.name}:")
         if not named and model != self.name:
             raise self.unknown("model", model)
-        if named and given and named != given:
-            raise wrong("adapter_id", f"got {short(given)}, and model names {short(named)}; give one of them")
-        names = (named or given).split("+") if named or given else []
+        if named and adapter_id and named != adapter_id:
+            raise wrong(
+                "adapter_id", f"got {short(adapter_id)}, and model names {short(named)}; give one of them"
+            )
+        names = (named or adapter_id).split("+") if named or adapter_id else []
         entries = []
         for name in names:
             entry = self.entries.get(name)  # adapters come and go: this is another thread
@@ -154,7 +156,7 @@ class ServedModels:
                 raise wrong("adapter_scale", f"got {scale:g}, and {why}")
             return Chosen(self.name, Applied(), self.template, self.bos, self._fingerprint())
         applied = Applied(tuple(entry.internal for entry in entries), scale)
-        label, first = model if named else f"{self.name}:{given}", entries[0]
+        label, first = model if named else f"{self.name}:{adapter_id}", entries[0]
         return Chosen(label, applied, first.template, first.bos, self._fingerprint(entries, scale))
 
     def unknown(self, param: str, name: str) -> Refused:
@@ -202,7 +204,7 @@ class ServedModels:
 
     def check_room(self, most: int) -> None:
         """Raise Refused if clients have `most` adapters already; the operator's do not count."""
-        loaded = sum(not entry.own for entry in self.entries.values())
+        loaded = sum(not entry.is_operators for entry in self.entries.values())
         if loaded + len(self.coming) + len(self.leaving) >= most:
             raise Refused(
                 400,
@@ -270,7 +272,7 @@ class ServedModels:
         if entry is None:
             unknown = f"name: there is no adapter {short(name)}; GET /v1/adapters lists them"
             raise Refused(404, unknown, "name", "model_not_found")
-        if entry.own:
+        if entry.is_operators:
             raise Refused(
                 403, f"adapter {name} is the operator's, by --adapter; it stays", "name", "not_deletable"
             )

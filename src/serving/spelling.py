@@ -88,11 +88,11 @@ class Spelling:
         Unless the text is whole, a token waits until all of its characters are known. `with_end`: tokens
         behind the text are given too, if none of them has a character, such as the end of document.
         """
-        # known tokens come first: while a chat thinks, no other one is looked at
-        known = [*itertools.takewhile(lambda one: is_whole or one.end <= end, self.waiting)]
-        del self.waiting[: len(known)]
-        inside = [one for one in known if begin < one.end and one.begin < end]
-        behind = [one for one in known if one.begin >= end]
+        # complete tokens come first: while a chat thinks, no other one is looked at
+        complete = [*itertools.takewhile(lambda one: is_whole or one.end <= end, self.waiting)]
+        del self.waiting[: len(complete)]
+        inside = [one for one in complete if begin < one.end and one.begin < end]
+        behind = [one for one in complete if one.begin >= end]
         if with_end and not any(one.text for one in behind):
             inside += behind
         return [one.cut(begin, end) for one in inside]

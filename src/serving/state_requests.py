@@ -24,14 +24,14 @@ NEXT = [{"role": role, "content": words} for role in ("user", "assistant") for w
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedState(ParsedRequest):
+class ParsedState(ParsedRequest):
     """Request for the state after a conversation."""
 
     messages: list[dict[str, Any]]
-    tokens: list[int]  # of all messages, also of those before the state that this one goes on from
+    tokens: list[int]  # tokens of the whole conversation, including those of the state that it goes on from
 
 
-class AskedFile(NamedTuple):
+class ParsedFile(NamedTuple):
     """Request for the state of a file."""
 
     file: str
@@ -39,7 +39,7 @@ class AskedFile(NamedTuple):
     ignored: list[str]  # fields that nobody has read
 
 
-def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState | AskedFile:
+def read_state(reader: RequestReader, body: dict[str, Any]) -> ParsedState | ParsedFile:
     """Read a request to /v1/states. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -47,10 +47,10 @@ def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState | Aske
         return _read_conversation(reader, fields, chosen)
     if fields.take("messages") is not None:
         raise wrong("file", "both file and messages tell the state; give one of them")
-    return AskedFile(file, chosen, fields.ignored())
+    return ParsedFile(file, chosen, fields.ignored())
 
 
-def _read_conversation(reader: RequestReader, fields: Fields, chosen: Chosen) -> AskedState:
+def _read_conversation(reader: RequestReader, fields: Fields, chosen: Chosen) -> ParsedState:
     state = reader.states.find(fields, chosen.fingerprint)
     template, tools = read_mode(fields, chosen.template), read_tools(fields)
     messages = [*state.messages, *read_messages(fields)]
@@ -60,7 +60,7 @@ def _read_conversation(reader: RequestReader, fields: Fields, chosen: Chosen) ->
     request = Request(
         state.rest(tokens), max_tokens=0, applied=chosen.applied, start=state.state, keep_state=True
     )
-    return AskedState(
+    return ParsedState(
         chosen, [request], False, False, fields.ignored(), messages, tokens, state_tokens=len(state.tokens)
     )
 
@@ -81,13 +81,13 @@ def _tokens_before_others(messages: list[dict], encode: Callable[[list[dict]], l
 class StateReply(WholeReply):
     """Reply with the state that a request made; its answer has no token."""
 
-    def __init__(self, asked: AskedState, states: States):
-        self.asked, self.states = asked, states
+    def __init__(self, parsed: ParsedState, states: States):
+        self.parsed, self.states = parsed, states
 
     def take(self, piece: Piece) -> None:
         self.state = piece.state
 
     def whole(self, usage: Usage) -> dict[str, Any]:
-        asked, chosen = self.asked, self.asked.chosen
-        state = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, self.state)
+        parsed, chosen = self.parsed, self.parsed.chosen
+        state = self.states.keep(chosen.id, chosen.fingerprint, parsed.messages, parsed.tokens, self.state)
         return state.as_object()

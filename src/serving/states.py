@@ -22,7 +22,7 @@ class KeptState:
 
     id: str = ""
     model: str = ""
-    fingerprint: str = ""  # of the model that read the tokens, which alone can go on
+    fingerprint: str = ""  # identity of the model that read the tokens: only this model can go on
     messages: Sequence[dict[str, Any]] = ()
     tokens: Sequence[int] = ()
     state: State | None = None
@@ -67,16 +67,16 @@ class States:
         identity = fields.text("state_id")
         if identity is None:
             return BEGINNING
-        found = self.by_id.get(identity)
-        if found is None:
+        kept = self.by_id.get(identity)
+        if kept is None:
             raise self._unknown(identity)
-        if found.fingerprint != fingerprint:
+        if kept.fingerprint != fingerprint:
             raise wrong(
                 "state_id",
-                f"{identity} is of {found.model}, {found.fingerprint}, and this request is for"
+                f"{identity} is of {kept.model}, {kept.fingerprint}, and this request is for"
                 f" {fingerprint}; a state needs the same adapters at the same scale",
             )
-        return found
+        return kept
 
     @contextlib.contextmanager
     def room(self) -> Iterator[None]:
@@ -98,9 +98,9 @@ class States:
         self, model: str, fingerprint: str, messages: Sequence[dict], tokens: Sequence[int], state: State
     ) -> KeptState:
         identity, packed = f"state-{secrets.token_hex(12)}", array.array("q", tokens)
-        kept = KeptState(identity, model, fingerprint, messages, packed, state, int(time.time()))
-        self.by_id[identity] = kept
-        return kept
+        new = KeptState(identity, model, fingerprint, messages, packed, state, int(time.time()))
+        self.by_id[identity] = new
+        return new
 
     def has(self, state: State) -> bool:
         return any(one.state is state for one in self.by_id.values())

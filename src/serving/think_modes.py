@@ -49,15 +49,15 @@ def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
 
 def read_mode(fields: Fields, template: Template) -> Template:
     """Return the template in the form that a request asks for. Raises Refused for unknown or double ones."""
-    given = {
+    by_field = {
         "reasoning_effort": fields.choice("reasoning_effort", EFFORTS),
         "think_mode": fields.text("think_mode"),
         "think_type": fields.choice("think_type", THINK_TYPES),
     }
-    names = [name for name, value in given.items() if value is not None]
+    names = [name for name, value in by_field.items() if value is not None]
     if not names:
         return template
-    name, value = names[0], given[names[0]]
+    name, value = names[0], by_field[names[0]]
     if len(names) > 1:
         raise wrong(names[1], f"{name} says it already; give one of the two")
     if not isinstance(template, RwkvTemplate):

@@ -35,8 +35,8 @@ def read_tokenize(reader: RequestReader, body: dict[str, Any]) -> TokensReply:
         begins = fields.flag("add_special_tokens", True)
         if fields.take("prompt") is not None:
             raise wrong("messages", "there is a prompt, too; give one of the two")
-        asked = read_chat(reader, body)
-        tokens, ignored = list(asked.requests[0].tokens), sorted({*asked.ignored} - fields.seen)
+        parsed = read_chat(reader, body)
+        tokens, ignored = list(parsed.requests[0].tokens), sorted({*parsed.ignored} - fields.seen)
         tokens = tokens if begins else without_bos(tokens, chosen.bos)
     else:
         text = fields.text("prompt")

@@ -71,8 +71,8 @@ def _wanted(choice: Any, functions: list[dict[str, Any]]) -> dict[str, Any]:
             f"got {shown(choice)}, expected none, auto, required, or"
             ' {"type": "function", "function": {"name": "..."}}',
         )
-    found = [function for function in functions if function["name"] == name]
-    if not found:
+    named = [function for function in functions if function["name"] == name]
+    if not named:
         names = ", ".join(function["name"] for function in functions)
         raise wrong("tool_choice", f"there is no tool {name!r}; there are {names}")
-    return found[0]
+    return named[0]

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .dispatcher import Dispatcher
 from .errors import Refused
-from .http_parser import Parser
+from .http_parser import HttpParser
 from .listener import Listener
 from .replies import dumped
 
@@ -33,9 +33,9 @@ class Connection(H11Protocol):
     receiving = 30.0
     listener: Listener
 
-    def __init__(self, *given, **named):
-        super().__init__(*given, **named)
-        self.conn = Parser()
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.conn = HttpParser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

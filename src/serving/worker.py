@@ -27,28 +27,28 @@ from ..model import State
 class Piece(NamedTuple):
     """New part of one answer of a job."""
 
-    index: int  # of the answer, over all requests of the job
+    index: int  # number of the answer, counted over all requests of the job
     text: str
     tokens: int
     drawn: Sequence[Any]  # the new tokens, if log-probabilities were asked for
-    finish: str  # "" while it goes on
+    finish: str  # why the answer ended; "" while it goes on
     error: str
     cached_tokens: int
     prompt_logprobs: Sequence[Any] = ()  # with the answer's first piece, if asked for
-    stop: str = ""  # the stop that ended it
-    state: State | None = None  # after the prompt, if the request is for that
-    status: int = 500  # of an error
+    stop: str = ""  # the stop text that ended the answer
+    state: State | None = None  # the state after the prompt, if the request asks for it
+    status: int = 500  # HTTP status of an error
 
 
-class Job:
-    """Job: requests that one client has made together. It belongs to the event loop."""
+class EngineJob:
+    """Job for the engine: requests that one client has made together. It belongs to the event loop."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request]):
         self.worker, self.requests = worker, requests
         self.loop = asyncio.get_running_loop()
         self.unfinished = sum(request.n for request in requests)
         self.arrived: asyncio.Queue[list[Piece]] = asyncio.Queue()
-        self.answers: list[Answer] = []  # the worker's
+        self.answers: list[Answer] = []  # only the worker's thread uses them
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Yield new pieces until all answers are finished."""
@@ -71,7 +71,7 @@ class Job:
 
 
 class _Followed(NamedTuple):
-    job: Job
+    job: EngineJob
     index: int
     answer: Answer
 
@@ -82,14 +82,13 @@ class Worker:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.followed: dict[int, _Followed] = {}  # by id() of the answer
-        self.sent: dict[
-            int, tuple[int, int]
-        ] = {}  # characters and tokens of an answer that its job has received
-        self.broken = ""  # what clients are told from the fatal error on
+        # by id() of an unfinished answer; `sent`: the characters and tokens that its job has received
+        self.followed: dict[int, _Followed] = {}
+        self.sent: dict[int, tuple[int, int]] = {}
+        self.broken = ""  # the message to clients from the fatal error on
         self.fatal: Exception | None = None  # why the whole server has to end
         self.steps = self.failures = 0
-        self.went_well = True  # since the last failure
+        self.went_well = True  # whether a step went well since the last failure
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -130,13 +129,13 @@ class Worker:
             self.post(undo_what_was_done)
             raise
 
-    async def submit(self, requests: Sequence[Request]) -> Job:
+    async def submit(self, requests: Sequence[Request]) -> EngineJob:
         """Start a job. Raises UserError if the engine refuses one of its requests; then none of them runs."""
-        job = Job(self, requests)
+        job = EngineJob(self, requests)
         await self.call(lambda: self._submit(job), lambda: self.forget(job, "cancelled"))
         return job
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: EngineJob) -> None:
         if self.broken:
             raise RuntimeError(self.broken)
         try:
@@ -150,7 +149,7 @@ class Worker:
             self.followed[id(answer)] = _Followed(job, index, answer)
             self.sent[id(answer)] = 0, 0
 
-    def forget(self, job: Job, finish: str, error: str = "") -> None:
+    def forget(self, job: EngineJob, finish: str, error: str = "") -> None:
         """End the rest of a job, in the worker's thread."""
         ended = []
         for index, answer in enumerate(job.answers):
@@ -179,7 +178,7 @@ class Worker:
         self.steps += 1
         # a first token says that prompts can be read, and not yet that rows can go on
         self.went_well |= any(len(one.tokens) > 1 or one.finish in ("stop", "length") for one in changed)
-        by_job: dict[int, tuple[Job, list[Piece]]] = {}
+        by_job: dict[int, tuple[EngineJob, list[Piece]]] = {}
         for answer in changed:
             followed = self.followed.get(id(answer))
             if followed:
@@ -187,12 +186,12 @@ class Worker:
         for job, pieces in by_job.values():
             self._deliver(job, pieces)
 
-    def _piece(self, found: _Followed) -> Piece:
-        answer, key = found.answer, id(found.answer)
+    def _piece(self, followed: _Followed) -> Piece:
+        answer, key = followed.answer, id(followed.answer)
         characters, tokens = self.sent[key]
         finish, error = answer.finish, str(answer.error or "")
         piece = Piece(
-            found.index,
+            followed.index,
             answer.text[characters:],
             len(answer.tokens) - tokens,
             tuple(answer.logprobs[tokens:]) if answer.logprobs else (),
@@ -217,7 +216,7 @@ class Worker:
         """
         self.failures += 1
         if isinstance(error, ChangedFile):
-            # the server's operator is told which one
+            # only the server's operator is told which file
             self.fatal, self.broken = error, "the server ends, because a file of its model was overwritten"
         else:
             traceback.print_exc()
@@ -227,7 +226,7 @@ class Worker:
         self.went_well = False
         failed = f"the engine failed: {type(error).__name__}; this ended all requests that it had, try again"
         message = self.broken or failed
-        for job in {id(found.job): found.job for found in self.followed.values()}.values():
+        for job in {id(one.job): one.job for one in self.followed.values()}.values():
             pieces = [
                 Piece(index, "", 0, (), "error", message, 0)
                 for index, answer in enumerate(job.answers)
@@ -247,7 +246,7 @@ class Worker:
         return True
 
     @staticmethod
-    def _deliver(job: Job, pieces: list[Piece]) -> None:
+    def _deliver(job: EngineJob, pieces: list[Piece]) -> None:
         if not pieces:
             return
         try:

@@ -18,7 +18,7 @@ from ..serving import program
 from ..serving.dispatcher import Dispatcher
 from ..serving.errors import Refused
 from ..serving.limits import Limits
-from ..serving.metrics import Metrics
+from ..serving.metrics import ServerMetrics
 
 PATH = "/try"
 
@@ -29,7 +29,7 @@ class Trial:
     worker = types.SimpleNamespace(fatal=None)  # a trial that fails does not end the server
 
     def __init__(self, args: argparse.Namespace, limits: Limits):
-        self.args, self.limits, self.metrics = args, limits, Metrics()
+        self.args, self.limits, self.metrics = args, limits, ServerMetrics()
         self.state, self.run, self.error = "none", None, None
         self.app: ASGIApp | None = None
         self.dispatcher: Dispatcher | None = None
