@@ -39,10 +39,10 @@ from src.serving.request_parsing import Defaults
 from src.serving.served_models import ServedModels
 from src.studio import folders, jobs, program, runs
 from src.studio.app import Studio
-from src.studio.curves import Metrics
+from src.studio.curves import MetricColumns
 from src.studio.folders import Folders
 from src.studio.jobs import PROGRESS
-from src.studio.trial import Mounted, Trial
+from src.studio.trial import Mounted, TriedModel
 from src.training.run_folder import alone_in, running
 
 from .conftest import ROOT
@@ -59,7 +59,7 @@ class Served:
         folder.mkdir(exist_ok=True)
         words = ["--train", str(folder), "--models", str(ROOT / "demo"), "--accelerator", "cpu", *flags]
         args = serve.parse(words)
-        self.trial = Trial(args, Limits(finishing=5, body_bytes=1 << 16))
+        self.trial = TriedModel(args, Limits(finishing=5, body_bytes=1 << 16))
         operators = program.checked_flags(args.train_flags)
         self.studio = Studio(Folders(args.train, args.models), operators, self.trial, 1000)
         app = make_app(
@@ -681,7 +681,7 @@ def test_running_json_is_there_while_the_lock_is_held(tmp_path, monkeypatch):
 
 def test_only_what_is_new_is_read_of_a_growing_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(str(path))
+    metrics = MetricColumns(str(path))
     metrics.update()
     assert metrics.last("step") is None
     path.write_text('{"step": 1, "loss": 2.5}\nbroken\n{"step": 2, "loss": null, "kl": 1}\n{"step": 3, "lo')
@@ -708,7 +708,7 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks(tmp_path):
     path = tmp_path / "metrics.jsonl"
     losses = {i: 1.0 for i in range(1, 20001)} | {777: 9.0, 8000: 0.5}
     path.write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in losses.items()))
-    metrics = Metrics(str(path))
+    metrics = MetricColumns(str(path))
     metrics.update()
     curves = metrics.thinned(100, 0, 1e9)
     found = dict(zip(curves["step"], curves["loss"]))

@@ -30,20 +30,20 @@ from . import settings
 from .folders import Folders
 from .jobs import Jobs
 from .runs import Run, Runs
-from .trial import Trial
+from .trial import TriedModel
 
 PAGE = pathlib.Path(__file__).parent / "page"
 SAMPLES = 10  # rows that a preview shows
-UPLOADS = 4  # at once
+UPLOADS = 4  # uploads at once
 WORKING = 30.0  # seconds that a request may take in the thread
-MOST_POINTS = 5000  # of a curve
+MOST_POINTS = 5000  # points of a curve
 EXPORTS = {"gguf": "merged.gguf", "safetensors": "merged.safetensors", "ai00": "merged.st"}
 
 
 class Studio:
-    """Endpoints of all routes. Those without `await` run one after another beside the event loop."""
+    """Endpoints of all routes. Endpoints without `await` run one after another in a thread."""
 
-    def __init__(self, folders: Folders, operators: dict[str, str], trial: Trial, upload_bytes: int):
+    def __init__(self, folders: Folders, operators: dict[str, str], trial: TriedModel, upload_bytes: int):
         self.folders, self.operators, self.trial = folders, operators, trial
         self.upload_bytes, self.uploads = upload_bytes, 0
         self.jobs, self.runs = Jobs(), Runs(folders, operators)
@@ -194,8 +194,8 @@ class Studio:
         if not os.path.exists(model):  # a name of the hub is not known before it is fetched
             return {"merge": merge, "export": merge if config.load_model else ""}
         has_state = not whole and (config.peft == "state" or config.state_learning_rate is not None)
-        told = unfit(model, "gguf", has_state)
-        return {"merge": merge, "export": told.replace(model, os.path.basename(model))}
+        reason = unfit(model, "gguf", has_state)
+        return {"merge": merge, "export": reason.replace(model, os.path.basename(model))}
 
     def _base(self, run: Run) -> str:
         # the run's record has the commit of an hf:// name
@@ -218,9 +218,9 @@ class Studio:
         return self.runs.start(name, settings_in(fields))
 
     def details(self, request: Request, fields: Fields) -> dict[str, Any]:
-        given = {"points": 400, "from": 0, "to": math.inf, **request.query_params}
+        query = {"points": 400, "from": 0, "to": math.inf, **request.query_params}
         try:
-            points, begin, end = (float(given[name]) for name in ("points", "from", "to"))
+            points, begin, end = (float(query[name]) for name in ("points", "from", "to"))
             points = int(min(max(points, 10), MOST_POINTS))
         except ValueError:
             raise wrong("points", "expected a number, as for from and to") from None

@@ -14,10 +14,10 @@ PART = 1 << 24  # bytes that are read at once
 LONGEST_LINE = 1 << 16  # bytes; train.py's have a thousand
 MOST_NAMES, LONGEST_NAME = 40, 80
 MOST_LINES = 1 << 22
-SECONDS = 5  # of one update; the next one goes on
+SECONDS = 5  # seconds of one update; the next one goes on from there
 
 
-class Metrics:
+class MetricColumns:
     """Columns of numbers from the lines of a growing file, by name. A file that was written anew is read
     again."""
 
@@ -30,7 +30,7 @@ class Metrics:
         self.columns: dict[str, array] = {"step": array("d")}
 
     def update(self) -> None:
-        """Read the lines that were added, as far as the time reaches."""
+        """Read the lines that were added, for at most SECONDS."""
         end = time.monotonic() + SECONDS
         try:
             with open_regular(self.path) as file:
@@ -43,7 +43,7 @@ class Metrics:
                     whole = part.rfind(b"\n") + 1  # the last line may be half written
                     if not whole and len(part) < PART:
                         return
-                    whole = whole or PART  # of a line without end
+                    whole = whole or PART  # a line that is longer than PART is skipped
                     self._add(part[:whole].splitlines())
                     self.offset += whole
         except OSError:
@@ -73,19 +73,19 @@ class Metrics:
         return finite(column[-1]) if column else None
 
     def thinned(self, points: int, begin: float, end: float) -> dict[str, list]:
-        """Return at most `points` lines from the steps begin to end: of each part those with the lowest and
-        the highest score, which is the reward where there is one, else the loss. `mean` is its running mean
+        """Return at most `points` lines from the steps begin to end, by column: from each part the lines with
+        the lowest and the highest score (the reward, else the loss). `mean` is the running mean of the score
         over a hundredth of the run."""
         columns = {name: np.array(column) for name, column in self.columns.items()}
         scores = columns.get("reward", columns.get("loss", np.full(self.count, np.nan)))
         columns["mean"] = running_mean(scores, max(1, self.count // 100))
         inside = np.flatnonzero((columns["step"] >= begin) & (columns["step"] <= end))
         if len(inside) > points:
-            kept = {inside[0], inside[-1]}
+            chosen = {inside[0], inside[-1]}
             for part in np.array_split(inside, max(1, (points - 2) // 2)):
                 low, high = np.nan_to_num(scores[part], nan=np.inf), np.nan_to_num(scores[part], nan=-np.inf)
-                kept |= {part[low.argmin()], part[high.argmax()]}
-            inside = np.array(sorted(kept))
+                chosen |= {part[low.argmin()], part[high.argmax()]}
+            inside = np.array(sorted(chosen))
         return {name: [finite(value) for value in column[inside]] for name, column in columns.items()}
 
 

@@ -25,15 +25,15 @@ from ..model import read_model_file
 from ..serving.errors import Refused, wrong
 from ..training.run_folder import CONFIG, RUNNING
 
-ROOT = str(pathlib.Path(__file__).resolve().parents[2])  # of train.py
-STARTED = "studio.json"  # of a run that the page has started
+ROOT = str(pathlib.Path(__file__).resolve().parents[2])  # the folder of train.py
+STARTED = "studio.json"  # a file in the folder of a run that the page has started
 DATA, RUNS = "data", "runs"
 DEPTH, MOST_FOLDERS, MOST = 3, 10_000, 1000  # folders below each other and in all, files in a list
 UPLOADS, FORGOTTEN = ".upload-", 3600  # files on their way, and after how many seconds one is left over
 SLOWEST = 16 << 10  # bytes a second of a file on its way, on average
-TO_DROP = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")  # that one is of two files
+TO_DROP = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")  # a .bin needs its .idx, too
 NAME = re.compile(r"\w[\w.-]{0,79}")
-NAME_BYTES = 200  # of a new file or folder: systems allow 255, and a suffix may come
+NAME_BYTES = 200  # bytes of a new file's or folder's name: systems allow 255, and a suffix may be added
 
 
 class Folders:
@@ -49,7 +49,7 @@ class Folders:
             raise UserError(f"--train {work}: no folder can be made there ({error.strerror})") from None
         self.work, *self.others = map(os.path.realpath, (work, *others))
         self.seen: dict[tuple, str] = {}  # (path, time, size) of a model -> what it is
-        for leftover in pathlib.Path(self.work, DATA).glob(f"{UPLOADS}*"):  # of a server that was killed
+        for leftover in pathlib.Path(self.work, DATA).glob(f"{UPLOADS}*"):  # a killed server leaves these
             with contextlib.suppress(OSError):
                 if time.time() - leftover.stat().st_mtime > FORGOTTEN:
                     leftover.unlink()
@@ -70,10 +70,10 @@ class Folders:
             return text
         # train.py takes a relative path from the folder that it is started in, which was this one before
         paths = (self.allowed(os.path.join(root, text)) for root in (*self.roots, ROOT))
-        if found := next(filter(None, paths), None):
-            if out := next((file for file in files_in(found) if not self.allowed(file)), None):
-                raise wrong(setting, f"{out} is a link that leads out of {found}; copy the file there")
-            return found
+        if path := next(filter(None, paths), None):
+            if out := next((file for file in files_in(path) if not self.allowed(file)), None):
+                raise wrong(setting, f"{out} is a link that leads out of {path}; copy the file there")
+            return path
         is_word = setting in ("tokenizer", "template") and re.fullmatch(r"[\w-]+", text)
         if is_word and not os.path.exists(os.path.join(ROOT, text)):
             return text  # such as world
@@ -145,7 +145,7 @@ class Folders:
         for root in self.roots:
             for folder, folders, files in walk(root):
                 if self._is_run(folder):
-                    folders.clear()  # its checkpoints
+                    folders.clear()  # do not walk through a run's checkpoints
                 paths += [os.path.join(folder, file) for file in sorted(files) if file.endswith(".pth")]
                 if "config.json" in files:
                     paths.append(folder)
@@ -164,11 +164,11 @@ class Folders:
 
     def _listed(self, paths: Iterable[str], described: Callable[[str], dict | None]) -> list[dict]:
         """Describe each file once, under whatever names it was found."""
-        found = []
+        files = []
         for real in dict.fromkeys(filter(None, map(self.allowed, paths))):
-            with contextlib.suppress(OSError):  # it is gone, or not for us to read
-                found.append(described(real))
-        return list(filter(None, found))[:MOST]
+            with contextlib.suppress(OSError):  # the file is gone, or may not be read
+                files.append(described(real))
+        return list(filter(None, files))[:MOST]
 
     def _model(self, real: str) -> dict | None:
         """Describe a model file or folder; None for anything else."""

@@ -57,7 +57,7 @@ def limit_memory(flags: Sequence[str]) -> None:
         return  # a data set of the hub has a size only when it has been read
     model = config.load_model
     files = files_in(model) if os.path.isdir(model) else [model] if model else []
-    mapped = 2 * sum(map(os.path.getsize, files))  # for its tokenizer, and for its template
+    mapped = 2 * sum(map(os.path.getsize, files))  # the tokenizer and the template map the files once each
     read = config.largest_row * MB + sum(source.size for source in data)
     limit = status_bytes("/proc/self/status", "VmData") + mapped + ROOM + OF_A_BYTE * read
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -20,8 +20,8 @@ from ..serving.errors import Refused
 from .folders import ROOT
 
 AT_ONCE, KEPT = 4, 32  # running jobs, and jobs that are remembered
-LINES, TAIL = 50, 1 << 16  # of the output that is shown
-UNFIT = re.compile("[\0\ud800-\udfff]")  # for a command line
+LINES, TAIL = 50, 1 << 16  # lines of output that are shown, and the bytes that are read for them
+UNFIT = re.compile("[\0\ud800-\udfff]")  # characters that no command line can have
 PROGRESS = re.compile(r"(?P<text>.+?): +\d+%, (?P<done>[\d,]+) of (?P<total>[\d,]+)")
 
 
@@ -33,7 +33,7 @@ def tail(file: IO[bytes], most: int = TAIL) -> str:
 
 
 def shown_lines(text: str, most: int) -> list[str]:
-    """Return the last lines of what a program printed; of a bar that was drawn anew its last state."""
+    """Return the last lines that a program printed, each progress bar once, as it was drawn last."""
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return [line[:2000] for line in lines if line.strip()][-most:]
 
@@ -75,13 +75,13 @@ class Job:
         if done and self.when_done:
             result = {**self.when_done, "lines": printed}
         error = next((line for line in reversed(lines) if line.startswith("error:")), (lines or [""])[-1])
-        found = PROGRESS.match(lines[-1]) if lines and code is None else None
-        numbers = {name: int(found[name].replace(",", "")) for name in ("done", "total")} if found else {}
+        bar = PROGRESS.match(lines[-1]) if lines and code is None else None
+        numbers = {name: int(bar[name].replace(",", "")) for name in ("done", "total")} if bar else {}
         return {
             "id": self.id,
             "kind": self.kind,
             "state": "running" if code is None else "done" if done else "failed",
-            "progress": {"text": found["text"], **numbers} if found else None,
+            "progress": {"text": bar["text"], **numbers} if bar else None,
             "lines": lines,
             "result": result if done else None,
             "error": None if code is None or done else error.removeprefix("error: ") or f"ended with {code}",

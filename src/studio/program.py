@@ -17,7 +17,7 @@ from ..serving.program import address, guard_of
 from ..serving.uvicorn_server import Server
 from .app import Studio
 from .folders import Folders
-from .trial import Mounted, Trial
+from .trial import Mounted, TriedModel
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     upload_bytes = parse_size(args.limit_upload or "4GB", "--limit_upload")
     listener = bound(args.host, args.port)
     folders = Folders(args.train, args.models)  # last, as it makes the work folder
-    trial = Trial(args, limits)
+    trial = TriedModel(args, limits)
     studio = Studio(folders, operators, trial, upload_bytes)
     app = make_app(studio.all(), guard_of(args), args.log_requests, trial.metrics.refused, studio.close)
 
@@ -48,6 +48,6 @@ def checked_flags(text: str) -> dict[str, str]:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--train_flags {text}: {error}") from None
-    given = read_flags(flag_parser("--train_flags", ""), words)
-    settle(given)
-    return given
+    settings = read_flags(flag_parser("--train_flags", ""), words)
+    settle(settings)
+    return settings

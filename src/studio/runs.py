@@ -41,13 +41,13 @@ from ..training.run_folder import (
 )
 from ..training.validation_log import VALIDATION
 from . import jobs, settings
-from .curves import Metrics
+from .curves import MetricColumns
 from .folders import ROOT, STARTED, Folders
 
 LOG = "train.log"
 AT_ONCE = 4  # runs that the page has started and that have not ended
 LOG_LINES = 60
-# what the page takes from a run's files
+# fields that the page takes from a run's files, and their types
 STARTED_KINDS = {"started": NUMBER, "stopped": NUMBER, "pid": int, "settings": dict, "words": list}
 SUMMARY_KINDS = dict.fromkeys(("steps", "planned_steps", "best_step"), int) | {"best": str, "plan": list}
 EVALUATION_KINDS = {"step": int, "loss": (*NUMBER, type(None))}
@@ -56,8 +56,8 @@ SHOWN = (".pth", ".gguf", ".safetensors", ".md", ".json", ".jsonl", ".yaml", ".p
 
 def read_config(path: str) -> tuple[Config, Mapping[str, str]]:
     """Read the settings that a run has recorded, and why it chose those that it did."""
-    found = recorded_settings(path)
-    return found.settings, found.chosen
+    recorded = recorded_settings(path)
+    return recorded.settings, recorded.chosen
 
 
 def lock_log(folder: str):
@@ -86,7 +86,7 @@ def is_started(folder: str) -> bool:
             fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is no log, or it is not for us to read
+    except OSError:  # there is no log, or this user may not read it
         pass
     return False
 
@@ -96,7 +96,7 @@ class Run:
 
     def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
-        self.metrics = Metrics(os.path.join(folder, METRICS))
+        self.metrics = MetricColumns(os.path.join(folder, METRICS))
         self.files_read: dict[str, tuple[tuple, Any]] = {}  # file -> (its state, what was read, or None)
         self.updating = threading.Lock()
         self.update()
@@ -112,11 +112,11 @@ class Run:
             return otherwise
         state = stat.st_ino, stat.st_size, stat.st_mtime_ns
         if name not in self.files_read or self.files_read[name][0] != state:
-            self.files_read[name] = state, None  # it is not read again either if it can't be read
+            self.files_read[name] = state, None  # a file that can't be read is not read again, either
             with contextlib.suppress(OSError, ValueError):
                 self.files_read[name] = state, read(self.path(name))
-        found = self.files_read[name][1]
-        return otherwise if found is None else found
+        value = self.files_read[name][1]
+        return otherwise if value is None else value
 
     def update(self) -> None:
         """Read what is new in the folder, unless a request that was given up still does so."""
@@ -200,8 +200,8 @@ class Run:
         return None
 
     def details(self, points: int, begin: float, end: float) -> dict[str, Any]:
-        config, kept = self.config, None if self.is_alive else self.best_step
-        last = [line for line in self.history if line["step"] == kept] or self.history[-1:]
+        config, step = self.config, None if self.is_alive else self.best_step
+        last = [line for line in self.history if line["step"] == step] or self.history[-1:]
         ends = {id(line) for line in (*self.history[:1], *last)}
         words = [word for word in self.started.get("words", []) if isinstance(word, str)]
         return {
@@ -212,7 +212,7 @@ class Run:
                 {**line, "samples": line.get("samples", []) if id(line) in ends else []}
                 for line in self.history
             ],
-            "best_step": kept,
+            "best_step": step,
             "has_checkpoint": bool(list_checkpoints(self.path(CHECKPOINTS))),
             "log": self.log(),
             "command": settings.command(words) if words else full_command(config),
@@ -231,12 +231,12 @@ class Run:
 
     def files(self) -> list[dict[str, Any]]:
         """List the files that can be downloaded, the largest ones first."""
-        found = [
+        files = [
             {"name": entry.name, "bytes": entry.stat().st_size}
             for entry in os.scandir(self.folder)
             if entry.is_file(follow_symlinks=False) and entry.name.endswith(SHOWN)
         ]
-        return sorted(found, key=lambda file: -file["bytes"])
+        return sorted(files, key=lambda file: -file["bytes"])
 
     @property
     def leaves_models(self) -> bool:
@@ -270,12 +270,12 @@ class Runs:
 
     def overviews(self) -> list[dict[str, Any]]:
         """List all runs, the newest ones first."""
-        found = []
+        runs = []
         for name in self.folders.runs():
-            with contextlib.suppress(Exception):  # it was just removed, or its files are anybody's
+            with contextlib.suppress(Exception):  # the run was just removed, or its files hold anything
                 run = self.find(name).overview()
-                found.append((-float(run["started"] or 0), name, run))
-        return [run for _, _, run in sorted(found)]
+                runs.append((-float(run["started"] or 0), name, run))
+        return [run for _, _, run in sorted(runs)]
 
     def words(self, typed: Mapping[str, Any], folder: str) -> list[str]:
         """Return the command line of a run. Raises Refused for settings that the page may not set."""
@@ -327,13 +327,13 @@ class Runs:
         path = os.path.join(folder, STARTED)
         try:
             write_text(path, json.dumps(said))
-            log.write(f"$ {settings.command(words)}\n".encode())  # what comes after it is of this start
+            log.write(f"$ {settings.command(words)}\n".encode())  # lines after this one are of this start
             log.flush()
             process = jobs.start([os.path.join(ROOT, "train.py"), *words], log, log)
             write_text(path, json.dumps({**said, "pid": process.pid}))
         except BaseException:
             if process:
-                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                with contextlib.suppress(ProcessLookupError):  # the process has ended already
                     os.killpg(process.pid, signal.SIGKILL)
             if is_new:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -350,7 +350,7 @@ class Runs:
         # not SIGINT, which is ignored in children of a server that was started in the background
         try:
             os.kill(process, signal.SIGTERM)
-        except ProcessLookupError:  # its children outlived it; so its number is still that of their group
+        except ProcessLookupError:  # only children are left: their group still has the number of the process
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
         except PermissionError:

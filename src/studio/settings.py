@@ -16,7 +16,7 @@ from ..serving.errors import wrong
 from .folders import Folders
 from .jobs import UNFIT
 
-# shown before the others
+# settings that the page shows before the others
 COMMON = (
     "load_model data_file eval_file template peft peft_config loss lr_init epoch_count ctx_len micro_bsz"
     " quant"
@@ -50,9 +50,9 @@ def flags(settings: Mapping[str, Any], folders: Folders, operators: Mapping[str,
     """Return the flags for what the page has set, after those of the operator. Raises Refused for a setting
     that the page may not set."""
     on_rewards = {**operators, **settings}.get("loss") == "grpo"
-    # a file of rewards is refused with another loss
-    own = {name: text for name, text in operators.items() if on_rewards or name != "reward_file"}
-    words = [f"--{name}={text}" for name, text in own.items() if name not in settings]
+    # train.py refuses --reward_file with a loss without rewards
+    usable = {name: text for name, text in operators.items() if on_rewards or name != "reward_file"}
+    words = [f"--{name}={text}" for name, text in usable.items() if name not in settings]
     for name, value in settings.items():
         if name not in FIELDS:
             raise wrong(name[:80], f"there is no such setting{did_you_mean(name, FIELDS)}")

@@ -23,8 +23,8 @@ from ..serving.metrics import ServerMetrics
 PATH = "/try"
 
 
-class Trial:
-    """The model that is tried, if any. To the server it stands for the dispatcher of its only application."""
+class TriedModel:
+    """Model that the page tries, if any. It stands for the dispatcher of the server's only application."""
 
     worker = types.SimpleNamespace(fatal=None)  # a trial that fails does not end the server
 
@@ -71,7 +71,7 @@ class Trial:
             self.app, self.state = app, "ready"
         except UserError as error:
             self.state, self.error = "failed", str(error)
-        except Exception as error:  # else it would be loading for good
+        except Exception as error:  # without this the page would show "loading" for ever
             traceback.print_exc()
             self.state, self.error = "failed", f"{type(error).__name__}: {error}"
 
@@ -92,7 +92,7 @@ class Trial:
 class Mounted:
     """Application that gives paths below /try/ to the trial, and the others to the training page."""
 
-    def __init__(self, app: ASGIApp, trial: Trial):
+    def __init__(self, app: ASGIApp, trial: TriedModel):
         self.app, self.trial = app, trial
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,6 +100,6 @@ class Mounted:
         if chat is None or not f"{path}/".startswith(f"{PATH}/"):
             await self.app(scope, receive, send)
             return
-        # it has a guard of its own, which sees the path as if the chat were alone
+        # the chat checks paths itself, so it gets the path without the prefix of the training page
         inner = path[len(PATH) :] or "/"
         await chat({**scope, "path": inner, "raw_path": inner.encode()}, receive, send)
