@@ -26,7 +26,7 @@ from src.reporting.diagnosis import (
     advice,
     verdict,
 )
-from src.reporting.facts import FEW, FEWEST, GROUPS, WINDOW, Facts, bounds
+from src.reporting.facts import FEW, FEWEST, GROUPS, WINDOW, RunFacts, bounds
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -61,7 +61,7 @@ def sft(*losses, before=("a",), after=("b",), right="4", steps=(3.0, 3.0), confi
         samples = [{"prompt": "2+2?", "answer": answer, "right": right} for answer in answers]
         history.append({"step": step, "loss": loss, "samples": samples, **(beside if step else {})})
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(steps, 1)]
-    return Facts(config, lines, (), len(history) - 1, history)
+    return RunFacts(config, lines, (), len(history) - 1, history)
 
 
 def answered(before, after, *losses, asked=40, config=SFT, steps=None, **found):
@@ -140,7 +140,7 @@ def so_far(lines, config=None):
     """A run that has come to the last of these steps."""
     config = config or (DPO if "reward_chosen" in lines[0] else GRPO)
     watch = Warnings(config, lines)
-    return Facts(config, watch.lines, watch.top)
+    return RunFacts(config, watch.lines, watch.top)
 
 
 def said(lines, config=GRPO, before=()):
@@ -165,7 +165,7 @@ def rewarded(*rewards, lines=None, step=10, error=0.0):
     history = [
         {"step": 10 * i, "loss": -reward, "reward": reward, **known} for i, reward in enumerate(rewards)
     ]
-    return Facts(GRPO, lines or course(20), (), step, history)
+    return RunFacts(GRPO, lines or course(20), (), step, history)
 
 
 UNTRIED = "--lr_init auto, which chooses the learning rate; 0.0001 was given"

@@ -515,7 +515,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     assert f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
     assert 50 << 20 < end["peak_memory_bytes"] < 8 << 30
     private, mapped = end["peak_memory_bytes"], end["mapped_file_bytes"]
-    assert f"{private / 2**20:,.0f} MiB, beside {mapped / 2**20:,.0f} MiB of mapped files" in text
+    assert f"{private / 2**20:,.0f} MiB, plus {mapped / 2**20:,.0f} MiB of mapped files" in text
     expected = moved(RWKV.load(files / "base.pth"), tuned(files, proj_dir / "adapter.pth"))
     assert end["forgetting"] == pytest.approx(expected, rel=1e-4)
     assert list(expected) == ["English", "Chinese", "Code", "Arithmetic", "all"]

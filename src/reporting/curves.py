@@ -32,10 +32,10 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str =
     """Draw the loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
-    steps, losses = _known(metrics, "loss")
+    steps, losses = _points(metrics, "loss")
     axes.plot(steps, losses, alpha=0.35, label="loss")
     axes.plot(steps, running_mean(losses), label=f"mean of {window_of(losses)} steps")
-    evaluated, losses = _known(history, "loss")
+    evaluated, losses = _points(history, "loss")
     if evaluated:
         axes.plot(evaluated, losses, _marks(evaluated), label="validation loss")
     axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
@@ -44,16 +44,16 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str =
 
 
 def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict], path: str) -> None:
-    """Draw a PNG of the metrics beside the loss: running means over the steps, evaluations as marks."""
+    """Draw a PNG of the metrics other than the loss: running means over the steps, evaluations as marks."""
     plt = _pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
     for axes, (title, names) in zip(panels.flat, described.panels, strict=True):
         for number, name in enumerate(names):
-            steps, values = _known(metrics, name)
+            steps, values = _points(metrics, name)
             label = name.replace("_", " ")
             if steps:
                 axes.plot(steps, running_mean(values), color=f"C{number}", label=label)
-            evaluated, values = _known(history, name)
+            evaluated, values = _points(history, name)
             if evaluated:
                 marks = _marks(evaluated)
                 axes.plot(evaluated, values, marks, color=f"C{number}", alpha=0.6, label=f"{label}, held out")
@@ -96,10 +96,10 @@ def window_of(values: Sequence[float]) -> int:
     return max(1, len(values) // 20)
 
 
-def _known(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Return (steps, values) of the lines that have it."""
-    known = [line for line in lines if line.get(name) is not None]
-    return [line["step"] for line in known], [line[name] for line in known]
+def _points(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Return (steps, values) of the lines that have a metric."""
+    with_value = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in with_value], [line[name] for line in with_value]
 
 
 def _marks(evaluated: list[int]) -> str:

@@ -43,7 +43,7 @@ def rows(plan: Plan) -> str:
 
 
 def sources(plan: Plan) -> list[str]:
-    """Write the lines of the details about files and rows, beside what documents_line() says of them."""
+    """Write the lines of the details about files and rows that documents_line() leaves out."""
     found = plan.data.found
     return [*found.source_lines(but=plan.settings.data_file), *found.bad_lines()]
 
@@ -102,5 +102,5 @@ def left_out(found: Data, ctx_len: int) -> str:
     for file in found.found.files.values():
         for reason, (count, places) in file.left_out.items():
             parts.append(f"{counted(count, 'row')} in which {reason}: {places_text(count, places)}")
-    told = "; ".join(filter(None, parts))
-    return f"; left out: {told}" if told else ""
+    text = "; ".join(filter(None, parts))
+    return f"; left out: {text}" if text else ""

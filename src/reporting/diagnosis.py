@@ -1,6 +1,6 @@
 """The verdict on a run, and warnings while it goes: one table of rules.
 
-A rule has a verdict, a condition, words and remedies, which are functions of Facts. Facts come from settings
+A rule has a verdict, a condition, words and remedies, functions of RunFacts. RunFacts come from settings
 and logs alone. The first rule that holds at the end gives the verdict. docs/training.md explains the table.
 """
 
@@ -19,7 +19,7 @@ from ..config.schema import CHOSEN, PUBLISHED
 from ..losses import loss_of
 from ..losses.metrics import percent
 from ..training.validation_log import base_wins
-from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest, steps_text
+from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, RunFacts, highest, steps_text
 
 LEARNT, STILL, BY_HEART = "learnt", "still learning", "learnt by heart"
 COLLAPSED, WORSE, NOTHING = "answers collapsed", "made worse", "nothing learnt"
@@ -31,20 +31,20 @@ class Rule(NamedTuple):
     """Rule about a run: the verdict that it gives at the end, where it is the first of the table that holds,
     or a warning while the run goes."""
 
-    name: str  # while a run goes each is said once
+    name: str  # a rule of a name warns once in a run
     verdict: str
-    when: Callable[[Facts], bool]
-    words: Callable[[Facts], str]
-    remedies: Callable[[Facts], list[str]] = lambda f: []  # any of them may help
-    early: bool = False  # while the run goes, too
-    is_note: bool = False  # no reason for a warning
+    when: Callable[[RunFacts], bool]
+    words: Callable[[RunFacts], str]
+    remedies: Callable[[RunFacts], list[str]] = lambda f: []  # each remedy alone may help
+    early: bool = False  # whether the rule also warns while the run goes
+    is_note: bool = False  # print "note" instead of "WARNING"
 
 
 RULES = (
     Rule(
         "solved before",
         NOTHING,
-        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.asked >= FEW and not f.is_better,
+        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.questions >= FEW and not f.is_better,
         lambda f: f"the {f.score}{f.right_text}: the base knew the task already",
         lambda f: ["rows that the base does not answer right"],
     ),
@@ -52,7 +52,7 @@ RULES = (
         "answers learnt",
         LEARNT,
         lambda f: f.more_right > 2 and f.rights[1] >= SOLVED,
-        lambda f: f"the {f.score}{f.right_text}{f.then}",
+        lambda f: f"the {f.score}{f.right_text}{f.since_best}",
     ),
     Rule(
         "collapsed",
@@ -71,10 +71,10 @@ RULES = (
     Rule(
         "failed",
         NOT_JUDGED,
-        lambda f: f.failed > FAILED,
+        lambda f: f.failed_share > FAILED,
         lambda f: (
-            f"the rewards of {percent(f.failed)} of the groups of {f.steps} failed; they are left out, also"
-            " of the mean reward"
+            f"the rewards of {percent(f.failed_share)} of the groups of {f.steps} failed; they are left out,"
+            " also of the mean reward"
         ),
         lambda f: ["mending the reward: each kind of failure was told once, where it first came"],
         early=True,
@@ -82,9 +82,9 @@ RULES = (
     Rule(
         "lost",
         WORSE,
-        lambda f: bool(f.lost) and f.accuracy > 0.5 and f.more_right <= 0,
+        lambda f: bool(f.chosen_fall) and f.accuracy > 0.5 and f.more_right <= 0,
         lambda f: (
-            f"log p of a chosen answer is {f.lost} than before the training, while the accuracy is"
+            f"log p of a chosen answer is {f.chosen_fall} than before the training, while the accuracy is"
             f" {percent(f.accuracy)}: the right answers get lost with the wrong ones"
         ),
         lambda f: [likelier(f)],
@@ -101,7 +101,7 @@ RULES = (
         "by heart",
         BY_HEART,
         lambda f: f.is_by_heart,
-        lambda f: f"the training loss fell by {percent(f.learnt)}, and the {f.last_score}{f.right_text}",
+        lambda f: f"the training loss fell by {percent(f.learnt)}, and the {f.score_at_end}{f.right_text}",
         lambda f: ["more rows"],
     ),
     Rule(
@@ -141,7 +141,7 @@ RULES = (
         "learnt",
         LEARNT,
         lambda f: f.is_better or f.more_right > 2,
-        lambda f: f"the {f.score}{f.then}{f.right_text}{f.far_text}",
+        lambda f: f"the {f.score}{f.since_best}{f.right_text}{f.far_text}",
     ),
     Rule(
         "reward rose",
@@ -166,8 +166,8 @@ RULES = (
     Rule(
         "solved",
         NOTHING,
-        lambda f: f.is_dead and f.near == "highest",
-        lambda f: f"{f.dead}: nearly all answers are right (reward {f.reward:.3g} of {f.range[1]:.3g})",
+        lambda f: f.is_dead and f.near_end == "highest",
+        lambda f: f"{f.dead_text}: nearly all answers are right (reward {f.reward:.3g} of {f.range[1]:.3g})",
         lambda f: ["harder questions", "stop here: this set is learnt"],
         early=True,
         is_note=True,
@@ -175,9 +175,9 @@ RULES = (
     Rule(
         "too hard",
         NOTHING,
-        lambda f: f.is_dead and f.near == "lowest",
+        lambda f: f.is_dead and f.near_end == "lowest",
         lambda f: (
-            f"{f.dead}: nearly all answers are wrong from the start (reward {f.reward:.3g}; the lowest"
+            f"{f.dead_text}: nearly all answers are wrong from the start (reward {f.reward:.3g}; the lowest"
             f" possible is {f.range[0]:.3g})"
         ),
         lambda f: easier(f),
@@ -186,8 +186,8 @@ RULES = (
     Rule(
         "dead",
         NOTHING,
-        lambda f: f.is_dead and not f.near and not f.fall,
-        lambda f: f"{f.dead}, with a reward of {f.reward:.3g}",
+        lambda f: f.is_dead and not f.near_end and not f.fall,
+        lambda f: f"{f.dead_text}, with a reward of {f.reward:.3g}",
         lambda f: (
             easier(f)
             if f.is_low
@@ -213,7 +213,7 @@ RULES = (
         NOT_JUDGED,
         lambda f: f.may_be_chance and abs(f.gain) >= LITTLE,
         lambda f: f"the {f.score}, which may be chance{f.right_text}",
-        lambda f: [f"an --eval_file with more than {f.asked} questions"],
+        lambda f: [f"an --eval_file with more than {f.questions} questions"],
     ),
     Rule(
         "lower reward",
@@ -244,7 +244,7 @@ RULES = (
         lambda f: f.is_blind,
         lambda f: (
             f"the training loss fell by {percent(f.learnt)}, from {f.losses[1]:.4f} to {f.losses[2]:.4f},"
-            f" which may be by heart: {f.unknown}"
+            f" which may be by heart: {f.why_blind}"
         ),
         lambda f: (
             ["more rows, as of 20 or more some are held out"]
@@ -266,11 +266,11 @@ class Verdict(NamedTuple):
     """Verdict on a run that has ended."""
 
     name: str  # LEARNT, STILL, BY_HEART, COLLAPSED, WORSE, NOTHING or NOT_JUDGED
-    reason: str  # what was measured
+    reason: str  # the measurement behind the verdict
     remedy: str  # "": nothing is to be done
     offered: bool  # whether the trained file is worth using
     rule: str = ""  # the name of the rule that held
-    numbers: Mapping[str, Any] = MappingProxyType({})  # what was measured, before and after
+    numbers: Mapping[str, Any] = MappingProxyType({})  # measured values, before and after the training
 
     def as_object(self) -> dict[str, Any]:
         """Return the verdict for run.json, from which a page can say it in another language."""
@@ -282,12 +282,12 @@ class Verdict(NamedTuple):
 
 
 def verdict(config: Settled, metrics: list[dict], step: int, history: list[dict]) -> Verdict:
-    """Judge a run that has ended, by the first rule that holds. The arguments are those of Facts."""
+    """Judge a run that has ended, by the first rule that holds. The arguments are those of RunFacts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
     if not loss_of(config).metrics.by_loss:
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
-    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history)
+    facts = RunFacts(config, lines, highest(lines[-WINDOW:], *windows), step, history)
     rule = next(rule for rule in RULES if rule.when(facts))
     offered = facts.is_worth_using if rule.verdict == BY_HEART else rule.verdict in OFFERED
     return Verdict(
@@ -295,7 +295,7 @@ def verdict(config: Settled, metrics: list[dict], step: int, history: list[dict]
     )
 
 
-def numbers_of(facts: Facts) -> dict[str, Any]:
+def numbers_of(facts: RunFacts) -> dict[str, Any]:
     """Collect the numbers behind a verdict; None for one that is not known."""
     pairs = {
         "loss" if facts.by_loss else "reward": facts.change,
@@ -325,7 +325,7 @@ class Warnings:
         self.lines.append(line)
         del self.lines[WINDOW:-WINDOW]
         self.top = highest(self.lines[-WINDOW:], self.top)
-        facts = Facts(self.config, self.lines, self.top)
+        facts = RunFacts(self.config, self.lines, self.top)
         new = [rule for rule in RULES if rule.early and rule.name not in self.said and rule.when(facts)]
         self.said |= {rule.name for rule in new}
         return "\n".join(
@@ -334,12 +334,12 @@ class Warnings:
         )
 
 
-def advice(rule: Rule, facts: Facts) -> str:
+def advice(rule: Rule, facts: RunFacts) -> str:
     """Join the remedies of a rule."""
     return ", or ".join(rule.remedies(facts))
 
 
-def lower_rate(f: Facts) -> str:
+def lower_rate(f: RunFacts) -> str:
     """Advise a lower rate; if no state of a run on rewards was better than its base, also a new start."""
     rate = f"a third of the rate: --lr_init {f.config.lr_init / 3:.2g}"
     if f.by_loss or not base_wins(f.history):
@@ -347,7 +347,7 @@ def lower_rate(f: Facts) -> str:
     return f"starting again in a new --proj_dir with {rate} (without it: the chosen one)"
 
 
-def larger_beta(f: Facts) -> str:
+def larger_beta(f: RunFacts) -> str:
     """Advise a larger weight of the KL to the base, or to have one."""
     beta = f.config.beta
     return f"a larger --beta than {beta:g}" if beta else "--beta 0.04, a KL to the base"
@@ -360,7 +360,7 @@ def usual_weight(config: Settled) -> float:
     return 1 / config.beta if config.loss == "ipo" else 1.0
 
 
-def likelier(f: Facts) -> str:
+def likelier(f: RunFacts) -> str:
     """Advise what keeps chosen answers likely: their cross entropy, and where they have it a lower rate."""
     config = f.config
     if config.loss == "orpo":
@@ -369,7 +369,7 @@ def likelier(f: Facts) -> str:
     return f"--sft_weight {usual:.3g}" if config.sft_weight < usual else lower_rate(f)
 
 
-def kept_answers(f: Facts) -> str:
+def kept_answers(f: RunFacts) -> str:
     """Advise what keeps the answers that were right."""
     if f.is_preference:
         return likelier(f)
@@ -378,7 +378,7 @@ def kept_answers(f: Facts) -> str:
     return "rows that teach what the held-out questions ask"
 
 
-def mended(f: Facts) -> str:
+def mended(f: RunFacts) -> str:
     """Advise, where the loss fell and the answers are no better, what the facts point to."""
     if not f.by_loss:
         return lower_rate(f)
@@ -402,7 +402,7 @@ def mended(f: Facts) -> str:
     return "a larger rank (--peft_config)"
 
 
-def easier(f: Facts) -> list[str]:
+def easier(f: RunFacts) -> list[str]:
     """Advise what lets some answers of a group be right."""
     config = f.config
     flags = {"load_model": config.load_model, "data_file": config.data_file, "peft": config.peft}
@@ -419,7 +419,7 @@ def easier(f: Facts) -> list[str]:
     return [*advised, f"more answers (--group_size above {config.group_size})"]
 
 
-def longer(f: Facts) -> str:
+def longer(f: RunFacts) -> str:
     """Advise twice the length, or what makes ENOUGH steps."""
     config, steps = f.config, f.lines[-1]["step"]
     factor = max(2, math.ceil(ENOUGH / steps))
@@ -428,7 +428,7 @@ def longer(f: Facts) -> str:
     return f"more passes: --epoch_count {factor * config.epoch_count}"
 
 
-def untried_rate(f: Facts) -> str:
+def untried_rate(f: RunFacts) -> str:
     """Advise to leave the rate to the program; "" where it was left to it."""
     config, origin = f.config, f.config.origin_of("lr_init")
     if origin.startswith(CHOSEN):
@@ -437,7 +437,7 @@ def untried_rate(f: Facts) -> str:
     return f"--lr_init auto, which chooses the learning rate; {config.lr_init:g} was {why}"
 
 
-def other_settings(f: Facts) -> str:
+def other_settings(f: RunFacts) -> str:
     """Advise, for a run that has learnt nothing, what it has not tried."""
     if not f.by_loss:
         return ", or ".join(easier(f)) if f.is_low or f.mean("dead_groups") > CUT else longer(f)

@@ -46,9 +46,9 @@ def short_example(example: Document | Preference | Question, tokenizer) -> str:
     if isinstance(example, Document):
         return short_sample(example, tokenizer)
     if isinstance(example, Question):
-        asked, right = ("⏎".join(text.splitlines()) for text in (example.prompt, str(example.answer)))
-        asked = asked if len(asked) <= SAMPLE else f"... {asked[-SAMPLE:]}"
-        return f"{asked} (right: {right if len(right) <= SAMPLE else f'{right[:SAMPLE]} ...'})"
+        prompt, right = ("⏎".join(text.splitlines()) for text in (example.prompt, str(example.answer)))
+        prompt = prompt if len(prompt) <= SAMPLE else f"... {prompt[-SAMPLE:]}"
+        return f"{prompt} (right: {right if len(right) <= SAMPLE else f'{right[:SAMPLE]} ...'})"
     shown, ends = "", []
     for answer in example.answers:
         begin = prompt_length(answer)

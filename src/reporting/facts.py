@@ -20,14 +20,14 @@ STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be
 TENTH = 0.1  # share of a reward's range: rewards that differ by less are alike
 FEW = 8  # pairs or questions: fewer tell nothing
 FEWEST = 5  # questions of which none is right: fewer tell nothing
-NATS = 1.0  # by which log p of a chosen answer must fall
-DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
+NATS = 1.0  # log p of a chosen answer must fall by more than this
+DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of dead groups, cut answers and failed groups are reported
 ALIKE, SOLVED = 0.9, 0.9  # shares of answers that are the same, and right
 LITTLE = 0.02  # a score that gets better by a smaller share has not got better
 LATE = 0.8  # a score that gets better after this part of the run has not stopped
 ENOUGH = 200  # steps that are worth trying
 FAR = 0.5  # a training loss that ends above the base's by this share has risen
-JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
+RIGHT_REWARDS = ("exact", "number", "boxed", "math_verify")  # 1 for a right answer, 0 for others
 VERY_LARGE = "very large"
 # nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
 KL_IN_WORDS = {
@@ -38,7 +38,7 @@ KL_IN_WORDS = {
 }
 
 
-class Facts:
+class RunFacts:
     """Facts of a run for the rules, while it goes or after its end, when it recommends the state of `step`.
 
     `lines` are those of metrics.jsonl; while a run goes they are its first and its last WINDOW. `top` are the
@@ -57,7 +57,7 @@ class Facts:
         self.by_loss = loss_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
         self.steps, self.documents = steps_text(self.last), f"held-out {loss_of(config).words.example}s"
-        self.range = None if self.by_loss else bounds(config.rewards)  # of a reward
+        self.range = None if self.by_loss else bounds(config.rewards)  # lowest and highest possible reward
         self.step = step
         self.is_enough = step is not None or len(lines) >= WINDOW
         ends = evaluation_at(history, 0), evaluation_at(history, step)
@@ -67,7 +67,7 @@ class Facts:
 
     def mean(self, name: str) -> float:
         """Return the mean of a metric over the last steps; NaN where none of them has it."""
-        return mean_and_error(known(self.last, name))[0]
+        return mean_and_error(values_of(self.last, name))[0]
 
     # the score, which is the loss or a reward
 
@@ -81,7 +81,7 @@ class Facts:
 
     @functools.cached_property
     def gain(self) -> float:
-        """The share of itself, or of its range, by which the score got better; NaN where it is not known."""
+        """The gain of the score, as a share of its range, or of the score before; NaN if it is not known."""
         before, after = self.change
         if after is None:
             return math.nan
@@ -98,7 +98,7 @@ class Facts:
 
     @property
     def may_be_chance(self) -> bool:
-        """True if the held-out reward changed by at most two standard errors, those of both ends."""
+        """True if the held-out reward changed by at most two standard errors of the difference."""
         if self.by_loss or not self.after:
             return False
         errors = [line.get("reward_error", 0.0) for line in (self.before, self.after)]
@@ -123,8 +123,8 @@ class Facts:
         if self.by_loss:
             share = f" by {100 * self.gain:.2f} %," if self.gain > 0 else ""
             return f"loss on {self.documents} {verb}{share} from {before:.4f} to {after:.4f}{self.bits_text}"
-        asked = self.documents if self.after else "the training's own questions"
-        return f"reward on {asked} {verb} from {before:.4g} to {after:.4g}"
+        questions = self.documents if self.after else "the training's own questions"
+        return f"reward on {questions} {verb} from {before:.4g} to {after:.4g}"
 
     @property
     def bits(self) -> tuple[float | None, float | None]:
@@ -134,7 +134,7 @@ class Facts:
 
     @property
     def bits_text(self) -> str:
-        """These bits, in words, behind others; "" if they are not known."""
+        """The bits a byte in brackets, to follow another text; "" if they are not known."""
         return "" if None in self.bits else " ({:.3f} to {:.3f} bits a byte)".format(*self.bits)
 
     @property
@@ -162,8 +162,8 @@ class Facts:
         return [line for line in lines if 0 < line["step"] <= LATE * self.history[-1]["step"]]
 
     @property
-    def last_score(self) -> str:
-        """The same of the last state, where the one that is judged is better."""
+    def score_at_end(self) -> str:
+        """score() of the last step, if the recommended step is an earlier one with a lower loss."""
         last = self.history[-1]
         if last is self.after or last["loss"] is None:
             return self.score
@@ -176,8 +176,8 @@ class Facts:
         return self.gain <= 0 or (self.by_loss and bool(self.after) and self.after["loss"] is None)
 
     @property
-    def then(self) -> str:
-        """The way of the score after the state that is judged, in words; "" if that is the last one."""
+    def since_best(self) -> str:
+        """The course of the score after the recommended state, in words; "" if that is the last state."""
         if not self.after or self.history[-1] is self.after:
             return ""
         last = self.history[-1]
@@ -208,7 +208,7 @@ class Facts:
             return False
         else:
             windows = self.lines[-2 * part : -part], self.lines[-part:]
-            (earlier, one), (now, other) = (mean_and_error(known(window, name)) for window in windows)
+            (earlier, one), (now, other) = (mean_and_error(values_of(window, name)) for window in windows)
             error = STANDARD_ERRORS / 2 * math.hypot(one, other)
         better = earlier - now if self.by_loss else now - earlier
         scale = self.range[1] - self.range[0] if self.range else abs(earlier)
@@ -229,8 +229,8 @@ class Facts:
         return self.by_loss and not self.after
 
     @property
-    def unknown(self) -> str:
-        """The reason for that, in words."""
+    def why_blind(self) -> str:
+        """The reason why is_blind, in words."""
         return "there is no evaluation before the training" if self.history else "nothing was held out"
 
     @functools.cached_property
@@ -264,8 +264,8 @@ class Facts:
         return None if len(ends) < 2 or None in ends else (ends[0], ends[1])
 
     @property
-    def asked(self) -> int:
-        """The number of questions behind these shares."""
+    def questions(self) -> int:
+        """The number of questions that rights() are shares of."""
         return questions_of(self.after)
 
     @property
@@ -273,7 +273,7 @@ class Facts:
         """The rise of the share of right answers, in standard errors of two shares; 0 if it is not known."""
         if not self.rights:
             return 0.0
-        mean, count = sum(self.rights) / 2, self.asked
+        mean, count = sum(self.rights) / 2, self.questions
         error = math.sqrt(2 * mean * (1 - mean) / count)
         return (self.rights[1] - self.rights[0]) / error if error else 0.0
 
@@ -289,15 +289,15 @@ class Facts:
         if not self.by_loss or self.rights is None or min(self.rights) >= SOLVED:
             return False
         fewest = FEW if self.rights[1] else FEWEST
-        return self.rights[1] <= self.rights[0] and self.asked >= fewest
+        return self.rights[1] <= self.rights[0] and self.questions >= fewest
 
     @property
     def right_text(self) -> str:
-        """The right answers before and after, in words, behind others; "" if they are not known."""
+        """The right answers before and after, in words, to follow another text; "" if they are not known."""
         if not self.rights:
             return ""
-        counts = [round(share * self.asked) for share in self.rights]
-        return f"; right answers {counts[0]} to {counts[1]} of {self.asked}"
+        counts = [round(share * self.questions) for share in self.rights]
+        return f"; right answers {counts[0]} to {counts[1]} of {self.questions}"
 
     @functools.cached_property
     def collapse(self) -> str:
@@ -314,7 +314,7 @@ class Facts:
     @functools.cached_property
     def accuracy(self) -> float:
         """The share of pairs whose chosen answer wins; NaN where it is not known."""
-        return mean_and_error(known([self.after] if self.after else self.last, *ACCURACIES))[0]
+        return mean_and_error(values_of([self.after] if self.after else self.last, *ACCURACIES))[0]
 
     @property
     def prefers(self) -> bool:
@@ -324,31 +324,31 @@ class Facts:
 
     @property
     def chance(self) -> float:
-        """Two standard errors of the accuracy of a coin on the held-out data; -1 without that."""
+        """Two standard errors of the accuracy that a coin has on the held-out data; -1 without such data."""
         return 1 / math.sqrt(self.after["units"]) if self.after and "units" in self.after else -1.0
 
     @functools.cached_property
-    def lost(self) -> str:
+    def chosen_fall(self) -> str:
         """The fall of log p of chosen answers since the start, in words; "" if it has not fallen.
 
         Without held-out data the rewards of steps show it, if they are sums and the run is its own reference.
         """
         config = self.config
         if self.history:
-            ends = known([self.before, self.after], "logp_chosen") if self.after else []
+            ends = values_of([self.before, self.after], "logp_chosen") if self.after else []
             fell = ends[0] - ends[1] if len(ends) == 2 else 0.0
             return f"{fell:.1f} lower on held-out data" if fell > NATS else ""
         if config.loss not in ("dpo", "kto") or config.loss_average != "sum" or config.reference:
             return ""
-        mean, error = mean_and_error(known(self.last, "reward_chosen"))
+        mean, error = mean_and_error(values_of(self.last, "reward_chosen"))
         fell = -mean / config.beta
         is_fall = self.is_enough and fell > max(NATS, STANDARD_ERRORS * error / config.beta)
         return f"{fell:.1f} lower in {self.steps}" if is_fall else ""
 
     @property
     def far_text(self) -> str:
-        """The KL to the reference on held-out answers, in words, if it is very large and no answer is known
-        to be right; "" else."""
+        """A very large KL to the reference on held-out answers, in words; "" if it is smaller or an answer is
+        known to be right."""
         kl = self.by_loss and self.after and self.after.get("kl") or 0.0
         if kl < 1 or any(self.rights or ()) or any_right(self.after):
             return ""
@@ -363,11 +363,11 @@ class Facts:
     @functools.cached_property
     def is_dead(self) -> bool:
         """True if nearly all groups have equal rewards, and there are enough groups to tell."""
-        share, groups = self.mean("dead_groups"), sum(known(self.last, "units"))
+        share, groups = self.mean("dead_groups"), sum(values_of(self.last, "units"))
         return share > DEAD and (self.is_enough or share == 1 and groups >= GROUPS)
 
     @property
-    def dead(self) -> str:
+    def dead_text(self) -> str:
         share = percent(self.mean("dead_groups"))
         return f"{share} of the groups of {self.steps} have equal rewards, so that they teach nothing"
 
@@ -377,11 +377,11 @@ class Facts:
         return bool(self.range) and self.reward <= self.range[0] + TENTH * (self.range[1] - self.range[0])
 
     @property
-    def near(self) -> str:
+    def near_end(self) -> str:
         """The end of the reward's range, highest or lowest, that all answers are near; "" for neither."""
         if not self.range:
             return ""
-        (lowest, highest), top = self.range, mean_and_error(known(self.top, "reward"))[0]
+        (lowest, highest), top = self.range, mean_and_error(values_of(self.top, "reward"))[0]
         if self.reward >= highest - TENTH * (highest - lowest):
             return "highest"
         return "lowest" if top <= lowest + TENTH * (highest - lowest) else ""
@@ -389,7 +389,7 @@ class Facts:
     @functools.cached_property
     def fall(self) -> tuple[float, str] | None:
         """(earlier reward, its steps) if the reward is lower now by more than chance."""
-        (now, error), (top, other) = (mean_and_error(known(w, "reward")) for w in (self.last, self.top))
+        (now, error), (top, other) = (mean_and_error(values_of(w, "reward")) for w in (self.last, self.top))
         first = self.lines[0].get("reward") if self.lines[0].get("units", 0) >= FEW else None
         least = TENTH * (self.range[1] - self.range[0] if self.range else abs(top))
         if top - now > max(STANDARD_ERRORS * math.hypot(error, other), least):
@@ -404,25 +404,25 @@ class Facts:
         """(first reward, last reward) of drawn answers, if it rose over a whole run by more than chance."""
         if self.by_loss or self.step is None or len(self.lines) < 2 * WINDOW:
             return None
-        first, now = (mean_and_error(known(w, "reward")) for w in (self.lines[:WINDOW], self.last))
+        first, now = (mean_and_error(values_of(w, "reward")) for w in (self.lines[:WINDOW], self.last))
         least = TENTH * (self.range[1] - self.range[0] if self.range else abs(first[0]))
         is_rise = now[0] - first[0] > max(STANDARD_ERRORS * math.hypot(first[1], now[1]), least)
         return (first[0], now[0]) if is_rise else None
 
     @property
-    def failed(self) -> float:
+    def failed_share(self) -> float:
         """The share of groups whose reward failed."""
-        return sum(known(self.last, "failed_groups")) / max(1, sum(known(self.last, "units")))
+        return sum(values_of(self.last, "failed_groups")) / max(1, sum(values_of(self.last, "units")))
 
 
 def right_share(line: dict, rewards: Collection[str]) -> float | None:
-    """Return the share of right answers of an evaluation; None if no judge tells it."""
-    names = ["right_answers", *(f"reward_{name}" for name in JUDGES if name in rewards)]
+    """Return the share of right answers in an evaluation; None if it was not measured."""
+    names = ["right_answers", *(f"reward_{name}" for name in RIGHT_REWARDS if name in rewards)]
     return next((line[name] for name in names if line.get(name) is not None), None)
 
 
 def questions_of(line: dict) -> int:
-    """Count the questions of an evaluation; those of rewards are its examples."""
+    """Count the questions of an evaluation, which are its examples in a run on rewards."""
     return line.get("asked") or line["units"]
 
 
@@ -430,15 +430,15 @@ def fault_of(line: dict | None) -> str:
     """Tell what nearly all answers of an evaluation have in common, if they should not; "" for nothing."""
     if not line or "answers" not in line:
         return ""
-    found, count = line["answers"], line["asked"]
-    if found["empty"] > CUT * count:
-        return f"{found['empty']} of {count} answers are empty"
-    if found["endless"] > CUT * count:
-        return f"{found['endless']} of {count} answers do not end"
-    usual = found["same_right"] / count
+    counts, count = line["answers"], line["asked"]
+    if counts["empty"] > CUT * count:
+        return f"{counts['empty']} of {count} answers are empty"
+    if counts["endless"] > CUT * count:
+        return f"{counts['endless']} of {count} answers do not end"
+    usual = counts["same_right"] / count
     chance = 2 * math.sqrt(usual * (1 - usual) / count)
-    if found["same"] >= ALIKE * count and found["same"] / count > usual + chance:
-        return f"{found['same']} of {count} answers are {found['common']!r}"
+    if counts["same"] >= ALIKE * count and counts["same"] / count > usual + chance:
+        return f"{counts['same']} of {count} answers are {counts['common']!r}"
     return ""
 
 
@@ -458,8 +458,8 @@ def bounds(rewards: Mapping[str, float]) -> tuple[float, float] | None:
 
 def highest(now: Sequence[dict], *windows: Sequence[dict]) -> Sequence[dict]:
     """Return the window of WINDOW steps with the highest mean reward; `now` if none has rewards."""
-    whole = [window for window in (now, *windows) if len(window) == WINDOW and known(window, "reward")]
-    return max(whole, key=lambda window: mean_and_error(known(window, "reward"))[0], default=now)
+    whole = [window for window in (now, *windows) if len(window) == WINDOW and values_of(window, "reward")]
+    return max(whole, key=lambda window: mean_and_error(values_of(window, "reward"))[0], default=now)
 
 
 def steps_text(lines: Sequence[dict]) -> str:
@@ -471,10 +471,10 @@ def steps_text(lines: Sequence[dict]) -> str:
 def tenths(lines: Sequence[dict], name: str) -> tuple[float, float]:
     """Return the mean of a metric over the first tenth of the steps, and over the last."""
     part = max(1, len(lines) // 10)
-    return mean_and_error(known(lines[:part], name))[0], mean_and_error(known(lines[-part:], name))[0]
+    return mean_and_error(values_of(lines[:part], name))[0], mean_and_error(values_of(lines[-part:], name))[0]
 
 
-def known(lines: Sequence[dict], *names: str) -> list[float]:
+def values_of(lines: Sequence[dict], *names: str) -> list[float]:
     """Return from each line the first of these metrics that it has."""
     found = ([line[name] for name in names if line.get(name) is not None] for line in lines)
     return [values[0] for values in found if values]

@@ -87,13 +87,13 @@ def _hub_name(path: str) -> hub.HubName | None:
 
 def _datasets(data_file: str) -> list[str]:
     """List OWNER/NAME of every data set of the hub, once."""
-    found = {}
+    names = {}
     for path, _ in weighted_paths(hub.recorded(data_file)):
         if hub.is_hub_name(path) and (name := hub.parse(path, hub.DATA)).repo_type == hub.DATA:
-            found[name.repo] = None
+            names[name.repo] = None
         elif names_dataset(path):
-            found["/".join(path.split("/")[:2])] = None
-    return [*found]
+            names["/".join(path.split("/")[:2])] = None
+    return [*names]
 
 
 def _base(load_model: str, metadata: dict) -> str:

@@ -102,8 +102,8 @@ def template_text(template: Template) -> str:
 
 def released_modes(load_model: str, template: Template) -> list[str]:
     """Write the line about the modes of a released G1 model; [] for any other base."""
-    known = modes_note(load_model, template)
-    return [f"template   {known}"] if known else []
+    note = modes_note(load_model, template)
+    return [f"template   {note}"] if note else []
 
 
 def details(run: Plan, model: RWKV) -> list[str]:
@@ -144,8 +144,8 @@ def trained(peft: str, model: RWKV) -> str:
         return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
     count, total = report.trainable, report.total
-    beside = f", and {', '.join(report.beside())} of the base" if report.train_parts else ""
-    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{beside}"
+    parts = f", and {', '.join(report.beside())} of the base" if report.train_parts else ""
+    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{parts}"
 
 
 def unseen(config: Config) -> str:
@@ -161,8 +161,8 @@ def method(peft: str, model: RWKV) -> str:
     report = model.injection
     usual = vars(METHODS[peft].Options())
     options = report.options.items()
-    told = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
-    described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
+    shown = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
+    described = "".join(f", {name} {value}" for name, value in shown.items() if value not in ({}, False, ""))
     linears = len(report.linears) - len(report.rows)
     where = f" in {counted(linears, 'matrix', 'matrices')}" if linears else ""
     if report.layers is not None:
@@ -196,7 +196,7 @@ def far_above(run: Plan) -> str:
 
 def needs(cost: Cost, where: str) -> str:
     """Write the line of the plan about memory and time."""
-    most = "at most about" if cost.provided else "about"  # of answers that are as long as they may be
+    most = "at most about" if cost.provided else "about"  # drawn answers are counted at their greatest length
     memory = f"{most} {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"

@@ -35,12 +35,12 @@ def card(
     seconds = sum(line["seconds"] for line in metrics)
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
-    kept = summary.get("best_step", summary["steps"])
+    step = summary.get("best_step", summary["steps"])
     figures = {
         "verdict": judged.sentence,
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
-        "greedy answers": held_out_words(config.rewards, kept, log.history),
+        "greedy answers": held_out_words(config.rewards, step, log.history),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
@@ -72,8 +72,8 @@ def _memory(summary: dict) -> str:
     if not (peak := summary.get("peak_memory_bytes")):
         return NOT_MEASURED
     mapped = summary.get("mapped_file_bytes")
-    beside = f", beside {mapped / 2**20:,.0f} MiB of mapped files" if mapped else ""
-    return f"{peak / 2**20:,.0f} MiB{beside}, of the process that had most"
+    files = f", plus {mapped / 2**20:,.0f} MiB of mapped files" if mapped else ""
+    return f"{peak / 2**20:,.0f} MiB{files},  of the process that had most"
 
 
 def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict]) -> str:
@@ -110,9 +110,9 @@ def _drawn(drawn: list[dict]) -> list[str]:
 
 def _answer_text(answer: dict) -> str:
     """Write an answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
-    known = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
-    known.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
-    return f"{', '.join(known)}: {answer['answer']!r}"
+    parts = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
+    parts.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
+    return f"{', '.join(parts)}: {answer['answer']!r}"
 
 
 def training_score(described: LossMetrics, summary: dict) -> str:
@@ -124,7 +124,7 @@ def training_score(described: LossMetrics, summary: dict) -> str:
 
 
 def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
-    """Write the metrics beside the loss; [] for supervised training."""
+    """Write the section on metrics other than the loss; [] for supervised training."""
     if not described.heading:
         return []
     first, last = described.first_and_last(metrics)

@@ -80,12 +80,12 @@ def finish(
         state = "ended early, as the data are known by heart, which is all that could be judged"
     judged = None
     if state != STOPPED:
-        kept, kept_step = _recommended(summary)
-        judged = verdict(config, metrics, kept_step, history)
+        file, step_of_file = _recommended(summary)
+        judged = verdict(config, metrics, step_of_file, history)
         summary["verdict"] = {**judged.as_object(), "forgotten": _forgotten(summary)}
         text = card(config, plan, summary, log, judged)
         write_text(os.path.join(config.proj_dir, CARD), text)
-        write_model_card(config, summary, metrics, history, kept)
+        write_model_card(config, summary, metrics, history, file)
     # last, because is_summed_up() looks for it
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     say("\n".join(_last_words(config, state, summary, history, judged)))
@@ -99,14 +99,14 @@ def _validation_summary(described: LossMetrics, proj_dir: str, history: list[dic
         summary = {f"{name}_{end}": described.score_of(line["loss"]) for end, line in ends.items()}
     top = os.path.join(proj_dir, BEST)
     if os.path.exists(top):
-        kept = rwkv_miss.read_metadata(top)
-        summary |= {"best": top, "best_step": kept["step"]}
-        summary[f"{name}_best"] = described.score_of(kept["validation_loss"])
+        metadata = rwkv_miss.read_metadata(top)
+        summary |= {"best": top, "best_step": metadata["step"]}
+        summary[f"{name}_best"] = described.score_of(metadata["validation_loss"])
     return summary
 
 
 def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[dict]) -> dict:
-    """Summarise the metrics beside the loss for run.json: first and last steps, and the evaluations."""
+    """Summarise the metrics other than the loss for run.json: first and last steps, and the evaluations."""
     summary = {}
     if described.heading:
         summary["metrics_first"], summary["metrics_last"] = described.first_and_last(metrics)

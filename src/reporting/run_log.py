@@ -15,7 +15,7 @@ from ..training.validation_log import VALIDATION
 class RunLog(NamedTuple):
     """Lines of a run's files, up to a step."""
 
-    metrics: list[dict]  # of the steps with a loss
+    metrics: list[dict]  # the steps with a loss
     history: list[dict]  # the evaluations
     drawn: list[dict] = []  # groups of answers of a training on rewards
 
