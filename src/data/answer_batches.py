@@ -19,7 +19,7 @@ from .file_documents import Document
 class BatchColumns:
     """Extra values in a batch, by the name of the examples' attribute: a list with one for each answer."""
 
-    of_answers: str  # one value each
+    of_answers: str  # one value for each answer
     of_tokens: str  # one for each trained token
     optional: bool = False  # may be absent: then the attribute is None, and so is the batch's value
 
@@ -52,10 +52,10 @@ def collate_answers(
     batch = _shared(examples, columns) if shared else _separate(rows, chunk, columns)
     name = columns.of_answers
     values = itertools.chain.from_iterable(getattr(example, name) for example in examples)
-    found = {name: torch.tensor(list(values), dtype=ENTRIES[name]["dtype"])}
+    entries = {name: torch.tensor(list(values), dtype=ENTRIES[name]["dtype"])}
     if columns.optional and (not examples or getattr(examples[0], columns.of_tokens) is None):
-        found[columns.of_tokens] = None
-    return batch.having(**found, step_weight=step_weight)
+        entries[columns.of_tokens] = None
+    return batch.having(**entries, step_weight=step_weight)
 
 
 def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: BatchColumns) -> Batch:
@@ -89,8 +89,8 @@ def _shared(examples: list[AnswerExample], columns: BatchColumns) -> Batch:
             table.reset[len(of), 0] = begin == 0
             of.append(number)
     padded, begins = padded_left(prompts or [()])
-    own = table.batch(0, columns)
-    return own.having(prompts=padded, prompt_reset=begins, prompt_of=torch.tensor(of or [0]))
+    batch = table.batch(0, columns)
+    return batch.having(prompts=padded, prompt_reset=begins, prompt_of=torch.tensor(of or [0]))
 
 
 def _values(example: AnswerExample, columns: BatchColumns, place: int) -> np.ndarray | None:
@@ -118,9 +118,9 @@ class _Table:
             self.values[row, part][self.weights[row, part] != 0] = values
 
     def batch(self, chunk: int, columns: BatchColumns) -> Batch:
-        beside = {"answer": self.answer, columns.of_tokens: self.values}
+        of_tokens = {"answer": self.answer, columns.of_tokens: self.values}
         return Batch(
             ids=torch.from_numpy(self.ids),
             reset=torch.from_numpy(self.reset) if self.reset.any() else None,
-            **trained_tokens(self.targets, self.weights, chunk, beside),
+            **trained_tokens(self.targets, self.weights, chunk, of_tokens),
         )

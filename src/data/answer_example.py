@@ -38,7 +38,7 @@ class AnswerGroup(AnswerExample):
     All their tokens are trained, the end among them.
     """
 
-    advantage: list[float]  # of each answer
+    advantage: list[float]  # one number for each answer
     drawn: list[np.ndarray]  # ln p of each answer's tokens when they were drawn, (t,) float32
 
     @classmethod

@@ -106,7 +106,7 @@ class Schedule:
     rows: Sequence[list[int]]  # the documents of each row
     lengths: Sequence[int]  # inputs of each row
     targets: Sequence[int]  # trained tokens of each row
-    weights: Sequence[float]  # the sum of their weights
+    weights: Sequence[float]  # sum of the weights of each row's trained tokens
     micro_bsz: int
     accumulate: int
     world: int

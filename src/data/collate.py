@@ -43,8 +43,8 @@ def collate(
     )
     if reference is None:
         return batch
-    known = [document.reference for row in rows for document in row]
-    numbers = unpacked(np.concatenate([np.empty(0, reference), *known]))
+    references = [document.reference for row in rows for document in row]
+    numbers = unpacked(np.concatenate([np.empty(0, reference), *references]))
     return batch.having(teacher=torch.from_numpy(numbers)[np.argsort(row_by_row(batch))])
 
 
@@ -61,7 +61,7 @@ def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 def trained_tokens(
-    targets: np.ndarray, weights: np.ndarray, chunk: int = 0, beside: dict[str, np.ndarray] | None = None
+    targets: np.ndarray, weights: np.ndarray, chunk: int = 0, more: dict[str, np.ndarray] | None = None
 ) -> dict[str, Any]:
     """Make a batch's entries for the trained tokens, from targets (B, T) int64 and weights (B, T), 0 for no
     loss.
@@ -70,7 +70,7 @@ def trained_tokens(
     the number of its tokens. Order: chunk by chunk of `chunk` tokens (0: the rows are whole); within a chunk,
     row by row.
 
-    Each array (B, T) in `beside` is an entry of these tokens, too.
+    `more` has further values by name, (B, T), of which the batch gets those of the trained tokens.
     """
     rows, columns = weights.nonzero()
     width = weights.shape[1]
@@ -78,15 +78,15 @@ def trained_tokens(
     parts = columns // size
     order = np.argsort(parts, kind="stable")
     rows, columns, parts = rows[order], columns[order], parts[order]
-    kept = weights[rows, columns].astype(np.float32)
+    trained = weights[rows, columns].astype(np.float32)
     where = rows * np.minimum(size, width - parts * size) + columns % size
     return {
         "where": torch.from_numpy(where),
         "targets": torch.from_numpy(targets[rows, columns]),
-        "weights": None if (kept == 1).all() else torch.from_numpy(kept),
+        "weights": None if (trained == 1).all() else torch.from_numpy(trained),
         "ends": tuple(np.bincount(parts, minlength=-(-width // size)).cumsum().tolist()),
         "chunk": chunk,
-        **{name: torch.from_numpy(values[rows, columns]) for name, values in (beside or {}).items()},
+        **{name: torch.from_numpy(values[rows, columns]) for name, values in (more or {}).items()},
     }
 
 

@@ -10,8 +10,8 @@ from .encode import Encoder, Tokens
 from .formats import SFT
 
 BLOCK = 1 << 16  # documents that are looked at together
-SEARCHED = 500_000  # of more documents in a file the first are looked at
-COMPARED = 1000  # of more rows with other tokens the first are compared as text
+SEARCHED = 500_000  # documents of a file, from the first on, that are looked at
+COMPARED = 1000  # rows with other tokens, from the first on, that are compared as text
 THOUGHTS_END = "</think>"
 
 
@@ -41,14 +41,14 @@ def contradictions(loaded: Loaded) -> str:
         return text.removesuffix(end_of_document).rpartition(THOUGHTS_END)[2].strip()
 
     others = np.flatnonzero(tokens_of_answer != tokens_of_answer[earlier])
-    found = [i for i in others[:COMPARED] if said(i) != said(earlier[i])]
-    if not found:
+    different = [i for i in others[:COMPARED] if said(i) != said(earlier[i])]
+    if not different:
         return ""
-    number, document, *_ = places[found[0]]
+    number, document, *_ = places[different[0]]
     more = "more than " if len(others) > COMPARED else ""
-    have = "has" if len(found) == 1 else "have"
+    have = "has" if len(different) == 1 else "have"
     return (
-        f"{more}{counted(len(found), 'row')} {have} another answer than an earlier row with the same"
+        f"{more}{counted(len(different), 'row')} {have} another answer than an earlier row with the same"
         f" question, first {loaded.names[number]} {loaded.files[number].places[document]}; python -m"
         " scripts.preview shows more"
     )
@@ -59,7 +59,7 @@ def _first_answers(tokens: Tokens, documents: np.ndarray, encoder: Encoder) -> l
 
     Documents without a prompt are left out.
     """
-    found: list[tuple[int, ...]] = []
+    answers: list[tuple[int, ...]] = []
     for at in range(0, len(documents), BLOCK):
         block = documents[at : at + BLOCK]
         ends = tokens.ends[block]
@@ -70,6 +70,6 @@ def _first_answers(tokens: Tokens, documents: np.ndarray, encoder: Encoder) -> l
         firsts, lasts = (np.append(edges[i::2], ends[-1]) for i in (0, 1))  # where answers begin and end
         answer = np.searchsorted(firsts, begins)
         starts, stops = firsts[answer], np.minimum(lasts[answer], ends)
-        kept = (starts < ends) & (starts > begins + len(encoder.bos))
-        found += zip(*(column[kept].tolist() for column in (block, begins, starts, stops)))
-    return found
+        has_prompt = (starts < ends) & (starts > begins + len(encoder.bos))
+        answers += zip(*(column[has_prompt].tolist() for column in (block, begins, starts, stops)))
+    return answers

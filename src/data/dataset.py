@@ -60,10 +60,10 @@ class Documents(Examples):
 
     def with_reference(self, values: np.ndarray) -> Documents:
         """Add the values of a reference for every trained token, (targets,), document by document."""
-        found = copy.copy(self)  # with what is counted and hashed already
-        found.reference = values
-        found.reference_starts = np.cumsum(self.target_counts, dtype=np.int64) - self.target_counts
-        return found
+        documents = copy.copy(self)  # with all counts and hashes that were made already
+        documents.reference = values
+        documents.reference_starts = np.cumsum(self.target_counts, dtype=np.int64) - self.target_counts
+        return documents
 
     def line(self, i: int) -> int:
         """Return the line or row of its file that document i comes from."""
@@ -182,7 +182,7 @@ class Loaded:
     encoder: Encoder
     files: list[Tokens]
     chosen: list[np.ndarray]
-    names: list[str]  # of the places in each file, such as "data.jsonl, line"
+    names: list[str]  # the beginning of places in each file, such as "data.jsonl, line"
     rows: str = SFT  # one of formats.ROWS, as which the files were read
 
     @property
@@ -266,13 +266,13 @@ def load(
     UserError for what cannot be read, and for no records at all.
     """
     report = report or Report()
-    found = sources(str(data_file), reading, report.notes)
-    files = [tokenise(source, encoder, report, reading, cache) for source in found]
+    read_from = sources(str(data_file), reading, report.notes)
+    files = [tokenise(source, encoder, report, reading, cache) for source in read_from]
     chosen = [
         tokens.documents_of(sample(tokens.records, source.weight, seed, i))
-        for i, (tokens, source) in enumerate(zip(files, found))
+        for i, (tokens, source) in enumerate(zip(files, read_from))
     ]
-    names = [report.files[source.path].place for source in found]
+    names = [report.files[source.path].place for source in read_from]
     return Loaded(str(data_file), encoder, files, chosen, names, reading.rows)
 
 
@@ -298,7 +298,7 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
         parts = FileDocuments(files, file, starts, np.minimum(lengths, limit).astype(np.int32))
         return Documents(parts, lost, conversation=conversation)
 
-    counts = np.where(split, -(-(lengths - 1) // ctx_len), 1)  # of parts
+    counts = np.where(split, -(-(lengths - 1) // ctx_len), 1)  # number of parts of each document
     of = np.repeat(np.arange(len(lengths)), counts)  # the document that each part comes from
     number_in_document = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
     begins = starts[of] + number_in_document * ctx_len

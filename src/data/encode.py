@@ -55,7 +55,7 @@ class Tokens:
         return np.repeat(firsts[records], counts) + number_in_record
 
 
-# of the fields of Tokens
+# dtypes of the fields of Tokens
 DTYPES = {
     "ids": np.int32,
     "weights": np.float32,
@@ -99,9 +99,7 @@ class Encoder:
     loss_mask: str = "assistant"
     bos: tuple[int, ...] = ()
     think_weight: float = 1.0  # multiplies the weight of what stands inside <think>
-    prompt_weight: float = (
-        0.0  # of tokens that would have no loss; answers that are only context stay without one
-    )
+    prompt_weight: float = 0.0  # loss weight of prompts; answers that are only context stay at 0
 
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
         """Encode a record: (ids (n,) int32, weights (n,) float32) of each document, from first to last token.
@@ -175,10 +173,10 @@ class Encoder:
     def _whole(self, ids: np.ndarray, weights: np.ndarray, is_answer: bool) -> tuple[np.ndarray, np.ndarray]:
         """Complete the document of these tokens; `is_answer`: the last one belongs to an answer."""
         end = np.array(self.tokenizer.eod, dtype=np.int32)
-        # files of tokens have it already, and some templates write it
+        # files of tokens have the end already, and some templates write it
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
-            # it ends the answer, so it weighs as much
+            # the end of an answer weighs as much as the answer's last token
             weights = np.concatenate(
                 [weights, np.full(len(end), weights[-1] if is_answer else 1, np.float32)]
             )

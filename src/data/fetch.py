@@ -87,8 +87,8 @@ def fetch_files(names: Mapping[str, str], shown: bool = True) -> dict[str, hub_n
 def _check_local(config: Config) -> None:
     """Raise UserError if a model or data on this machine can't be read, before anything is downloaded."""
     for setting, kind in KINDS.items():
-        given = getattr(config, setting)
-        for path, _ in _parts(setting, given) if given else []:
+        text = getattr(config, setting)
+        for path, _ in _parts(setting, text) if text else []:
             if hub_names.is_hub_name(path):
                 continue
             if kind == hub_names.DATA:

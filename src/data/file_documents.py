@@ -84,15 +84,16 @@ class FileDocuments(Sequence):
         """
         counts, places = np.zeros(len(self), np.int32), np.zeros(len(self), np.int32)
         for number, tokens in enumerate(self.files):
-            mine = np.flatnonzero(self.of == number)
-            mine = mine[np.argsort(self.starts[mine], kind="stable")]
-            for at in range(0, len(mine), BLOCK):
-                block = mine[at : at + BLOCK]
+            of_file = np.flatnonzero(self.of == number)
+            of_file = of_file[np.argsort(self.starts[of_file], kind="stable")]
+            for at in range(0, len(of_file), BLOCK):
+                block = of_file[at : at + BLOCK]
                 begins, ends = self.starts[block] + 1, self.starts[block] + self.lengths[block]
                 first = int(begins[0])
                 trained = np.append(np.flatnonzero(tokens.weights[first : int(ends.max())]) + first, first)
                 before = np.searchsorted(trained[:-1], begins)
-                counts[block] = np.maximum(np.searchsorted(trained[:-1], ends) - before, 0)  # of no token: 0
+                # an empty document has 0, not -1
+                counts[block] = np.maximum(np.searchsorted(trained[:-1], ends) - before, 0)
                 places[block] = trained[before] - self.starts[block]
         return counts, places
 

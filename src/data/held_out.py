@@ -53,17 +53,17 @@ def hold_out(
         of_conversations = _conversation_keys(keys, documents)
         chosen = np.sort(of_conversations)[: max(1, round(config.eval_split * len(keys)))]
         is_held = np.isin(of_conversations, chosen)
-        # a copy of one document of a conversation, such as its first question with its answer
+        # hold out exact copies of held-out documents, too, such as the first turn of another conversation
         is_held |= np.isin(keys, keys[is_held])
         held = documents.take(np.flatnonzero(is_held))
-    kept = np.flatnonzero(~is_held)
-    rest = documents.take(kept)
+    trained = np.flatnonzero(~is_held)
+    rest = documents.take(trained)
     if not rest.targets:
-        others = ", and the others have no trained token" if len(kept) else ""
+        others = ", and the others have no trained token" if len(trained) else ""
         if documents.by_prompt and len(np.unique(keys)) == 1:
             others = ", as all have one prompt, by which they are held out"
         raise UserError(
-            f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"
+            f"{source}: nothing is left to train on; {len(keys) - len(trained)} of"
             f" {counted(len(keys), documents.word)} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
@@ -146,10 +146,10 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[SampleQu
     is the one that made the documents.
     """
     eod = tuple(encoder.tokenizer.eod)
-    found: list[SampleQuestion] = []
+    chosen: list[SampleQuestion] = []
     conversations: set[int] = set()
     for i, document in enumerate(held_out.to_ask(count)):
-        if len(found) == count:
+        if len(chosen) == count:
             break
         conversation = -1 if held_out.conversation is None else int(held_out.conversation[i])
         if conversation in conversations:
@@ -165,6 +165,6 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[SampleQu
         before = np.flatnonzero(~answers[text:last])
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:
-            found.append(SampleQuestion(ids[:start], ids[start:last], not len(before)))
+            chosen.append(SampleQuestion(ids[:start], ids[start:last], not len(before)))
             conversations |= {conversation} - {-1}
-    return found
+    return chosen

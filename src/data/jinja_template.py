@@ -206,22 +206,22 @@ class JinjaTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:i], True, tools)
+            before = self._render(messages[:i], True, tools)
             parts = self._parts(messages[: i + 1], tools)
             answered = "".join(text for text, _ in parts)
-            begin = self._common(asked, answered, messages[:i], tools)
-            if written is None or not asked[:begin].startswith(written):
+            begin = self._common(before, answered, messages[:i], tools)
+            if written is None or not before[:begin].startswith(written):
                 documents.append([])
                 written = ""
-            prompt, end = asked.removeprefix(written), begin - len(written)
-            if token_end and begin < len(asked):
+            prompt, end = before.removeprefix(written), begin - len(written)
+            if token_end and begin < len(before):
                 end = token_end(prompt, end)
             # most of this prompt is in an earlier document; as one piece for the tokenizer it has one weight
             is_repeated = not written and any(s.weight for earlier in documents[:-1] for s in earlier)
             documents[-1].append(Segment(prompt[:end], CONTEXT if is_repeated else 0.0))
             documents[-1] += self._answer(parts, len(written) + end, weight_of(message))
-            # a chat has read all of `asked`, so it reads the whole text again for the next answer
-            written = answered if begin == len(asked) else None
+            # a chat has read all of `before`, so it reads the whole text again for the next answer
+            written = answered if begin == len(before) else None
         return documents, written
 
     def _answer(self, parts: list[tuple[str, bool]], start: int, weight: float) -> list[Segment]:

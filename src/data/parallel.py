@@ -22,7 +22,7 @@ from rwkv_miss.errors import UserError
 from .encode import Encoder, Tokens, tokens_of
 from .encode_answers import labels_of
 from .formats import BINIDX, DataSource, LeftOut, Reading, Report, place_of, read_record
-from .formats.report import Kind
+from .formats.report import RecordKind
 
 LARGE = 8 << 20  # bytes from which several processes read
 PROCESSES = 16  # at most, because one process reads for all of them
@@ -35,7 +35,7 @@ class Part:
     """Results from a chunk of records."""
 
     made: Any  # by Converter.together(), of the records that are neither bad nor left out
-    kinds: collections.Counter[Kind]  # how many records of each kind
+    kinds: collections.Counter[RecordKind]  # how many records of each kind
     bad: list[tuple[str, UserError]]  # the place and the error of each bad record
     left_out: list[tuple[str, LeftOut]]  # the place and reason of each record that teaches nothing
     place: str  # the beginning of the records' places
@@ -57,7 +57,7 @@ class Converter:
         made: list = []
         bad: list[tuple[str, UserError]] = []
         left_out: list[tuple[str, LeftOut]] = []
-        kinds: collections.Counter[Kind] = collections.Counter()
+        kinds: collections.Counter[RecordKind] = collections.Counter()
         for where, raw in records:
             try:
                 kind, record = read_record(raw, self.source, self.reading)

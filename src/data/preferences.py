@@ -55,15 +55,15 @@ class Preferences(Examples):
     There may be 10^6 of them, so they are flat arrays and no objects.
     """
 
-    answers: FileDocuments | MixedDocuments  # of all examples, one example after another
+    answers: FileDocuments | MixedDocuments  # answers of all examples, one example after another
     chosen: np.ndarray  # (A,) bool: whether each answer is one to prefer
     paired: bool  # an example is two answers, chosen and rejected; else it is one
     ctx_len: int  # tokens that an example may take of a row
-    too_long: int = 0  # examples that were left out because they take more
+    too_long: int = 0  # examples that were left out because they take more than ctx_len
     too_long_places: tuple[str, ...] = ()  # where the first of them are
     reference: np.ndarray | None = None  # ln p of trained tokens by the reference model, (N,) float32
     reference_starts: np.ndarray | None = None  # (A,) int64: where those of each answer begin
-    # under KTO the mismatched() examples of these, at the same places, with their reference
+    # under KTO: the mismatched() examples of these examples, at equal places, with their reference
     others: Preferences | None = None
 
     @property
@@ -111,13 +111,13 @@ class Preferences(Examples):
 
     def to_ask(self, count: int) -> list[Document]:
         """Choose the first `count` preferred answers, each to another prompt."""
-        found: dict[bytes, Document] = {}
+        by_prompt: dict[bytes, Document] = {}
         for example in self:
-            if len(found) == count:
+            if len(by_prompt) == count:
                 break
             if example.chosen[0]:
-                found.setdefault(example.prompt.tobytes(), example.answers[0])
-        return list(found.values())
+                by_prompt.setdefault(example.prompt.tobytes(), example.answers[0])
+        return list(by_prompt.values())
 
     def line(self, i: int) -> int:
         """Return the line or row of its file that example i, or its prompt, comes from."""
@@ -199,7 +199,7 @@ class Preferences(Examples):
         prompts = self.prompt_lengths
         of = _answers_of_others(self.answers, prompts)
         rest = np.minimum(self.answers.lengths[of] - prompts[of], self.ctx_len + 1 - prompts)
-        # with the token before it, which the prompt's last one stands in for
+        # keep one token before the answer, the first input; MixedDocuments puts the prompt's last token there
         answers = self.answers.take(of).parts(prompts[of] - 1, rest + 1)
         return Preferences(MixedDocuments(self.answers, prompts, answers), self.chosen, False, self.ctx_len)
 
@@ -222,7 +222,7 @@ def _answers_of_others(answers: FileDocuments, prompts: np.ndarray) -> np.ndarra
 @dataclasses.dataclass
 class MixedDocuments(Sequence):
     """Documents i of the first prompt_lengths[i] tokens of prompts[i] and the tokens of answers[i] but its
-    first; the prompt's last token stands for that one."""
+    first, in whose place is the prompt's last token."""
 
     prompts: FileDocuments
     prompt_lengths: np.ndarray  # (n,) int32

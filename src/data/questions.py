@@ -35,7 +35,7 @@ NO_ANSWER = "the reference answer is empty"
 class Question(NamedTuple):
     """Question, and its reference answer."""
 
-    pieces: list[str]  # of the prompt; each is tokenised on its own
+    pieces: list[str]  # pieces of the prompt; each is tokenised on its own
     answer: Any  # the reference answer
     opening: str = ""  # the beginning of every answer, which is not generated: a template's <think
 
@@ -185,7 +185,7 @@ class ReadQuestion(NamedTuple):
 
     question: Question
     prompt: np.ndarray  # as in Questions
-    where: str  # its place, such as "data.jsonl, line 3"
+    where: str  # the place of its row, such as "data.jsonl, line 3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,21 +229,21 @@ class QuestionReader:
         `seed` decides which rows of a source with a weight are asked. `look` sees every question that is not
         left out, and its row. Raises UserError for files that cannot be read, and if nothing is left.
         """
-        found: list[ReadQuestion] = []
+        chosen: list[ReadQuestion] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
             convert = QuestionConverter(
                 source, self.reading, self.encoder, self.needs_answer, keeps_rows=bool(look)
             )
             of_source = []
             for part in parts_of(convert, self.report, "reading"):
-                for asked, row in part.made:
-                    of_source.append(asked)
+                for question, row in part.made:
+                    of_source.append(question)
                     if look:
-                        look(asked, row)
+                        look(question, row)
             if not of_source:
                 raise UserError(f"{source.path}: {self.report.files[source.path].unusable()}")
-            found += [of_source[i] for i in sample(len(of_source), source.weight, seed, number)]
-        questions, prompts, places = (list(column) for column in zip(*found))
+            chosen += [of_source[i] for i in sample(len(of_source), source.weight, seed, number)]
+        questions, prompts, places = (list(column) for column in zip(*chosen))
         return LoadedQuestions(str(data_file), questions, prompts, places)
 
 

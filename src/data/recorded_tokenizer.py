@@ -73,8 +73,8 @@ def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
     """Tell whether a folder's file has World's pieces under World's ids, without building a tokenizer."""
     pieces = {token: piece for token, piece in world.table.items() if piece}
     if not file.endswith(TOKENIZER):
-        own = load_tokenizer(file, max(world.table) + 1)
-        return isinstance(own, ByteTokenizer) and pieces == {t: p for t, p in own.table.items() if p}
+        other = load_tokenizer(file, max(world.table) + 1)
+        return isinstance(other, ByteTokenizer) and pieces == {t: p for t, p in other.table.items() if p}
     texts = _vocabulary(file)
     same = sum(texts.get(token) in _forms(piece) for token, piece in pieces.items())
     return same >= ALIKE * len(pieces)

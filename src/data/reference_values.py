@@ -30,12 +30,12 @@ def packed(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Make (n,) values of this dtype from their numbers, (n,) or (n, columns) float32."""
     if dtype.names is None:
         return numbers.astype(dtype, copy=False)
-    found, start = np.empty(len(numbers), dtype), 0
+    values, start = np.empty(len(numbers), dtype), 0
     for name in dtype.names:
         stop = start + math.prod(dtype[name].shape)
-        found[name] = numbers[:, start:stop]
+        values[name] = numbers[:, start:stop]
         start = stop
-    return found
+    return values
 
 
 def unpacked(values: np.ndarray) -> np.ndarray:
@@ -47,10 +47,10 @@ def unpacked(values: np.ndarray) -> np.ndarray:
 
 def unknown(count: int, dtype: np.dtype) -> np.ndarray:
     """Make `count` values that are NaN."""
-    found = np.zeros(count, dtype)
-    for part in _numbers(found):
+    values = np.zeros(count, dtype)
+    for part in _numbers(values):
         part[...] = np.nan
-    return found
+    return values
 
 
 def are_finite(values: np.ndarray) -> bool:

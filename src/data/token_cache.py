@@ -54,18 +54,18 @@ def tokenise(
         return _joined(list(chunks()))
     folder = cache_folder(cache)
     entry = folder / fingerprint(source, encoder, reading, report.on_bad_row)
-    if (found := _open(entry, source, report)) is not None:
-        return found
+    if (tokens := _open(entry, source, report)) is not None:
+        return tokens
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock", "the tokens"):
-            # another process may have made it meanwhile
-            if (found := _open(entry, source, report)) is not None:
-                return found
+            # another process may have made the entry meanwhile
+            if (tokens := _open(entry, source, report)) is not None:
+                return tokens
             remove_old(folder)
             begun = time.perf_counter()
             _make(entry, chunks, source, report)
-            found = _open(entry, source, report)
+            tokens = _open(entry, source, report)
     except OSError as error:
         if is_first_process():
             announce(
@@ -76,16 +76,16 @@ def tokenise(
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun
     announce(
-        f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; "
+        f"tokenised {source.path} in {seconds:.1f} s: {len(tokens.ids):,} tokens; "
         f"kept in {entry} ({size / 1e6:.1f} MB) for later runs"
     )
-    return found
+    return tokens
 
 
 def _make(
     entry: pathlib.Path, chunks: Callable[[], Iterator[Tokens]], source: DataSource, report: Report
 ) -> None:
-    """Write the cache entry beside its place, then rename it."""
+    """Write the cache entry in a temporary folder, then rename that."""
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=MAKING, ignore_cleanup_errors=True) as work:
         whole = pathlib.Path(work, "whole")
         with contextlib.closing(chunks()) as parts:

@@ -35,7 +35,7 @@ from .thoughts import within
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
-WORLD_IDS = 65530  # of the World vocabulary, from whichever file
+WORLD_IDS = 65530  # ids of the World vocabulary, from whichever file
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
 # end of document and encoding; in utf16 the end is two zeros, because one zero is in every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
@@ -346,7 +346,7 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            # these three add tokens, trim offsets or lose text
+            # leave out three parts, which add tokens, trim offsets or lose text
             described = json.loads(content) | {"post_processor": None, "truncation": None, "padding": None}
             self.inner = tokenizers.Tokenizer.from_str(json.dumps(described))
         except Exception as error:  # `tokenizers` raises nothing narrower

@@ -24,7 +24,7 @@ from ..common.formatting import short
 from .chat_template import clean
 
 ONLY_A_CALL = "Return only a JSON function call."
-KEYS = ("name", "description", "parameters", "strict", "type")  # of a function
+KEYS = ("name", "description", "parameters", "strict", "type")  # fields of a function
 SIMPLE_TYPES = ("string", "number", "integer", "boolean", "null")
 # parts of a JSON schema that a signature has no words for
 UNWRITABLE = "properties additionalProperties patternProperties prefixItems $ref oneOf allOf not".split()
@@ -314,7 +314,7 @@ def in_order_of_calls(messages: list[dict]) -> list[dict]:
     `tool_call_id` that no call has. Results or calls without ids stay as they are.
     """
     ordered: list[dict] = []
-    ids: list[str] = []  # of the last answer's calls
+    ids: list[str] = []  # ids of the last answer's calls
     results: list[dict] = []
 
     for message in messages:

@@ -44,7 +44,7 @@ def jsonl(path: str, position: Position, largest: int) -> Iterator[tuple[str, st
     with open_text(path, position) as file:
         for number, line in enumerate(iter(functools.partial(file.readline, largest + 1), ""), 1):
             if (size := bytes_of(line)) > largest:
-                while line and not line.endswith("\n"):  # it is not kept
+                while line and not line.endswith("\n"):  # skip the rest of the line
                     line = file.readline(SKIPPED_AT_ONCE)
                     size += bytes_of(line)
                 yield f"{path}, line {number}", too_large(size, largest)

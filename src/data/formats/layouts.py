@@ -28,16 +28,16 @@ ROLE_NAMES = {
 }
 QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "human", "问题", "提问")
 ANSWERS = ("output", "answer", "response", "completion", "target", "assistant", "gpt", "答案", "回答")
-CONTEXTS = ("input", "context")  # beside an instruction
+CONTEXTS = ("input", "context")  # columns that may follow an instruction
 SYSTEMS = ("system", "system_prompt")
-LARGEST_WEIGHT = 100  # of a message in the loss
+LARGEST_WEIGHT = 100  # the most that a message may weigh in the loss
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # ways to read the rows of a file
 SFT, PAIRS, LABELS = ROWS = ("sft", "pairs", "labels")
-# of pairs of answers and of labelled ones: preference_layouts.py
+# columns of pairs and of labelled answers, for preference_layouts.py
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "reject", "rejected_response")
-RLHF_REJECTED = "reject"  # of RWKV-LM-RLHF, whose prompts are questions
+RLHF_REJECTED = "reject"  # RWKV-LM-RLHF's name; its prompts are questions
 LABEL = "label"
 EMPTY = "an answer is empty"  # why a row is left out
 
@@ -94,18 +94,18 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
         check_fields(fields, columns)
         return _chosen(fields, is_raw=RLHF_REJECTED not in by_lower(columns))
     # with all columns, a null is found where a value is needed, and convert() names it
-    found = _candidates(present) or _candidates(columns)
-    if not found:
+    layouts = _candidates(present) or _candidates(columns)
+    if not layouts:
         if is_pair(columns):
             raise WrongSetting(f"{_for_pairs(columns)}; got keys {shown(columns)}")
         names = by_lower(columns).keys()
         is_unanswered = not names.isdisjoint(QUESTIONS) and names.isdisjoint(ANSWERS)
         lacks = "the answer is missing; " if is_unanswered else ""
         raise UserError(f"{lacks}{EXPECTED}; got keys {shown(columns)}")
-    if len(found) > 1:
-        choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
+    if len(layouts) > 1:
+        choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in layouts)
         raise UserError(f"the row has several layouts, choose one with {choices}; got keys {shown(columns)}")
-    return _chosen(found[0], tuple(name for name in columns if name not in found[0]))
+    return _chosen(layouts[0], tuple(name for name in columns if name not in layouts[0]))
 
 
 def by_lower(columns: Iterable[str]) -> dict[str, str]:
@@ -125,12 +125,12 @@ def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
 def _for_pairs(columns: tuple[str, ...]) -> str:
     """Tell the user what to do with a row of a pair under --loss sft."""
     by_name = by_lower(columns)
-    asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
+    question = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
     chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
     losses = [name for name, loss in LOSSES.items() if loss.data in ("pairs", "labels")]
     return (
         f"a row with a chosen and a rejected answer is for --loss {', '.join(losses[:-1])} or {losses[-1]};"
-        f" --sft_field {','.join([*asked, *chosen])} trains on the chosen ones alone"
+        f" --sft_field {','.join([*question, *chosen])} trains on the chosen ones alone"
     )
 
 
@@ -169,8 +169,8 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     questions = [name for name in has if name in QUESTIONS and name not in context]
     for answer in (name for name in has if name in ANSWERS):
         for question in questions:
-            beside = context[:1] if question == "instruction" else []
-            candidates.append(tuple(by_name[name] for name in (question, *beside, answer)))
+            followed_by = context[:1] if question == "instruction" else []
+            candidates.append(tuple(by_name[name] for name in (question, *followed_by, answer)))
     return candidates
 
 
@@ -182,9 +182,9 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool =
     1 is a text or conversation, 2 are question and answer, 3 have an input between them. A system prompt,
     earlier turns and tools are taken from the other columns.
     """
-    beside = by_lower(others)
-    system = next((beside[name] for name in SYSTEMS if name in beside), None)
-    history, tools = beside.get("history"), beside.get("tools")
+    other_columns = by_lower(others)
+    system = next((other_columns[name] for name in SYSTEMS if name in other_columns), None)
+    history, tools = other_columns.get("history"), other_columns.get("tools")
     lower = tuple(name.strip().lower() for name in names)
     if lower == ("text",):
         convert = functools.partial(_whole, column=names[0], system=None, tools=None)
@@ -277,7 +277,7 @@ def _question(
 
 
 def words_of(record: dict, question: str, context: list[str]) -> str:
-    """Write a question with the columns that stand beside it, such as an instruction's input."""
+    """Write a question with the columns that belong to it, such as an instruction's input."""
     words = said(record[question], question)
     for column in context:
         if record[column] not in (None, ""):
@@ -321,26 +321,26 @@ def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict
 
 def _turns(item: Any) -> list[dict[str, Any]]:
     """Read one message, or two from a pair {"human": ..., "assistant": ...}."""
-    given = {}
+    message = {}
     if isinstance(item, dict):
-        given = {name: value for name, value in item.items() if value is not None}
-    if isinstance(given.get("human"), str) and isinstance(given.get("assistant"), str):
+        message = {name: value for name, value in item.items() if value is not None}
+    if isinstance(message.get("human"), str) and isinstance(message.get("assistant"), str):
         return [
             {"role": "user", "content": text(item["human"], "human", True)},
             {"role": "assistant", "content": text(item["assistant"], "assistant", True)},
         ]
-    for name in given.keys() & {"reasoning_content", "reasoning"}:
-        text(given[name], name, True)
-    if not isinstance(given.get("tool_calls", []), list):
-        raise UserError(f"tool_calls must be a list, got {short(given['tool_calls'])}")
-    if "weight" in given:
-        _check_weight(given["weight"])
-    if "function_call" in given:  # OpenAI's earlier form of tool_calls
-        given["tool_calls"] = [*given.get("tool_calls", []), {"function": given.pop("function_call")}]
-    spelt = given.pop("role", None) or given.pop("from", None)
+    for name in message.keys() & {"reasoning_content", "reasoning"}:
+        text(message[name], name, True)
+    if not isinstance(message.get("tool_calls", []), list):
+        raise UserError(f"tool_calls must be a list, got {short(message['tool_calls'])}")
+    if "weight" in message:
+        _check_weight(message["weight"])
+    if "function_call" in message:  # OpenAI's earlier form of tool_calls
+        message["tool_calls"] = [*message.get("tool_calls", []), {"function": message.pop("function_call")}]
+    spelt = message.pop("role", None) or message.pop("from", None)
     role = ROLE_NAMES.get(spelt.lower()) if isinstance(spelt, str) else None
-    content = given.pop("content", given.pop("value", None))
-    if content is None and given.get("tool_calls"):
+    content = message.pop("content", message.pop("value", None))
+    if content is None and message.get("tool_calls"):
         content = ""  # the call is the answer
     if isinstance(content, list):
         content = _joined(content)
@@ -348,7 +348,7 @@ def _turns(item: Any) -> list[dict[str, Any]]:
         raise UserError(
             f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {short(item)}'
         )
-    return [{"role": role, "content": text(content, "content", True), **given}]
+    return [{"role": role, "content": text(content, "content", True), **message}]
 
 
 def _check_weight(weight: Any) -> None:
@@ -375,7 +375,7 @@ def _joined(parts: list) -> str:
 
 def said(value: Any, column: str, may_be_empty: bool = False) -> str:
     """Read the text of a question or an answer. It may be a number: as text that is 4, 2.5 or 1e+22."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)  # of any size
+    is_integer = isinstance(value, int) and not isinstance(value, bool)  # an integer of any size
     if is_integer or isinstance(value, float) and math.isfinite(value):
         return repr(value)
     return text(value, column, may_be_empty)

@@ -63,7 +63,7 @@ ASSISTANT = "\n\nAssistant:"  # ends the prompt in texts that hold a whole chat
 class RecordColumns(NamedTuple):
     """Columns of a record, by their meaning."""
 
-    asked: tuple[str, ...]  # a text, a conversation, or instruction and input; () if it is in the answers
+    question: tuple[str, ...]  # a text, a conversation, or instruction and input; () if it is in the answers
     answers: tuple[str, ...]  # chosen and rejected, or one
     label: str | None
     system: str | None = None
@@ -72,13 +72,13 @@ class RecordColumns(NamedTuple):
 
     @property
     def used(self) -> tuple[str, ...]:
-        names = (*self.asked, *self.answers, self.label, self.system, self.history, self.tools)
+        names = (*self.question, *self.answers, self.label, self.system, self.history, self.tools)
         return tuple(filter(None, names))
 
     @property
     def name(self) -> str:
         answers = " / ".join(self.answers) + (f" + {self.label}" if self.label else "")
-        return f"{' + '.join(self.asked)} -> {answers}" if self.asked else answers
+        return f"{' + '.join(self.question)} -> {answers}" if self.question else answers
 
 
 def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
@@ -166,27 +166,27 @@ def find_columns(
     """Find the columns of a record with known answers and label; `is_whole`: the answers hold the prompt."""
     by_name = by_lower(names)
     if is_whole:
-        asked: tuple[str, ...] = ()
+        question: tuple[str, ...] = ()
     elif fields:
-        asked = fields[:-2]
+        question = fields[:-2]
     else:
-        asked = _asked({lower: name for lower, name in by_name.items() if name not in answers}, present)
-        if label and not asked and answers[0].strip().lower() not in CONVERSATIONS:
+        question = _question({lower: name for lower, name in by_name.items() if name not in answers}, present)
+        if label and not question and answers[0].strip().lower() not in CONVERSATIONS:
             raise UserError(f"{EXPECTED[LABELS]}; got keys {shown(names)}")
-    beside = {lower: name for lower, name in by_name.items() if name not in (*asked, *answers, label)}
-    history = None if is_whole else beside.get("history")
-    return RecordColumns(asked, answers, label, _first(SYSTEMS, beside), history, beside.get("tools"))
+    others = {lower: name for lower, name in by_name.items() if name not in (*question, *answers, label)}
+    history = None if is_whole else others.get("history")
+    return RecordColumns(question, answers, label, _first(SYSTEMS, others), history, others.get("tools"))
 
 
-def _asked(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
+def _question(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
     """Find the columns of the question; () for none."""
     found = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if by_name.get(name) in present]
     instruction = by_name.get("instruction")
     context = [by_name[name] for name in CONTEXTS if by_name.get(name) in present and instruction in found]
-    asked = _only([name for name in found if name not in context], tuple(by_name.values()))
-    if asked is None:
+    question = _only([name for name in found if name not in context], tuple(by_name.values()))
+    if question is None:
         return ()
-    return (asked, *context[:1]) if asked == instruction else (asked,)
+    return (question, *context[:1]) if question == instruction else (question,)
 
 
 def _only(found: list[str], names: tuple[str, ...]) -> str | None:
@@ -262,7 +262,7 @@ def _convert(record: dict, columns: RecordColumns) -> dict[str, Any]:
                 raise LeftOut(EMPTY)
             return {"prompt": prompt, **dict(zip(names, answers)), **label}
     answers = [_answer(value, column) for value, column in zip(values, columns.answers)]
-    if columns.asked:
+    if columns.question:
         turns = _question(record, columns)
     else:
         turns, answers = _parted(answers, columns)
@@ -277,19 +277,19 @@ def _convert(record: dict, columns: RecordColumns) -> dict[str, Any]:
 def _texts(record: dict, columns: RecordColumns) -> tuple[str, list[str]] | None:
     """Return (prompt, answers) of texts that are no turns; None if they are turns."""
     answers = [text(record[column], column, may_be_empty=True) for column in columns.answers]
-    if not columns.asked:
+    if not columns.question:
         if len(answers) == 1:
             raise UserError(
                 f"{columns.answers[0]} is a text, in which nothing tells the prompt from the answer; give"
                 " messages, or the prompt in a column of its own"
             )
         return _parted_texts(answers, columns)
-    beside = any(name and record[name] for name in (columns.system, columns.history, columns.tools))
-    names = [name.strip().lower() for name in (*columns.asked, columns.answers[-1])]
-    prompt = record[columns.asked[0]]
-    if names[:-1] != ["prompt"] or names[-1] == RLHF_REJECTED or beside or not isinstance(prompt, str):
+    has_more = any(name and record[name] for name in (columns.system, columns.history, columns.tools))
+    names = [name.strip().lower() for name in (*columns.question, columns.answers[-1])]
+    prompt = record[columns.question[0]]
+    if names[:-1] != ["prompt"] or names[-1] == RLHF_REJECTED or has_more or not isinstance(prompt, str):
         return None
-    return text(prompt, columns.asked[0]), answers
+    return text(prompt, columns.question[0]), answers
 
 
 def _parted_texts(answers: list[str], columns: RecordColumns) -> tuple[str, list[str]]:
@@ -322,16 +322,16 @@ def _answer(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _question(record: dict, columns: RecordColumns) -> list[dict[str, Any]]:
     """Read the turns before the answers."""
-    asked, *context = columns.asked
-    value = record[asked]
+    question, *context = columns.question
+    value = record[question]
     if isinstance(value, list):
-        turns = turns_of(value, asked)
+        turns = turns_of(value, question)
         if turns[-1]["role"] == "assistant":
             raise UserError(
-                f"{asked} ends with the assistant's message; expected the message that both answers follow"
+                f"{question} ends with the assistant's message; expected the message that both answers follow"
             )
     else:
-        turns = [{"role": "user", "content": words_of(record, asked, context)}]
+        turns = [{"role": "user", "content": words_of(record, question, context)}]
     return [*earlier_turns(record, columns.history), *turns]
 
 

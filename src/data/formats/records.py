@@ -10,7 +10,7 @@ from rwkv_miss.errors import UserError
 from .errors import LeftOut
 from .layouts import SFT, TOKENS, RecordLayout, canonical, with_empty_answer
 from .preference_layouts import preference, with_empty_cells
-from .report import Kind, Report, place_of
+from .report import RecordKind, Report, place_of
 from .sources import BINIDX, BY_NAME, DELIMITERS, DataSource, Reading, sources
 from .text import PLAIN, bytes_of, too_large
 
@@ -48,7 +48,7 @@ def read_source(
     report.require_records(source)
 
 
-def read_record(raw: Any, source: DataSource, reading: Reading) -> tuple[Kind, dict[str, Any]]:
+def read_record(raw: Any, source: DataSource, reading: Reading) -> tuple[RecordKind, dict[str, Any]]:
     """Turn an item of source.read() into (the kind that Found counts, the record).
 
     Raises UserError that says what is wrong with it.

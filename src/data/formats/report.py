@@ -16,7 +16,7 @@ from .text import PLAIN
 if TYPE_CHECKING:
     from .sources import DataSource
 
-Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
+RecordKind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
 SHOWN = 3  # number of reasons in the plan, and of files with a line of their own
 
 
@@ -26,9 +26,9 @@ class SourceFindings:
 
     format: str
     place: str = ""  # the beginning of its records' places, such as "data.jsonl, line"
-    kinds: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
+    kinds: collections.Counter[RecordKind] = dataclasses.field(default_factory=collections.Counter)
     bad: int = 0  # records that can't be used
-    reasons: list[str] = dataclasses.field(default_factory=list)  # of the first bad ones
+    reasons: list[str] = dataclasses.field(default_factory=list)  # errors of the first bad records
     # rows that teach nothing: reason -> (their number, the places of the first)
     left_out: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
     rows_in_cells: int = 0  # lines within cells of CSV that look like rows
@@ -93,7 +93,7 @@ class SourceFindings:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> SourceFindings:
-        kinds: collections.Counter[Kind] = collections.Counter()
+        kinds: collections.Counter[RecordKind] = collections.Counter()
         for name, used, columns, count in record["kinds"]:
             kinds[name, tuple(used), tuple(columns)] = count
         left_out = {reason: (count, places) for reason, (count, places) in record["left_out"].items()}

@@ -25,8 +25,8 @@ from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
 from .text import MB
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".bin")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without records
-MAPPED = "cache-*.arrow"  # rows that Dataset.map() made of those beside it
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # about a data set, without records
+MAPPED = "cache-*.arrow"  # rows that Dataset.map() made of the other files in the folder
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 BINIDX = "binidx"  # the format whose records are tokens already
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
@@ -37,7 +37,7 @@ WATCHED = 16  # records between two updates of the progress
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
-ROWS_OF = {"pairs": PAIRS, "labels": LABELS}  # data of a loss -> what its rows are; else SFT
+ROWS_OF = {"pairs": PAIRS, "labels": LABELS}  # data of a loss -> the kind of its rows; else SFT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reading:
 
     fields: tuple[str, ...] = ()  # --sft_field: the columns to use where their names do not tell
     split: str = "train"  # --sft_split: of data sets that have several
-    rows: str = SFT  # what the rows are, one of ROWS
+    rows: str = SFT  # the kind of the rows, one of ROWS
     row_bytes: int = FIELDS["largest_row"].default * MB  # --largest_row
 
     @classmethod
@@ -87,7 +87,7 @@ class DataSource:
     format: str
     weight: float  # how often its records are seen in one pass over the data
     read: Callable[[Sequence[int], text.Position], Iterator[tuple[str, Any]]]
-    files: tuple[str, ...]  # that hold its content; () for a data set of the hub
+    files: tuple[str, ...]  # the files that hold its content; () for a data set of the hub
     parse: Callable[[Any], Any] = _as_it_is
 
     @property
@@ -333,15 +333,15 @@ def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
     def is_known(names: list[str]) -> bool:
         return set(fields) <= set(names) if fields else has_layout(names) or is_pair(names)
 
-    known = [mark for mark, names in split.items() if is_known(names)]
+    with_names = [mark for mark, names in split.items() if is_known(names)]
     if suffix in (".csv", ".tsv"):
         if not header:
             return ","
         # the mark that gives the most columns; of several, the tab for a .tsv
-        marks = known or list(DELIMITERS)
+        marks = with_names or list(DELIMITERS)
         return max(marks, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t"))
-    known = [mark for mark in known if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
-    return known[0] if known else None
+    with_names = [mark for mark in with_names if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
+    return with_names[0] if with_names else None
 
 
 def _names(header: str, mark: str) -> list[str]:
