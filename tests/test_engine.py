@@ -17,7 +17,7 @@ from src.inference.cpu_decoder import Decoder, problem
 from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
 from src.inference.logit_changes import LogitChanges
-from src.inference.prefix_cache import Kind, PrefixCache
+from src.inference.prefix_cache import PrefixCache, StateKind
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
@@ -457,7 +457,7 @@ def test_a_hit_has_the_bits_that_reading_has(version):
 
 
 def test_the_bound_of_the_cache_holds_and_the_one_used_last_stays():
-    cache, kind = PrefixCache(100), Kind(Applied(), None)
+    cache, kind = PrefixCache(100), StateKind(Applied(), None)
     for number in range(5):
         cache.add(kind, [number], toy_state(number), torch.zeros(1, 2))  # 3 * 8 + 8 bytes
         assert cache.longest(kind, [0], [1])[0] == 1
@@ -465,7 +465,11 @@ def test_the_bound_of_the_cache_holds_and_the_one_used_last_stays():
     assert [cache.longest(kind, [number], [1])[0] for number in range(5)] == [1, 0, 0, 1, 1]
     cache.add(kind, [7], toy_state(7), torch.zeros(1, 99))
     assert cache.size == 96, "what has no room is not kept, and drops nothing"
-    for other in (Kind(Applied(("a",)), None), Kind(Applied(), STARTS[0]), Kind(Applied(), None, True)):
+    for other in (
+        StateKind(Applied(("a",)), None),
+        StateKind(Applied(), STARTS[0]),
+        StateKind(Applied(), None, True),
+    ):
         assert cache.longest(other, [4], [1]) == (0, None)
     assert cache.longest(kind, [4, 9], [1, 2]) == (0, None), "the last token of a whole prompt is read alone"
     cache.add(kind, [4], toy_state(1), None)

@@ -357,8 +357,8 @@ def test_functions_get_what_they_ask_for(functions_of):
         "def first(cut, a, r): return [len(cut)] * len(a)\n",
         "both named own first",
     )
-    beside = {"cut": [True, False], "tokens": [[5, 6], [7]]}
-    found = [functions.call(name, "p", ["a", "b"], "", **beside) for name in functions.names]
+    extras = {"cut": [True, False], "tokens": [[5, 6], [7]]}
+    found = [functions.call(name, "p", ["a", "b"], "", **extras) for name in functions.names]
     assert found == [[-8, 1], [5, 7], [0.5, 0.5], [1, 1]]
 
 

@@ -16,7 +16,7 @@ from src.data.questions import Question, Questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.distributed.process_group import ALONE, Processes
-from src.evaluation.rewards import Failed, Scored
+from src.evaluation.rewards import Failed, GroupRewards
 from src.model import RWKV
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.diagnosis import verdict
@@ -243,7 +243,7 @@ def group(failed=False):
     return types.SimpleNamespace(
         question=Question(["abcd?"], "dcba"),
         answers=[Drawn("dcba", [1, 2, 3, 4, 0]), Drawn("x" * 999, [5] * 24, True)],
-        scored=Failed("nan", "it gave nan") if failed else Scored(values, values.sum(1)),
+        scored=Failed("nan", "it gave nan") if failed else GroupRewards(values, values.sum(1)),
         advantages=None if failed else torch.tensor([0.75, -0.75], dtype=torch.float64),
     )
 
@@ -301,7 +301,7 @@ class Awarded:
             self.now += self.seconds
             return Failed("time out", f"question {number} took too long")
         values = torch.tensor([[float(number % 2), len(answer.text) / 100]], dtype=torch.float64)
-        return Scored(values, values @ torch.tensor([1.0, 0.5], dtype=torch.float64))
+        return GroupRewards(values, values @ torch.tensor([1.0, 0.5], dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")

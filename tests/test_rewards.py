@@ -11,7 +11,7 @@ from src.config import Config
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.rewards import GUARDED, JUDGES, Failed, Rewards, overlong, partial
+from src.evaluation.rewards import GUARDED, RIGHT_OR_WRONG, Failed, Rewards, overlong, partial
 from src.losses.grpo import REWARDS
 
 BYTES = load_tokenizer("bytes", 256)
@@ -125,7 +125,7 @@ def test_the_total_is_the_weighted_sum():
 
 
 def test_the_rewards_that_are_built_in_are_those_of_the_flag():
-    assert sorted([*JUDGES, *GUARDED, "length"]) == sorted(REWARDS)
+    assert sorted([*RIGHT_OR_WRONG, *GUARDED, "length"]) == sorted(REWARDS)
 
 
 def test_right_answers_that_cannot_be_read():

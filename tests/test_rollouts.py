@@ -20,7 +20,7 @@ from src.data.encode import Encoder
 from src.data.questions import Question, Questions
 from src.data.tokenizer import load_tokenizer
 from src.distributed.process_group import Processes
-from src.evaluation.rewards import Failed, Scored
+from src.evaluation.rewards import Failed, GroupRewards
 from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
@@ -64,7 +64,7 @@ class Judge:
         values = torch.tensor([mean, brief], dtype=torch.float64).T
         if question.answer in self.alike:
             values = values * 0 + 1
-        return Scored(values, values.sum(1))
+        return GroupRewards(values, values.sum(1))
 
 
 def config_of(**given):

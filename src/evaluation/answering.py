@@ -28,7 +28,7 @@ from .answers_file import AnswersFile, SavedAnswer
 # Rows of the engine. A CPU computes at its peak from 16 rows on, and more rows read more states. A GPU's
 # weights take as long for 256 rows as for one.
 ROWS = {"cpu": 32, "gpu": 256}
-STATES = 3  # of a row while a step is made: the old one, the new one, and a copy in between
+STATES = 3  # states of a row during a step: the old one, the new one, and a copy in between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
     if batch and rows * a_row > left:
         raise UserError(
             f"--batch {batch}: the states of {rows} answers take {rows * a_row / 1e9:.1f} GB, and"
-            f" {max(left, 0) / 1e9:.1f} GB of memory are free beside the model; leave it out, or give at most"
-            f" {max(left // a_row, 1)}"
+            f" {max(left, 0) / 1e9:.1f} GB of memory are free next to the model; leave it out, or give at"
+            f" most {max(left // a_row, 1)}"
         )
     return rows if batch else max(1, min(rows, left // 2 // a_row))
 
@@ -74,16 +74,16 @@ def engine_for(model: RWKV, tokenizer: Tokenizer, answers: int, batch: int | Non
 
 
 def answers_to(
-    engine: Engine, questions: Sequence[Question], asking: Asking, kept: AnswersFile | None = None
+    engine: Engine, questions: Sequence[Question], asking: Asking, file: AnswersFile | None = None
 ) -> list[list[SavedAnswer]]:
     """Ask the model each question: asking.samples answers each, without thoughts.
 
     An answer depends on its question, its place in the list, the number of the sample and asking.seed, and
-    not on the other rows. Answers that `kept` has are not asked again; new ones are added to it.
+    not on the other rows. Answers that `file` has are not asked for again; new ones are added to it.
     """
     keys = [(i, sample) for i in range(len(questions)) for sample in range(asking.samples)]
-    given = {key: kept.answers[key] for key in keys if key in kept.answers} if kept else {}
-    open_ones = sorted({i for i, sample in keys if (i, sample) not in given})
+    answers = {key: file.answers[key] for key in keys if key in file.answers} if file else {}
+    open_ones = sorted({i for i, sample in keys if (i, sample) not in answers})
     requests = [
         Request(
             questions[i].ids(engine.tokenizer, asking.bos),
@@ -96,17 +96,17 @@ def answers_to(
         for i in open_ones
     ]
     places = {i: place for place, i in enumerate(open_ones)}
-    answered = {(places[i], sample) for i, sample in given if i in places}
-    with Progress("answering", len(keys), "answers", done=len(given)) as bar:
+    answered = {(places[i], sample) for i, sample in answers if i in places}
+    with Progress("answering", len(keys), "answers", done=len(answers)) as bar:
         for place, answer in completed(engine, requests, bar, answered):
             question, key = questions[open_ones[place]], (open_ones[place], answer.index)
             text = answer_text(answer.text, asking.template, question.opening)
-            given[key] = SavedAnswer(text, answer.cut)
-            if kept:
-                kept.add(*key, question.prompt, given[key])
-    if kept:
-        kept.finish()
-    return [[given[i, sample] for sample in range(asking.samples)] for i in range(len(questions))]
+            answers[key] = SavedAnswer(text, answer.cut)
+            if file:
+                file.add(*key, question.prompt, answers[key])
+    if file:
+        file.finish()
+    return [[answers[i, sample] for sample in range(asking.samples)] for i in range(len(questions))]
 
 
 def completed(

@@ -21,7 +21,7 @@ from ..inference.sampling import Sampling
 from .mathematics import require_math_verify
 from .scoring import SCORES
 
-BETA = 0.1  # of rewards, as in the papers of DPO, IPO and KTO
+BETA = 0.1  # factor of rewards, as in the papers of DPO, IPO and KTO
 # published evaluations: name -> flag -> value; a given flag overrides it
 PRESETS: dict[str, dict[str, Any]] = {
     # BlinkDL's scoring of the G1 models; the rows are those of HuggingFaceH4/MATH-500
@@ -312,7 +312,7 @@ def check_number(name: str, given: int | None, least: int) -> None:
 
 
 def check_answers(args: argparse.Namespace) -> None:
-    """Raise UserError where --answers is beside flags that ask a model."""
+    """Raise UserError if --answers is given together with flags that ask a model."""
     if args.model:
         return
     asking = {"adapter": [], "bos": "recorded", "save": None}

@@ -6,7 +6,7 @@ SymPy may take hours, or all memory, for a model's text. In its own process it i
 
 from __future__ import annotations
 
-# the file beside this one: `src.evaluation.mathematics` would need the repository on the path
+# mathematics.py of this folder: `src.evaluation.mathematics` would need the repository on the path
 from mathematics import require_math_verify, same_mathematics
 
 require_math_verify()  # imports SymPy, which takes a second that must not count for the first group

@@ -53,7 +53,7 @@ class Distance:
 
     max_logit_difference: float
     max_logit: float  # the largest |logit| of the reference
-    mean_kl: float  # KL(reference || these) in nats, over the tokens
+    mean_kl: float  # mean over the tokens of KL(reference || the other model), in nats
     max_kl: float
     top1_agreement: float  # share of tokens with the same likeliest next token
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..model import RWKV
 
-TOKENS = 1 << 14  # in one pass, padding included
-LOGITS = 1 << 26  # at once: 256 MiB in fp32
+TOKENS = 1 << 14  # tokens in one pass, padding included
+LOGITS = 1 << 26  # logits at once: 256 MiB in fp32
 
 # the ids of a text, and the number of its last tokens whose features are needed
 Request = tuple[tuple[int, ...], int]

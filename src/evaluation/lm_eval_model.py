@@ -25,7 +25,7 @@ from ..model import RWKV
 from .answering import completed, engine_for, seed_of
 from .likelihood import log_likelihoods
 
-MAX_TOKENS = 256  # of an answer if a task gives no limit, as in the harness's own models
+MAX_TOKENS = 256  # limit of an answer if a task gives none, as in the harness's own models
 
 
 class HarnessModel(LM):

@@ -1,4 +1,4 @@
-"""Preferences of a model: how likely it finds each answer of preference data, beside a reference."""
+"""Preferences of a model: how likely it finds each answer of preference data, compared with a reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
 
-TOKENS = 1 << 13  # in one pass, padding included
+TOKENS = 1 << 13  # tokens in one pass, padding included
 CHUNK = 1 << 11  # tokens of a longer row at once
 GAIN = 1.2  # factor that pays for a second pass
 LONGEST = 1 << 30  # tokens of a row: memory does not depend on it
@@ -70,17 +70,17 @@ def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
     device = model.emb.weight.device
     counts = data.target_counts
     ends = np.cumsum(counts, dtype=np.int64)
-    found = np.empty(data.targets, np.float32)
+    values = np.empty(data.targets, np.float32)
     with Progress(doing, len(data), "pairs" if data.paired else "answers") as bar:
         for places in batches(data.lengths - 1):
             chunk = CHUNK if data.lengths[places[-1]] > TOKENS else 0
             shared = not chunk and prompts_once(data, places)
             batch = collate_answers([[data[i]] for i in places], len(places), chunk, shared)
-            values = token_log_probs(model, batch.to(device), Chunks(chunk)).float().cpu()
-            for i, part in zip(places, values.split([int(counts[i]) for i in places]), strict=True):
-                found[ends[i] - counts[i] : ends[i]] = part.numpy()
+            of_batch = token_log_probs(model, batch.to(device), Chunks(chunk)).float().cpu()
+            for i, part in zip(places, of_batch.split([int(counts[i]) for i in places]), strict=True):
+                values[ends[i] - counts[i] : ends[i]] = part.numpy()
             bar.update(len(places))
-    return found
+    return values
 
 
 def prompts_once(data: Preferences, places: list[int]) -> bool:
@@ -190,10 +190,10 @@ class Compared:
     def with_reference(cls, data: Preferences, model: RWKV) -> Compared:
         """Add ln p by `model`, the reference."""
 
-        def beside(examples: Preferences) -> Preferences:
+        def referenced(examples: Preferences) -> Preferences:
             return examples.with_reference(log_probs(model, examples, "reference"))
 
-        return cls(beside(data), None if data.paired else beside(data.mismatched()))
+        return cls(referenced(data), None if data.paired else referenced(data.mismatched()))
 
     def measure(self, model: RWKV, beta: float) -> MeasuredPreferences:
         """Measure the model; rewards are `beta` times the ratio."""

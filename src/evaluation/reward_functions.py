@@ -84,21 +84,21 @@ class RewardFunctions:
             self.close()
             raise
 
-    def call(self, name: str, prompt: str, answers: list[str], right: str, **beside: list) -> list[float]:
+    def call(self, name: str, prompt: str, answers: list[str], right: str, **extras: list) -> list[float]:
         """Return a function's rewards for the answers to a prompt. Raises FunctionFailed without a number
         each.
 
-        `beside` has `cut` and `tokens`, one for each answer, for functions with such parameters.
+        `extras` are `cut` and `tokens`, one value for each answer, for functions with such parameters.
         """
         self.start()
-        given = {"name": name, "prompt": prompt, "answers": answers, "right": right, "beside": beside}
-        reply = self._ask(given, self.seconds, name)
+        message = {"name": name, "prompt": prompt, "answers": answers, "right": right, "extras": extras}
+        reply = self._ask(message, self.seconds, name)
         values = reply.get("values")
         if not (isinstance(values, list) and list(map(type, values)) == [float] * len(answers)):
             self._kill()
             raise FunctionFailed(f"{name}: reply", f"{name} {MEDDLED}")
         for place, value in enumerate(values, 1):
-            if not abs(value) <= LARGEST:  # nor for NaN
+            if not abs(value) <= LARGEST:  # also for NaN
                 expected = (
                     f"a number between -{LARGEST:g} and {LARGEST:g}" if math.isfinite(value) else "a number"
                 )
@@ -160,27 +160,27 @@ class RewardProcess:
 
     def __init__(self, name: str):
         self.name = name
-        asked, self.requests = os.pipe()
-        self.replies, answered = os.pipe()
+        read_requests, self.requests = os.pipe()
+        self.replies, write_replies = os.pipe()
         self.output, printed = os.pipe()
-        theirs, ours = (asked, answered), (self.requests, self.replies, self.output)
+        worker_ends, own_ends = (read_requests, write_replies), (self.requests, self.replies, self.output)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", WORKER, *map(str, theirs), str(os.getpid())],
-                pass_fds=theirs,
+                [sys.executable, "-u", WORKER, *map(str, worker_ends), str(os.getpid())],
+                pass_fds=worker_ends,
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
                 start_new_session=True,  # Ctrl-C of the terminal is for the run, which ends after a step
             )
         finally:
-            for descriptor in (*theirs, printed):
+            for descriptor in (*worker_ends, printed):
                 os.close(descriptor)
-        for descriptor in ours:
+        for descriptor in own_ends:
             os.set_blocking(descriptor, False)
         self.printed = Printed(name)
         # also when the interpreter ends
-        self.end = weakref.finalize(self, end_process, self.process, ours, os.getpid())
+        self.end = weakref.finalize(self, end_process, self.process, own_ends, os.getpid())
 
     def exchange(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send a message and wait for the reply; output is shown meanwhile. Raises TimedOut, Ended."""

@@ -26,9 +26,9 @@ from types import ModuleType
 from typing import Any
 
 LONGEST = 500  # characters of an exception's message
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-# parameters that a function may have beside the prompt, the answers and the reference answer
-BESIDE = ("cut", "tokens")
+PR_SET_PDEATHSIG = 1  # an option of prctl(2)
+# parameters that a function may have after the prompt, the answers and the reference answer
+EXTRAS = ("cut", "tokens")
 
 
 class RewardMistake(Exception):
@@ -79,7 +79,7 @@ def end_with(parent: int) -> None:
         # if memory is short, the kernel shall end this process, not the training
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(1)
 
 
@@ -112,41 +112,41 @@ def load(path: str, source: str, names: list[str], reserved: list[str]) -> Modul
 
 
 def check_function(name: str, function: Any, defined: list[str]) -> None:
-    """Raise Refused for a function that cannot be called with (prompt, answers, right) and some of BESIDE."""
+    """Raise RewardMistake if a function can't be called with (prompt, answers, right) and some EXTRAS."""
     if not callable(function):
         has = f"it has {', '.join(defined)}" if defined else "it has none"
         why = "it has no function" if function is None else f"{described_value(function)} is no function, as"
         raise RewardMistake(f"{why} {name}; {has}")
     with contextlib.suppress(ValueError):  # a C function may not tell its parameters
         try:
-            inspect.signature(function).bind("", [], "", **dict.fromkeys(asked_beside(function)))
+            inspect.signature(function).bind("", [], "", **dict.fromkeys(extras_of(function)))
         except TypeError:
             raise RewardMistake(
                 f"{name}{inspect.signature(function)} cannot be called with the prompt, the list of answers"
                 f" and the reference answer; expected def {name}(prompt, answers, right), and after these"
-                f" {' and '.join(BESIDE)} if it wants them"
+                f" {' and '.join(EXTRAS)} if it wants them"
             ) from None
 
 
-def asked_beside(function: Any) -> list[str]:
-    """Name the parameters of BESIDE that a function has after the first three, without a default."""
+def extras_of(function: Any) -> list[str]:
+    """Name the EXTRAS that a function has after its first three parameters, without a default."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[3:]
     except ValueError:  # a C function may not tell its parameters
         return []
-    return [one.name for one in parameters if one.name in BESIDE and one.default is one.empty]
+    return [one.name for one in parameters if one.name in EXTRAS and one.default is one.empty]
 
 
 def call(
-    module: ModuleType, name: str, prompt: str, answers: list[str], right: str, beside: dict[str, list]
+    module: ModuleType, name: str, prompt: str, answers: list[str], right: str, extras: dict[str, list]
 ) -> list[float]:
-    """Call a function: a number for each answer. Raises Refused for anything else.
+    """Call a function, which has to return a number for each answer. Raises RewardMistake for anything else.
 
-    `beside` has, by name, what the function may ask for: a value for each answer.
+    `extras` has, by name, values that the function may have as further arguments: one for each answer.
     """
     count, function = len(answers), getattr(module, name)
-    asked = {wanted: beside[wanted] for wanted in asked_beside(function)}
-    returned = function(prompt, answers, right, **asked)
+    wanted = {extra: extras[extra] for extra in extras_of(function)}
+    returned = function(prompt, answers, right, **wanted)
     expected = f"expected a list of {plural(count, 'number')}, one for each answer"
     if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
         raise RewardMistake(

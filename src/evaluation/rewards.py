@@ -2,7 +2,7 @@
 
 rewards = Rewards.of(config, template)      # UserError for settings that make no sense
 rewards.check(questions, tokenizer)         # notes; UserError where the rewards cannot judge these questions
-rewards.score(question, answers)            # Scored, or Failed: this group alone cannot be used
+rewards.score(question, answers)            # GroupRewards, or Failed: this group alone cannot be used
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable
 
 
-class Scored(NamedTuple):
+class GroupRewards(NamedTuple):
     """Rewards of the G answers of a group."""
 
     values: Tensor  # (G, rewards) float64, on the CPU
@@ -39,7 +39,7 @@ class Scored(NamedTuple):
 class Failed(NamedTuple):
     """Failure of a group's rewards."""
 
-    kind: str  # alike for reasons that the user needs to read once
+    kind: str  # equal for failures of which the user needs to read one
     reason: str
 
 
@@ -77,7 +77,7 @@ def _unless_cut(agree: Callable[[str, str], bool]) -> Callable[[Spoken, str], fl
 
 
 # built-in rewards, which run in this process: (an answer, the reference answer) -> reward
-JUDGES: dict[str, Callable[[Spoken, str], float]] = {
+RIGHT_OR_WRONG: dict[str, Callable[[Spoken, str], float]] = {
     **{name: _unless_cut(SCORES[name].agree) for name in ("exact", "number", "boxed")},
     "partial": lambda spoken, right: partial(spoken.said, right),
 }
@@ -103,11 +103,11 @@ class Rewards:
         rewards = config.settled().rewards
         self.names = tuple(rewards)
         self.weights = torch.tensor(list(rewards.values()), dtype=torch.float64)
-        self.own, here, seconds = None, pathlib.Path(__file__), config.reward_timeout
+        self.own, this_file, seconds = None, pathlib.Path(__file__), config.reward_timeout
         if names := tuple(name for name in self.names if name not in REWARDS):
             self.own = RewardFunctions(config.reward_file, names, seconds, REWARDS)
         self.guarded = {
-            name: RewardFunctions(str(here.with_name(file)), (name,), seconds)
+            name: RewardFunctions(str(this_file.with_name(file)), (name,), seconds)
             for name, file in GUARDED.items()
             if name in self.names
         }
@@ -143,15 +143,15 @@ class Rewards:
         """
         for name in self.names:
             if name in SCORES:
-                asked = questions[:PARSED] if name == "math_verify" else questions
-                require_readable(name, asked, f"--rewards {name}")
+                to_read = questions[:PARSED] if name == "math_verify" else questions
+                require_readable(name, to_read, f"--rewards {name}")
         question = questions[0]
         answers = [question.answer] * (self.config.group_size - 1) + [""]
         tokens = [_as_drawn(tokenizer, answer) for answer in answers]
-        beside, notes = {"cut": [False] * len(answers), "tokens": tokens}, []
+        extras, notes = {"cut": [False] * len(answers), "tokens": tokens}, []
         for name in self.own.names if self.own else ():
             try:
-                values = self.own.call(name, question.prompt, answers, question.answer, **beside)
+                values = self.own.call(name, question.prompt, answers, question.answer, **extras)
             except FunctionFailed as failed:
                 raise UserError(
                     f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} reference"
@@ -165,7 +165,7 @@ class Rewards:
                 )
         return notes
 
-    def score(self, question: Question, answers: Sequence[Answer]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[Answer]) -> GroupRewards | Failed:
         """Score each of a group's answers to a question."""
         spoken = [self._spoken(question, answer) for answer in answers]
         try:
@@ -175,7 +175,7 @@ class Rewards:
             where = f"; the question was {question.prompt[-80:]!r}{first}"
             return Failed(failed.kind, f"{failed.reason}{where}")
         values = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(spoken)).T
-        return Scored(values, values @ self.weights)
+        return GroupRewards(values, values @ self.weights)
 
     def close(self) -> None:
         """End the processes of the functions."""
@@ -190,8 +190,8 @@ class Rewards:
         self.close()
 
     def _spoken(self, question: Question, answer: Answer) -> Spoken:
-        asked = answer.text, self.template, question.opening
-        return Spoken(whole_text(*asked).strip(), answer_text(*asked), answer.tokens, answer.cut)
+        text = answer.text, self.template, question.opening
+        return Spoken(whole_text(*text).strip(), answer_text(*text), answer.tokens, answer.cut)
 
     def _column(self, name: str, spoken: list[Spoken], question: Question) -> list[float]:
         """Return one reward of each answer."""
@@ -206,7 +206,7 @@ class Rewards:
             complete = [answer.said for answer in spoken if not answer.cut]
             judged = iter(self.guarded[name].call(name, prompt, complete, right))
             return [0.0 if answer.cut else next(judged) for answer in spoken]
-        if name in JUDGES:
-            return [JUDGES[name](answer, right) for answer in spoken]
+        if name in RIGHT_OR_WRONG:
+            return [RIGHT_OR_WRONG[name](answer, right) for answer in spoken]
         cut, tokens = [answer.cut for answer in spoken], [list(answer.tokens) for answer in spoken]
         return self.own.call(name, prompt, whole, right, cut=cut, tokens=tokens)

@@ -157,9 +157,9 @@ class Score(NamedTuple):
     """Score: decides when an answer is right."""
 
     agree: Callable[[str, str], bool]  # whether (answer, reference answer) agree
-    result: Callable[[str], Hashable | None]  # result of an answer, alike for like results; None without one
+    result: Callable[[str], Hashable | None]  # result of an answer, equal for equal results; None without one
     result_of_reference: Callable[[str], object | None]  # result of a reference answer
-    wanted: str  # what a reference answer must have
+    wanted: str  # the name of the part that a reference answer must have, for errors
 
 
 SCORES = {

@@ -75,8 +75,8 @@ class Stack:
 
     def take_in(self, name: str, factors: Factors, needed: set[str]) -> bool:
         """Put an adapter into the place of an unneeded one of its form; returns False if there is none."""
-        own = form(factors)
-        free = [i for i, other in enumerate(self.names) if other not in needed and self.forms[i] == own]
+        wanted = form(factors)
+        free = [i for i, other in enumerate(self.names) if other not in needed and self.forms[i] == wanted]
         if not free:
             return False
         for linear, (A, B, _) in factors.items():

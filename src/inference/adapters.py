@@ -1,4 +1,4 @@
-"""Adapters that run beside their base: y = W x + scale B (A x). Choosing others takes milliseconds.
+"""Unmerged adapters of a model: y = W x + scale B (A x). Choosing others takes milliseconds.
 
 Most methods change a weight by a matrix of low rank: MiSS, LoRA, PiSSA, VeRA and others. Their two factors
 are kept here in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
@@ -45,7 +45,7 @@ from .unmerged_linear import (
     unmerged,
 )
 
-MIXES = 8  # mixes of rows that are remembered: a step's and those of prompts that are read beside it
+MIXES = 8  # mixes of rows that are remembered: that of a step, and those of prompts between steps
 
 # tensors that a GPU's kernels read in any dtype: shares of the token shift, vectors between the products,
 # states
@@ -59,7 +59,7 @@ class FittedAdapter:
     path: Any
     fingerprint: str
     metadata: dict[str, Any]
-    factors: dict[str, LowRank]  # of linears
+    factors: dict[str, LowRank]  # name of a linear -> its change
     merging: dict[str, dict[str, Tensor]]  # the file's tensors of linears that have no factors
     whole: dict[str, Tensor]  # tensors that were trained as a whole
 
@@ -73,7 +73,7 @@ class FittedAdapter:
         return [*(f"{name}.weight" for name in self.merging), *self.whole]
 
     def merged_only(self) -> list[str]:
-        """Name those of replaced() that cannot differ by row. An initial state can: each row has its own."""
+        """Name the tensors of replaced() that can't differ by row. Initial states can: each row has one."""
         return [name for name in self.replaced() if not is_state(name)]
 
     def reason_to_merge(self) -> str:
@@ -180,7 +180,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def showing(self, mix: Mix) -> Iterator[None]:
-        """Put the mix beside the linears inside the block."""
+        """Let the linears add the changes of the mix inside the block."""
         self._show(mix)
         try:
             yield
@@ -216,8 +216,8 @@ class Adapters:
             # twice the old room, which is full: it rarely grows
             room = 1 << (len(needed) - 1).bit_length()
             others = [name for name in (*self.stack.names, *self.by_name) if name in self.by_name]
-            kept = [name for name in dict.fromkeys([*needed, *others]) if self.by_name[name].factors]
-            self.stack = Stack({name: self.by_name[name].factors for name in kept[:room]})
+            candidates = [name for name in dict.fromkeys([*needed, *others]) if self.by_name[name].factors]
+            self.stack = Stack({name: self.by_name[name].factors for name in candidates[:room]})
         return self.stack, scales(self._as_named(applied), self.stack.names)
 
     def _as_named(self, applied: Sequence[Applied]) -> list[Applied]:
@@ -277,20 +277,21 @@ class Adapters:
     def factors(self, applied: Applied) -> dict[str, LowRank]:
         """Return a row's changes of the model's linears, by their names: fp32, on a GPU in its dtype.
 
-        BASE stands for use(), beside the tensors that use() has put into the model. For one adapter they are
-        its own tensors, for several they are new ones. Raises UserErrors of check().
+        BASE stands for the adapters of use(); tensors that use() has put into the model are not repeated
+        here. One adapter's changes are its own tensors, those of several are new ones. Raises UserErrors of
+        check().
         """
         self.check(applied)
         names, scale = applied if applied.names else (self.used, self.scale)
         return self._factors([self.by_name[name] for name in names], scale)
 
     def _factors(self, chosen: list[FittedAdapter], scale: float) -> dict[str, LowRank]:
-        found = {}
+        changes = {}
         for name, linear in self.linears.items():
             factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
             if change := together(factors, linear.in_features, scale):
-                found[name] = change
-        return found
+                changes[name] = change
+        return changes
 
     @torch.no_grad()
     def start(self, applied: Applied) -> State | None:
@@ -326,7 +327,7 @@ class Adapters:
         return start
 
     def identity(self) -> dict[str, Any]:
-        """Identify the model beside its base: equal for the same adapter files at the same scale."""
+        """Identify the adapters in use: equal for the same adapter files at the same scale."""
         names = sorted(self.by_name[name].fingerprint for name in self.used)
         return {"adapters": names, "scale": self.scale if self.used else 1.0}
 
@@ -368,17 +369,17 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
             f"{path} adapts {other}, which is no linear; merge it into the base (rwkv-miss merge)"
         )
     adapter = FittedAdapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
-    for name, own in linears.items():
-        own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
+    for name, tensors in linears.items():
+        tensors = {key: tensor.to(model.emb.weight.device) for key, tensor in tensors.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)
         cls, options = method_of(metadata, name)
         if name == "emb":  # a lookup's matrix is the weight transposed
             weight = nn.Parameter(weight.t(), requires_grad=False)
-        layer = cls.wrap(weight, None, options, {key: own[key] for key in cls.shared})
-        layer.assign(own)
+        layer = cls.wrap(weight, None, options, {key: tensors[key] for key in cls.shared})
+        layer.assign(tensors)
         factors = factors_of(layer, dtype)
         if factors is None:
-            adapter.merging[name] = own
+            adapter.merging[name] = tensors
         elif factors.A is None:
             adapter.factors[name] = factors
         else:

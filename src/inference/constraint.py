@@ -2,7 +2,7 @@
 
 The package `llguidance` reads the grammar of a form and tells which tokens may come next. A grammar is of
 bytes, so every text has all its encodings. An answer ends as soon as its form is complete. Where the form may
-end but need not, the end of document and the stops are allowed beside what continues it.
+end but need not, the tokens that continue it, the end of document and the stops are allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rwkv_miss.errors import UserError
 
 from ..common.formatting import short
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from .stop_texts import StopTexts, Vocabulary
+from .stop_texts import StopTexts, TokenBytes
 
 # within these limits the worst schemas take 0.3 s and 9 MB: 700 properties with enums, 1,000 numbers
 LONGEST = 1 << 16  # bytes of a grammar
@@ -43,7 +43,7 @@ class Constraint(Protocol):
 
     ended: bool  # whether the answer is complete
     exhausted: bool  # whether the form became too complex to go on
-    # characters at the end of the text: the stop of an ended answer, or what may begin one
+    # characters at the end of the text: the stop of an ended answer, or the possible beginning of a stop
     held: int
 
     def mask(self) -> np.ndarray:
@@ -53,7 +53,7 @@ class Constraint(Protocol):
         """Take the next token, one of the mask's."""
 
 
-class Form(Protocol):
+class AnswerForm(Protocol):
     """Form of answers. start() begins one, whose text may end in one of the stops."""
 
     def start(self, stops: Sequence[str]) -> Constraint: ...
@@ -80,7 +80,7 @@ class GrammarCompiler:
         (end,) = tokenizer.eod
         source = _Table(tokenizer) if isinstance(tokenizer, ByteTokenizer) else _json_source(tokenizer)
         self.tokens = llguidance.LLTokenizer(source, n_vocab=self.size, eos_token=end)
-        self.vocabulary = Vocabulary(
+        self.vocabulary = TokenBytes(
             {token: self.tokens.decode_bytes([token]) for token in tokenizer.ids if token != end}
         )
         # masks are made while the model computes
@@ -139,7 +139,7 @@ class GrammarCompiler:
             raise UserError(f"the grammar has {size:,} bytes, expected at most {LONGEST:,}")
         try:
             return {"lark_grammar": any_to_lark(text)}
-        except Exception as error:  # its own class, and Python's for grammars that are cut off
+        except Exception as error:  # llguidance's own class, and Python's for grammars that are cut off
             raise UserError(f"the grammar is neither Lark nor GBNF: {error}") from None
 
 

@@ -24,7 +24,7 @@ class Turn(NamedTuple):
     """Turn of a user, or results of tools, with the answer."""
 
     messages: list[dict]
-    pieces: list[str]  # the model's input for them, each tokenised on its own
+    pieces: list[str]  # the model's input for the turn, each piece tokenised on its own
     # whether the pieces are the conversation from its beginning: for the first turn, and if a template
     # rewrote the conversation
     whole: bool
@@ -58,7 +58,7 @@ class Conversation:
     def reset(self) -> None:
         """Start again without turns; only the random numbers go on."""
         self.turns: list[Turn] = []
-        self.asked = self.template  # of the last turn
+        self.last_template = self.template  # the template of the last turn
         self.read_again()
 
     def read_again(self) -> None:
@@ -95,8 +95,8 @@ class Conversation:
             self.earlier = None, 0
 
     def twin(self, seed: int) -> Conversation:
-        """Return a copy of the conversation with its own random numbers; what is said in it is not said
-        here."""
+        """Return a copy of the conversation with its own random numbers. Turns of the copy are not turns
+        of the original."""
         other = copy.copy(self)
         other.turns, other.generator = list(self.turns), torch.Generator().manual_seed(seed)
         return other
@@ -113,7 +113,7 @@ class Conversation:
         If it is interrupted or closed, the text so far is the answer.
         """
         new = [{"role": "user", "content": new}] if isinstance(new, str) else new
-        goes_on = self.turns and turns_alike(self.template, self.asked)
+        goes_on = self.turns and turns_alike(self.template, self.last_template)
         pieces = self.template.next_turn(self.messages, new, self.tools) if goes_on else None
         whole = pieces is None
         before, unread = (None, []) if whole else self.unread()
@@ -145,7 +145,7 @@ class Conversation:
     def _anew(self, new: list[dict]) -> list[str]:
         """Write the pieces of the whole conversation. Raises UserError for turns without a form."""
         try:
-            return [piece for piece, _ in self._asked(new)]
+            return [piece for piece, _ in self._segments(new)]
         except UserError as error:
             if not self.turns:
                 raise
@@ -154,7 +154,7 @@ class Conversation:
                 " turn that it is about, begin a new conversation, or choose the earlier template"
             ) from None
 
-    def _asked(self, new: list[dict]) -> list[Segment]:
+    def _segments(self, new: list[dict]) -> list[Segment]:
         return self.template.segments([*self.messages, *new], self.tools, ask=True)
 
     def _add(self, new: list[dict], pieces: list[str], whole: bool, said: str) -> None:
@@ -162,7 +162,7 @@ class Conversation:
         content, calls = self.template.parse(text) if self.tools else (text, [])
         message = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
         self.turns.append(Turn([*new, message], [*pieces, said], whole))
-        self.asked = self.template
+        self.last_template = self.template
 
 
 def turns_alike(one: Template, other: Template) -> bool:

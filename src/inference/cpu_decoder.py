@@ -3,8 +3,8 @@
 The native code is cuda/decode_cpu.cpp. Weights are read once for all rows. A row's results have the same bits
 whatever the other rows are, and whatever the number of threads is. A prompt is read with matrix products.
 
-Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. An adapter's change
-(adapters.py) is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
+Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. An adapter's
+change (adapters.py) is added in fp32. Activations and states of single tokens are fp32. So bf16
 weights, as released files have them, give what fp32 ones do. For products in int8 activations are rounded,
 too, where the CPU multiplies bytes. A longer prompt is read in bf16 where the weights are bf16 and the CPU
 multiplies in it.
@@ -63,7 +63,7 @@ class Change(ctypes.Structure):
 class ChangeTable(NamedTuple):
     """Table of adapters' changes to the matrices, which the native code has by number."""
 
-    number: int  # -1: no changes
+    number: int  # the native code's number of the table; -1: no changes
     kept: list[Tensor]  # tensors that the native code points to
 
 
@@ -99,7 +99,7 @@ class Decoder:
         arch = self.arch = model.arch
         heads = arch.n_head, arch.head_size, arch.head_size
         self.state_shapes = LayerState((1, arch.n_embd), (1, *heads), (1, arch.n_embd))
-        # of all layers, (rows, L, ...)
+        # states of all layers, (rows, L, ...)
         self.states = LayerState(
             *(torch.zeros(rows, arch.n_layer, *shape[1:]) for shape in self.state_shapes)
         )
@@ -231,19 +231,19 @@ class Decoder:
 
     def _new_table(self, names: tuple[str, ...]) -> ChangeTable:
         changes = (Change * len(self.names))()
-        kept = []
+        pointed_to = []
         for name, low_rank in self._factors(names).items():
             A, B = low_rank.A, low_rank.B.t().contiguous()
             changes[self.names.index(f"{name}.weight")] = Change(
                 len(B), low_rank.scale, None if A is None else A.data_ptr(), B.data_ptr()
             )
-            kept += [B] if A is None else [A, B]
-        if not kept:
-            return ChangeTable(-1, kept)
+            pointed_to += [B] if A is None else [A, B]
+        if not pointed_to:
+            return ChangeTable(-1, pointed_to)
         taken = {table.number for table in self.tables.values()}
         number = next(number for number in itertools.count() if number not in taken)
         self.put_table(self.handle, ctypes.c_int64(number), changes)
-        return ChangeTable(number, kept)
+        return ChangeTable(number, pointed_to)
 
     def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
         """Return these adapters' changes; without names, those of Adapters.use() or of the adapter in

@@ -49,7 +49,7 @@ class GraphedDecoder(TorchDecoder):
         self._forget()
 
     def _forget(self) -> None:
-        # kept, so that no other tensor gets one of their addresses: refresh() compares them
+        # held, so that no other tensor gets the address of one: refresh() compares addresses
         self.weights = [p.detach() for p in self.model.parameters()]
         self.graphs: dict[tuple[int, bool], RowGraph] = {}  # (rows, whether they have adapters)
         self.stack: Stack | None = None
@@ -63,9 +63,7 @@ class GraphedDecoder(TorchDecoder):
         """
         now = list(self.model.parameters())
         same = len(now) == len(self.weights) and all(map(_is_same, now, self.weights))
-        if (
-            same and self.adapters is not None
-        ):  # without `adapters` the changes beside the linears are unknown
+        if same and self.adapters is not None:  # without `adapters` the linears' changes are unknown
             return
         if self.model.dtype != self.states.att_x.dtype:
             self.states = self._zeros()
@@ -144,7 +142,7 @@ class GraphedDecoder(TorchDecoder):
         return RowGraph(graph, logits)
 
     def _showing(self, count: int, with_adapters: bool) -> contextlib.AbstractContextManager[None]:
-        """Put beside the linears what the graph of `count` rows reads, inside the block."""
+        """Let the linears add the changes that the graph of `count` rows reads, inside the block."""
         if self.adapters is None:
             return contextlib.nullcontext()
         columns = self.stack.columns if with_adapters else {}

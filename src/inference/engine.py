@@ -1,8 +1,8 @@
 """Engine for many requests at once: rows of states, which requests take and leave between any two tokens.
 
 A request waits, then its prompt is read, in chunks, and each of its answers takes a row of the decoder. With
-every step() all rows get one token more. The weights are read once for all of them, and a row costs little
-beside the first. An answer does not depend on the other rows: a prompt is read alone and its chunks end at
+every step() all rows get one token more. The weights are read once for all of them, and each row after the
+first costs little. An answer does not depend on the other rows: a prompt is read alone and its chunks end at
 multiples of `chunk`, a row's logits are its own, and its random numbers come from its own seed. (Many short
 prompts may be read faster as one batch: see `together`.)
 
@@ -26,7 +26,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import LayerState, State
 from ..ops.native import nan_passes
 from .adapters import BASE
-from .prefix_cache import Kind, PrefixCache
+from .prefix_cache import PrefixCache, StateKind
 from .prompt_logprobs import PromptLogprobs
 from .request import Answer, Request
 from .row_decoder import RowDecoder
@@ -40,8 +40,8 @@ class _Prompt:
     def __init__(self, request: Request, vocab_size: int):
         self.request = request
         self.answers = collections.deque(Answer(request, i) for i in range(request.n))
-        self.kind = Kind(request.applied, request.start)
-        self.read = 0  # tokens
+        self.kind = StateKind(request.applied, request.start)
+        self.read = 0  # tokens that were read
         self.state: State | None = None
         self.logits: Tensor | None = None  # (1, V), once all is read
         self.logprobs: PromptLogprobs | None = None  # if asked for
@@ -233,16 +233,16 @@ class Engine:
                 return
         end = min(len(tokens), (prompt.read // self.chunk + 1) * self.chunk)
         ids = torch.tensor([list(tokens[prompt.read : end])], dtype=torch.int64)
-        given = [ids, prompt.state, prompt.request.applied]
+        arguments = [ids, prompt.state, prompt.request.applied]
         if prompt.logprobs:
-            given.append(prompt.logprobs.add)
+            arguments.append(prompt.logprobs.add)
         if end == len(tokens) and not prompt.request.wants_state_alone:
-            prompt.logits, prompt.state = self.decoder.read(*given)
+            prompt.logits, prompt.state = self.decoder.read(*arguments)
         else:
-            prompt.state = self.decoder.state_after(*given)
+            prompt.state = self.decoder.state_after(*arguments)
         prompt.read = end
-        whole_state = end == len(tokens) and prompt.request.wants_state_alone  # of no use for others
-        # with log-probabilities its states may have other bits: see RowDecoder
+        whole_state = end == len(tokens) and prompt.request.wants_state_alone  # no other prompt can use it
+        # with log-probabilities a prompt's states may have other bits: see RowDecoder
         if self.cache.limit and not prompt.logprobs and not whole_state:
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
 
@@ -258,9 +258,9 @@ class Engine:
         if not prompt.request.wants_state_alone:
             lengths.append(len(tokens))
         for kind in kinds:
-            read, found = self.cache.longest(kind, tokens, lengths)
+            read, hit = self.cache.longest(kind, tokens, lengths)
             if read > prompt.read:
-                prompt.kind, prompt.read, prompt.state, prompt.logits = kind, read, found.state, found.logits
+                prompt.kind, prompt.read, prompt.state, prompt.logits = kind, read, hit.state, hit.logits
         for answer in prompt.answers:
             answer.cached_tokens = prompt.read
 
@@ -330,7 +330,7 @@ class Engine:
     def _keep(self, running: RunningAnswer) -> None:
         """Put the state after an answer into the cache, for the next turn of its conversation."""
         request = running.answer.request
-        kind = Kind(request.applied, request.start, after_answer=True)
+        kind = StateKind(request.applied, request.start, after_answer=True)
         self.cache.add(kind, [*request.tokens, *running.read], running.answer.state, None)
 
     def _leave(self, rows: Iterable[int]) -> None:

@@ -121,7 +121,7 @@ def add_device(add: Callable) -> None:
         default="auto",
         choices=("auto", "yes", "no"),
         help="answer from a copy of the weights in memory pages of 2 MB, on a CPU under Linux: up to 1.6"
-        " times as fast. The copy takes memory beside the weights, if these are mapped from the file."
+        " times as fast. The copy takes memory in addition to the weights, if these are mapped from the file."
         " auto: copy at most a third of the free memory",
     )
     add(

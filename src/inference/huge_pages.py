@@ -94,10 +94,10 @@ def huge_bytes(begin: int, end: int, smaps: str = "/proc/self/smaps") -> int:
     return min(total, end - begin)
 
 
-def wanted(asked: str, size: int) -> bool:
+def wanted(choice: str, size: int) -> bool:
     """Tell whether to copy `size` bytes. auto takes at most a third of the free memory, and leaves a GiB."""
-    if asked != "auto":
-        return asked == "yes"
+    if choice != "auto":
+        return choice == "yes"
     return not problem() and max(3 * size, size + GIB) <= free_memory("cpu")
 
 
@@ -106,16 +106,16 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(rounded(tensor.nbytes) for tensor in tensors)
 
 
-def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> str:
+def move_weights(weights: Mapping[str, nn.Parameter | None], choice: str) -> str:
     """Move the matrices that every token reads into a region: all but the embedding.
 
-    Returns a sentence about it, "" for no. `asked` is yes, no or auto.
+    Returns a sentence about the copy; "" for no. `choice` is yes, no or auto.
     """
     matrices = [p for name, p in weights.items() if p is not None and p.dim() > 1 and name != "emb.weight"]
     size = size_of(matrices)
-    if asked == "no":
+    if choice == "no":
         return ""
-    if not wanted(asked, size):
+    if not wanted(choice, size):
         return f"not in large memory pages ({problem() or f'these need a copy, {size_text(size)}'})"
     return move(matrices).describe()
 

@@ -76,11 +76,11 @@ def load_with(
     return adapters, recorded_tokenizer(tokenizer, eod, model.arch.vocab_size, *files.values(), path)
 
 
-def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
+def _check_tokenizers(tokenizer: str, files: Mapping[str, Any]) -> None:
     """Raise UserError if adapters that are to be switched record different tokenizers, and none is given."""
     records = {name: (read_metadata(path) or {}).get("tokenizer") for name, path in files.items()}
     different = {record for record in records.values() if record}
-    if asked == "auto" and len(different) > 1:
+    if tokenizer == "auto" and len(different) > 1:
         named = ", ".join(f"{name}: {record}" for name, record in records.items())
         raise UserError(
             f"the adapters were trained with different tokenizers ({named}); give --tokenizer, or chat with"

@@ -28,7 +28,7 @@ class Read(NamedTuple):
     size: int  # bytes
 
 
-class Kind(NamedTuple):
+class StateKind(NamedTuple):
     """Kind of a state; only states of one kind can replace each other.
 
     Two start states are the same if they are one object; None is the adapter's, or the model's own.
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 class Key(NamedTuple):
-    """Kind, and a number of tokens. The tokens themselves are not kept."""
+    """Key of an entry: kind, and a number of tokens. The tokens themselves are not kept."""
 
     applied: Applied
     start: int | None
@@ -57,10 +57,12 @@ class PrefixCache:
         self.limit, self.size = limit, 0
         self.entries: OrderedDict[Key, Read] = OrderedDict()  # the one used last is at the end
 
-    def longest(self, kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> tuple[int, Read | None]:
+    def longest(
+        self, kind: StateKind, tokens: Sequence[int], lengths: Iterable[int]
+    ) -> tuple[int, Read | None]:
         """Find (number of tokens, cached result) of the longest beginning; (0, None) without one.
 
-        Only the given lengths are looked up; after answers those that are kept.
+        Only the given lengths are looked up; after answers, the lengths that the cache has.
         """
         if kind.after_answer:
             lengths = {key.length for key in self.entries if key.after_answer and key.length <= len(tokens)}
@@ -71,10 +73,10 @@ class PrefixCache:
                 return key.length, self.entries[key]
         return 0, None
 
-    def add(self, kind: Kind, tokens: Sequence[int], state: State, logits: Tensor | None) -> None:
+    def add(self, kind: StateKind, tokens: Sequence[int], state: State, logits: Tensor | None) -> None:
         """Keep the state after all these tokens; entries unused for longest are dropped to make room."""
-        kept = [part for layer in state for part in layer] + ([] if logits is None else [logits])
-        size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        tensors = [part for layer in state for part in layer] + ([] if logits is None else [logits])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > self.limit:
             return
         (key,) = _keys(kind, tokens, [len(tokens)])
@@ -100,7 +102,7 @@ class PrefixCache:
             self.size -= entry.size
 
 
-def _keys(kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> list[Key]:
+def _keys(kind: StateKind, tokens: Sequence[int], lengths: Iterable[int]) -> list[Key]:
     """Return the keys of the first `lengths` tokens, the shortest first."""
     start = None if kind.start is None else id(kind.start)
     keys, digest, before = [], hashlib.blake2b(digest_size=32), 0

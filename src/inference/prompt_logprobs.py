@@ -15,7 +15,7 @@ from .sampling import overflow
 EachLogits = Callable[[Tensor], None]
 
 
-class Scored(NamedTuple):
+class ScoredToken(NamedTuple):
     """Token of a prompt: ln p after the tokens before it, and its rank by p from 1 on; the first has none.
 
     `likeliest` holds (token, ln p), the likeliest first.
@@ -36,7 +36,7 @@ class PromptLogprobs:
 
     def __init__(self, tokens: Sequence[int], count: int, vocab_size: int):
         self.tokens, self.count, self.vocab_size = tokens, min(count, vocab_size), vocab_size
-        self.scores = [Scored(tokens[0])]
+        self.scores = [ScoredToken(tokens[0])]
 
     def add(self, logits: Tensor) -> None:
         """Score the next tokens by the logits (n, V) before them. Raises UserError if they are not finite."""
@@ -52,7 +52,7 @@ class PromptLogprobs:
         values, ids = (top.values - total).tolist(), top.indices.tolist()
         logprobs = (of_token - total)[:, 0].tolist()
         for token, logprob, rank, *likeliest in zip(tokens, logprobs, ranks, ids, values, strict=True):
-            self.scores.append(Scored(token, logprob, rank, list(zip(*likeliest))))
+            self.scores.append(ScoredToken(token, logprob, rank, list(zip(*likeliest))))
 
 
 def give_logits(model: RWKV, x: Tensor, each: EachLogits) -> None:

@@ -14,9 +14,9 @@ from rwkv_miss.errors import UserError
 
 from ..model import State
 from .adapters import BASE, Applied
-from .constraint import Form
+from .constraint import AnswerForm
 from .logit_changes import NO_CHANGES, LogitChanges
-from .prompt_logprobs import Scored
+from .prompt_logprobs import ScoredToken
 from .sampling import GREEDY, Drawn, Sampling
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
@@ -35,14 +35,14 @@ class Request:
     start: State | None = None  # the state before the prompt; None: the adapter's, or the model's own
     n: int = 1  # answers of this prompt, which is read once
     logprobs: int | None = None  # k: ln p of each token, and of the k likeliest
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are read then
+    prompt_logprobs: int | None = None  # k, as above, for the prompt: all its tokens are read then
     keep_state: bool = False  # whether Answer.state is needed
     characters: float = math.inf  # an answer ends as soon as it has more of them
     # The cache keeps the state after the answer for the next turn of its conversation, and this prompt may
     # begin with one of an earlier answer. Its last bits are those of single tokens, not of chunks.
     continues: bool = False
-    form: Form | None = None  # of the answers; stops count only where it may end
-    # of logits, before tokens are drawn; stops count from its min_tokens on, unless there is a form
+    form: AnswerForm | None = None  # the answers' form; stops count only where it may end
+    # made on the logits before a token is drawn; stops count from its min_tokens on, unless there is a form
     changes: LogitChanges = NO_CHANGES
 
     @property
@@ -58,9 +58,9 @@ class Request:
         if outside := [token for token in self.tokens if not 0 <= token < vocab_size]:
             raise UserError(f"token {outside[0]} is not in the vocabulary of {vocab_size:,} tokens")
         for name, least in (("max_tokens", 0), ("n", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
-            given = getattr(self, name)
-            if given is not None and given < least:
-                raise UserError(f"{name} {given}: expected {least} or more")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} {value}: expected {least} or more")
         if self.wants_state_alone and self.prompt_logprobs is not None:
             raise UserError("keep_state with max_tokens 0 gives a state alone; leave out prompt_logprobs")
         if "" in self.stops:
@@ -79,11 +79,11 @@ class Answer:
     # stop: end of document, a text of stops, a complete form; length: max_tokens, characters, or a form that
     # became too complex
     finish: Finish = ""
-    stop: str = ""  # the text of stops that ended it
+    stop: str = ""  # the text of stops that ended the answer
     error: UserError | None = None
-    logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
-    # of the prompt's tokens, if asked for: complete before the first token
-    prompt_logprobs: Sequence[Scored] = ()
+    logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # one for each token, if asked for
+    # one for each of the prompt's tokens, if asked for: complete before the first token of the answer
+    prompt_logprobs: Sequence[ScoredToken] = ()
     cached_tokens: int = 0  # tokens of the prompt whose state was cached
     state: State | None = None  # with keep_state, at the end: it has read exactly the prompt and the text
 

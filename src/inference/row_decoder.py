@@ -21,7 +21,7 @@ class RowDecoder(Protocol):
     """
 
     model: RWKV
-    adapters: Adapters | None  # those that requests choose from
+    adapters: Adapters | None  # adapters that requests choose from
     rows: int
 
     def read(

@@ -150,7 +150,7 @@ class Drawn(NamedTuple):
 
 
 def runs_native(kernel: str) -> bool:
-    """Tell whether native code chooses tokens beside this WKV kernel. It is built here if need be."""
+    """Tell whether native code chooses tokens, with this WKV kernel. It is built here if need be."""
     return kernel not in PLAIN and not self_test.status("cpu").reason
 
 
@@ -175,7 +175,7 @@ def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list
 
 
 def _choose_changed(choose_rows: Callable, logits: Tensor, row: RowInputs, uniform: float) -> Drawn:
-    """Choose a row's token from its changed logits, by (1, V), among those that its constraint allows.
+    """Choose one row's token from its logits after the changes, (1, V), by the row's constraint.
 
     Its ln p is from the logits as they are.
     """
@@ -308,10 +308,10 @@ def _draw(values: np.ndarray, sampling: Sampling, uniform: float) -> int:
     order, weights, total = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
     before = weights.cumsum(dtype=np.float64) - weights
-    kept = np.sort(order[: max(1, int((before < sampling.top_p * total).sum()))])
-    shares = np.exp((values[kept].astype(np.float64) - values.max()) / sampling.temperature).cumsum()
+    likely = np.sort(order[: max(1, int((before < sampling.top_p * total).sum()))])
+    shares = np.exp((values[likely].astype(np.float64) - values.max()) / sampling.temperature).cumsum()
     # rounding may make the product the whole sum: the last share has no upper bound
-    return int(kept[np.searchsorted(shares[:-1], uniform * shares[-1], side="right")])
+    return int(likely[np.searchsorted(shares[:-1], uniform * shares[-1], side="right")])
 
 
 def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray, float]:

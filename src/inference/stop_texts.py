@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-class Vocabulary:
-    """Bytes of a tokenizer's tokens, for finding those with which a text begins."""
+class TokenBytes:
+    """Bytes of a tokenizer's tokens, for finding the tokens with which a text begins."""
 
     def __init__(self, pieces: Mapping[int, bytes]):
         self.pieces = pieces
@@ -23,14 +23,15 @@ class Vocabulary:
         lengths: dict[bytes, set[int]] = {}
         for piece in self.ids:
             lengths.setdefault(piece[:2], set()).add(len(piece))
-        self.lengths = {start: sorted(found) for start, found in lengths.items()}  # by the first two bytes
+        # by the first two bytes of a token
+        self.lengths = {start: sorted(of_start) for start, of_start in lengths.items()}
         self.longest = max(map(len, self.ids), default=0)
 
     def beginnings(self, text: bytes) -> list[int]:
         """Return the tokens with which a text begins."""
         lengths = {length for start in (text[:1], text[:2]) for length in self.lengths.get(start, ())}
-        found = [self.ids.get(text[:length]) for length in sorted(lengths) if length <= len(text)]
-        return [token for token in found if token is not None]
+        tokens = [self.ids.get(text[:length]) for length in sorted(lengths) if length <= len(text)]
+        return [token for token in tokens if token is not None]
 
 
 class StopTexts:
@@ -38,7 +39,7 @@ class StopTexts:
     stop s up to byte b.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str]):
+    def __init__(self, vocabulary: TokenBytes, stops: Sequence[str]):
         self.vocabulary, self.stops = vocabulary, [stop.encode() for stop in stops]
         self.count = len(self.stops)
         self.first_bytes = {stop[0] for stop in self.stops}
@@ -89,13 +90,13 @@ class StopTexts:
         Bits where the same tokens fit are of one kind: 20 stops of 500 blanks have few.
         """
         kinds = np.zeros(self.size, np.int64)
-        found: dict[bytes, tuple[int, ...]] = {}  # by what comes next in a stop
+        beginnings: dict[bytes, tuple[int, ...]] = {}  # rest of a stop -> tokens that begin it
         by_tokens: dict[tuple[int, ...], int] = {(): 0}
         for s, stop in enumerate(self.stops):
             for byte in range(len(stop)):
                 text = stop[byte : byte + self.vocabulary.longest]
-                if (tokens := found.get(text)) is None:
-                    tokens = found[text] = tuple(self.vocabulary.beginnings(text))
+                if (tokens := beginnings.get(text)) is None:
+                    tokens = beginnings[text] = tuple(self.vocabulary.beginnings(text))
                 kinds[byte * self.count + s] = by_tokens.setdefault(tokens, len(by_tokens))
         pairs = [(kind, token) for tokens, kind in by_tokens.items() for token in tokens]
         fitting_kinds, fitting_tokens = np.array(pairs, np.int64).reshape(-1, 2).T

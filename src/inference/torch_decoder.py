@@ -91,8 +91,8 @@ class TorchDecoder:
         before = self._layers([part[:, : len(ids)] for part in self.states])
         logits, after = self._next(ids, before)
         for part in LayerState._fields:
-            own, new = ([getattr(layer, part) for layer in state] for state in (before, after))
-            torch._foreach_copy_(own, new)  # a GPU launches once for all layers
+            old, new = ([getattr(layer, part) for layer in state] for state in (before, after))
+            torch._foreach_copy_(old, new)  # a GPU launches once for all layers
         return logits
 
     def _next(self, ids: Tensor, state: State | None, reset: Tensor | None = None) -> tuple[Tensor, State]:

@@ -1,4 +1,4 @@
-"""Linear with adapters beside its weight, for rows of a batch with different adapters.
+"""Linear with unmerged adapters, for rows of a batch with different adapters.
 
 The factors of all adapters in the batch lie side by side, as columns of one B and rows of one A. Every row
 computes the changes by all of them, each times the row's share: the adapter's scale, or 0. So a mix of any
@@ -48,8 +48,8 @@ class FactorColumns(NamedTuple):
     h (R,) are the shard sums of x for each of `ranks`, then A x.
     """
 
-    ranks: tuple[int, ...]  # of the adapters that have no A
-    A: Tensor | None  # (R - sum of the ranks, in), of the others
+    ranks: tuple[int, ...]  # ranks of the adapters that have no A
+    A: Tensor | None  # (R - sum of the ranks, in): the rows of the other adapters
     B: Tensor  # (out, R), a view of a contiguous (R, out)
     owners: Owners
 
@@ -98,7 +98,7 @@ def side_by_side(factors: Sequence[LowRank | None]) -> FactorColumns | None:
 
 
 class UnmergedLinear(Linear):
-    """Linear of the model with the changes of adapters, or nothing, beside its weight."""
+    """Linear of the model that adds the changes of adapters, or nothing, to its product."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
@@ -138,12 +138,12 @@ class UnmergedLinear(Linear):
 
 
 class UnmergedEmbedding(nn.Embedding):
-    """Embedding of the model with the rows of adapters, or nothing, beside its weight."""
+    """Embedding of the model that adds the rows of adapters, or nothing, to its own."""
 
     def __init__(self, embedding: nn.Embedding):
         nn.Module.__init__(self)  # not nn.Embedding's, which would make a weight
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.in_features = 1  # of an A of token ids
+        self.in_features = 1  # the width of A, which has a token's id in each row
         self.weight = embedding.weight
         self.low_rank: LowRank | None = None
         self.columns: FactorColumns | None = None
@@ -160,7 +160,7 @@ class UnmergedEmbedding(nn.Embedding):
 
 
 def unmerged(module: nn.Module) -> UnmergedLinear | UnmergedEmbedding:
-    """Make room for adapters beside a linear or an embedding."""
+    """Make a linear or an embedding that can add the changes of adapters."""
     return (UnmergedEmbedding if isinstance(module, nn.Embedding) else UnmergedLinear)(module)
 
 

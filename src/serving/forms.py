@@ -15,7 +15,7 @@ from ..common.formatting import short
 from ..data.chat_template import Template, begins_thoughts
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tool_styles import STYLES, ToolStyle, read_parameters
-from ..inference.constraint import Form, GrammarCompiler
+from ..inference.constraint import AnswerForm, GrammarCompiler
 from .errors import wrong
 from .fields import Fields, shown
 from .tools import Tools
@@ -78,7 +78,7 @@ def read_format(form: Fields | None) -> dict[str, Any] | None:
 
 def answer_form(
     compiler: Compiler, template: Template, tools: Tools, wanted: AskedForm | None
-) -> Form | None:
+) -> AnswerForm | None:
     """Compile the form of a chat's answers; None leaves them free. Raises Refused."""
     style = style_of(template) if tools.described else None
     if tools.forced and not style:
@@ -105,7 +105,7 @@ def answer_form(
         return None  # without llguidance, and with schemas that it can't read
 
 
-def text_form(compiler: Compiler, wanted: AskedForm | None) -> Form | None:
+def text_form(compiler: Compiler, wanted: AskedForm | None) -> AnswerForm | None:
     """Compile the form of a completion. Raises Refused."""
     try:
         return compiler().compile("start: @asked", {"asked": wanted.part}) if wanted else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.tokenizer import BROKEN, ByteTokenizer, Tokenizer
-from ..inference.prompt_logprobs import Scored
+from ..inference.prompt_logprobs import ScoredToken
 from ..inference.sampling import Drawn
 from .chat_text import Delta
 from .replies import Usage
@@ -118,7 +118,7 @@ class TokenNames:
             "text_offset": [one.begin for one in tokens],
         }
 
-    def _top(self, token: Drawn | Scored, count: int) -> dict[str, float] | None:
+    def _top(self, token: Drawn | ScoredToken, count: int) -> dict[str, float] | None:
         """Name the likeliest tokens and the token itself; None for the first one of a prompt."""
         if token.logprob is None:
             return None
@@ -127,11 +127,11 @@ class TokenNames:
             top.setdefault(self.name(other), _finite(logprob))  # two tokens of a file may have one text
         return top
 
-    def prompt(self, scores: Sequence[Scored], count: int) -> list[dict[str, Any] | None]:
+    def prompt(self, scores: Sequence[ScoredToken], count: int) -> list[dict[str, Any] | None]:
         """Make `prompt_logprobs` as vLLM does: of each token and of the `count` likeliest in its place."""
         return [None if one.logprob is None else self._ranked(one, count) for one in scores]
 
-    def _ranked(self, one: Scored, count: int) -> dict[str, Any]:
+    def _ranked(self, one: ScoredToken, count: int) -> dict[str, Any]:
         likeliest = enumerate(one.likeliest[:count], 1)
         found = {one.token: (one.rank, one.logprob)} | {
             token: (rank, logprob) for rank, (token, logprob) in likeliest

@@ -25,7 +25,7 @@ from ...data.held_out import SAMPLE_CHARACTERS
 from ...data.questions import Questions
 from ...distributed.process_group import ALONE, Processes, processes_of
 from ...evaluation.answering import ROWS, completed
-from ...evaluation.rewards import Failed, Rewards, Scored
+from ...evaluation.rewards import Failed, GroupRewards, Rewards
 from ...inference.engine import Engine
 from ...inference.request import Answer, Request
 from ...inference.torch_decoder import TorchDecoder
@@ -55,7 +55,7 @@ class Share:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)  # why rewards failed, by kind
     error: str = ""  # why it could not go on
 
-    def add(self, place: int, answer: Answer, scored: Scored | Failed) -> None:
+    def add(self, place: int, answer: Answer, scored: GroupRewards | Failed) -> None:
         values, total = (), math.nan
         if isinstance(scored, Failed):
             self.failures.setdefault(scored.kind, scored.reason)

@@ -23,7 +23,7 @@ from ...config import Config
 from ...data.answer_example import AnswerGroup
 from ...data.encode import Encoder
 from ...data.questions import Question, Questions
-from ...evaluation.rewards import Failed, Rewards, Scored
+from ...evaluation.rewards import Failed, GroupRewards, Rewards
 from ...inference.decoders import for_training
 from ...inference.engine import Engine
 from ...inference.request import Answer, Request
@@ -46,7 +46,7 @@ class Group:
     question: Question
     prompt: np.ndarray  # its tokens
     answers: list[Answer]  # all sampled tokens: an end of document, or the text that ended it, too
-    scored: Scored | Failed
+    scored: GroupRewards | Failed
     advantages: Tensor | None  # (G,) float64; None if the reward failed
 
     @property
@@ -93,7 +93,7 @@ class PatientRewards:
         self.patience = max(PATIENCE, SHARE * groups) * timeout  # seconds
         self.waited = 0.0  # seconds, for rewards that failed
 
-    def score(self, question: Question, answers: Sequence[Answer]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[Answer]) -> GroupRewards | Failed:
         """Score as Rewards.score() does."""
         if self.waited > self.patience:
             return Failed(
