@@ -213,10 +213,10 @@ class _Walk:
         ]
         if not ends:  # only a tuned initial state is trained, and no gradient of this chunk reaches it
             return [None] * len(parameters), []
-        outputs, given = zip(*ends, strict=True)
-        found = torch.autograd.grad(outputs, [*parameters, *reached], given, allow_unused=True)
+        outputs, their_gradients = zip(*ends, strict=True)
+        gradients = torch.autograd.grad(outputs, [*parameters, *reached], their_gradients, allow_unused=True)
         below = [None] * (len(before) - len(reached))
-        return found[: len(parameters)], [*below, *found[len(parameters) :]]
+        return gradients[: len(parameters)], [*below, *gradients[len(parameters) :]]
 
 
 class _InChunks(torch.autograd.Function):

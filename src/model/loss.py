@@ -208,10 +208,10 @@ class _HeadLogProbs(torch.autograd.Function):
         need_dx, need_dw, *_ = ctx.needs_input_grad
         blocks = Blocks(x, weight.to(x.dtype), targets, None, native, exact, l2wrap=0.0)
         dx = torch.empty_like(x) if need_dx and not need_dw else None
-        found = [-losses for losses in blocks.losses(dx, None)]
+        log_probs = [-losses for losses in blocks.losses(dx, None)]
         ctx.save_for_backward(*((x, weight, targets) if need_dw else (dx,)))
         ctx.native, ctx.exact = native, exact
-        return torch.cat(found) if found else torch.zeros(0, dtype=blocks.wide, device=x.device)
+        return torch.cat(log_probs) if log_probs else torch.zeros(0, dtype=blocks.wide, device=x.device)
 
     @staticmethod
     @once_differentiable
@@ -321,8 +321,8 @@ def _native_softmax_loss_(
             f"softmax_loss_: weights are {weights.dtype} {tuple(weights.shape)}; expected torch.float32"
             f" {(tokens,)}"
         )
-    given = (logits, targets.contiguous(), None if weights is None else weights.contiguous(), loss)
-    require_started("softmax_loss_", launch(library(device), *given, dtype, context(logits), l2wrap))
+    arguments = (logits, targets.contiguous(), None if weights is None else weights.contiguous(), loss)
+    require_started("softmax_loss_", launch(library(device), *arguments, dtype, context(logits), l2wrap))
     return loss
 
 

@@ -82,8 +82,8 @@ def recomputed(function: Callable, *arguments):
 class Block(nn.Module):
     """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)).
 
-    The first one also normalises the embedding (ln0). The channel mix's output is returned beside x, since
-    the next norm adds it: a GPU does both in one kernel.
+    The first one also normalises the embedding (ln0). The channel mix's output is returned apart from x: the
+    next norm adds the two, which a GPU does in one kernel.
     """
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
@@ -143,7 +143,7 @@ class RWKV(nn.Module):
         self.computes_in: torch.dtype | None = None  # dtype of the activations, if the linears have another
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
-        self.start_fingerprint: str | None = None  # of the adapter that a training begins with
+        self.start_fingerprint: str | None = None  # digest of the adapter that a training begins with
         self.emb = Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd, kernel)
@@ -218,7 +218,7 @@ class RWKV(nn.Module):
                 )
 
     def set_kernel(self, kernel: str) -> None:
-        """Use another WKV implementation, and the native functions beside it (src.ops.elementwise)."""
+        """Use another WKV implementation, and the native functions for it (src.ops.elementwise)."""
         native = native_functions(kernel)
         for block in self.blocks:
             block.att.kernel = kernel
@@ -235,8 +235,8 @@ class RWKV(nn.Module):
     def dtype(self) -> torch.dtype:
         """Return the dtype of the activations, to which every module casts its weights.
 
-        The linears have it, while tensors trained beside an adapter are fp32. If the linears are trained,
-        which is done in fp32, or are quantised, it is `computes_in`.
+        The linears have it, while base tensors that are trained with an adapter are fp32. If the linears are
+        trained, which is done in fp32, or are quantised, it is `computes_in`.
         """
         return self.computes_in or self._linear_weight().dtype
 
@@ -339,8 +339,8 @@ class RWKV(nn.Module):
             return self.head(x, targets, weights, logit_loss=logit_loss)
 
         def of_block(x: Tensor, targets: Tensor, numbers: Tensor, *weights: Tensor) -> Tensor:
-            own = weights[0] if weights else None
-            return logit_loss._replace(numbers=numbers).sums(self.head(x), targets, own)
+            of_tokens = weights[0] if weights else None
+            return logit_loss._replace(numbers=numbers).sums(self.head(x), targets, of_tokens)
 
         return torch.stack(self._in_blocks(of_block, x, targets, logit_loss.numbers, weights)).sum(0)
 
@@ -361,13 +361,13 @@ class RWKV(nn.Module):
     def _in_blocks(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
         """Call function(*inputs) for some tokens at a time; the backward computes it again.
 
-        It is for an adapted head, which returns only logits.
+        This is for an adapted head, which returns only logits.
         """
         at_once = max(1, LOGITS_AT_ONCE // self.arch.vocab_size)
-        given = [x for x in inputs if x is not None]
+        tensors = [x for x in inputs if x is not None]
         return [
             checkpoint(function, *part, use_reentrant=False)
-            for part in zip(*(x.split(at_once) for x in given), strict=True)
+            for part in zip(*(x.split(at_once) for x in tensors), strict=True)
         ]
 
     def _loss_of(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -165,7 +165,7 @@ def check(
         )
     B, T, H, N = r.shape
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
-    # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
+    # with a half-precision r an input may be in fp32: autocast and fp32 parameters make such mixtures
     allowed = {name: (tuple(r.shape), [exact] if r.dtype == exact else [r.dtype, exact]) for name in inputs}
     allowed |= {
         "s0": ((B, H, N, N), [exact]),

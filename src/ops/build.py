@@ -158,12 +158,12 @@ def build(
             return library
         ninja = find_ninja()
         folder.mkdir(parents=True, exist_ok=True)
-        asked = time.time()
+        begun = time.time()
         with locked(folder / f"{name}.lock", title):
             if library.exists():
                 return library
             # an error that was logged while this process waited counts for it, too
-            if not (log.exists() and log.stat().st_mtime > asked):
+            if not (log.exists() and log.stat().st_mtime > begun):
                 for abandoned in folder.glob(f".{name}-*"):
                     shutil.rmtree(abandoned, ignore_errors=True)
                 announce(f"building {title} with ninja (once, about {seconds} s)")
@@ -242,7 +242,7 @@ def make(
     command: Sequence[str],
     link: Sequence[str],
 ) -> str | None:
-    """Compile and link in a folder beside the library, the sources in parallel.
+    """Compile and link in a new folder next to the library, the sources in parallel.
 
     Returns None, or what was printed if that failed.
     """
@@ -270,7 +270,7 @@ def make(
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env=os.environ | {"TMPDIR": work},  # what a killed compiler leaves is swept with the rest
+                env=os.environ | {"TMPDIR": work},  # files of a killed compiler are swept with the rest
             ) as process,
         ):
             for line in process.stdout:

@@ -23,7 +23,7 @@ from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
 
 def native_functions(kernel: str) -> str:
-    """Return the device of the native functions beside a kernel of src.ops, "cpu" or "cuda"; "" for none."""
+    """Return the device of the native functions for a kernel of src.ops: "cpu", "cuda", or "" for none."""
     return NATIVE.get(kernel, "")
 
 

@@ -165,9 +165,9 @@ def _define(
     def forward(tensors, heads, eps, rank=0):
         made = forward_shapes(tensors, heads, eps, rank)
         check_sizes(name, tensors)
-        given, of_vectors = tensors[:activations], tensors[activations:]
+        inputs, of_vectors = tensors[:activations], tensors[activations:]
         after, rank = of_shards(made[0], made)
-        call(f"{name}_forward", made[0], given, of_vectors, after, None, heads, eps, rank=rank)
+        call(f"{name}_forward", made[0], inputs, of_vectors, after, None, heads, eps, rank=rank)
         return made
 
     def backward_shapes(tensors, heads, eps, trained):
@@ -178,9 +178,9 @@ def _define(
         made = backward_shapes(tensors, heads, eps, trained)
         check_sizes(name, tensors[: kept + outputs])
         above, rank = of_shards(made[0], tensors[kept:])
-        given, of_vectors = tensors[: kept - vectors], tensors[kept - vectors : kept]
+        saved, of_vectors = tensors[: kept - vectors], tensors[kept - vectors : kept]
         after, gradients = [*above, *made[:activations]], made[activations:] if trained else None
-        call(f"{name}_backward", made[0], given, of_vectors, after, gradients, heads, eps, rank=rank)
+        call(f"{name}_backward", made[0], saved, of_vectors, after, gradients, heads, eps, rank=rank)
         return made
 
     sizes = "Tensor[] tensors, int heads, float eps"
@@ -262,7 +262,7 @@ class ValueResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)  # of the last v_first there is none
+        ctx.set_materialize_grads(False)  # the last v_first has no gradient
         return _value_op(tensors)[0], tensors[1].detach()
 
     @staticmethod
@@ -286,10 +286,10 @@ def _mix7_readout_shapes(tensors, heads, eps, trained):
 def _mix7_readout(tensors, heads, eps, trained):
     made = _mix7_readout_shapes(tensors, heads, eps, trained)
     check_sizes("mix7", tensors[:9])
-    given, vectors, dout = tensors[:5], tensors[5:8], tensors[8:]
+    saved, vectors, dout = tensors[:5], tensors[5:8], tensors[8:]
     after, of_vectors = [dout, *made[:3]], made[3:] if trained else None
     call(
-        "mix7_readout_backward", given[0], given, vectors, after, of_vectors, heads, eps, rank=_rank(dout, 1)
+        "mix7_readout_backward", saved[0], saved, vectors, after, of_vectors, heads, eps, rank=_rank(dout, 1)
     )
     return made
 
@@ -309,14 +309,14 @@ def _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained):
 def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
     made = _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained)
     check_sizes("mix7", [dr, dv, *tensors[:11]])
-    given, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
+    saved, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
     after = [dout, sums, *of_recurrence, dr, dv, *made[:2]]
     of_vectors, rank = made[2:] if trained else None, _rank(dout, 1)
-    call("mix7_inputs_backward", dr, given, vectors, after, of_vectors, heads, rank=rank)
+    call("mix7_inputs_backward", dr, saved, vectors, after, of_vectors, heads, rank=rank)
     return made
 
 
-# of k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout: dk, da and the gradients of k_k and k_a
+# (k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout) -> dk, da and the gradients of k_k and k_a
 library_op(
     "mix7_inputs_backward",
     "Tensor(a!) dr, Tensor(b!) dv, Tensor sums, Tensor[] tensors, int heads, bool trained",

@@ -27,7 +27,7 @@ class PlainMatch:
         for piece in self.ids:
             sizes.setdefault(piece[:2], {1}).add(len(piece))
         # the first two bytes -> the sizes to try, the largest first
-        self.sizes = {start: sorted(found, reverse=True) for start, found in sizes.items()}
+        self.sizes = {start: sorted(of_start, reverse=True) for start, of_start in sizes.items()}
 
     def __call__(self, data: bytes) -> list[int]:
         ids, place = [], 0
@@ -73,6 +73,6 @@ class NativeMatch:
         self.match.argtypes = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p
 
     def __call__(self, data: bytes) -> list[int]:
-        found = np.empty(len(data) + 1, dtype=np.int32)  # one more, because an empty array has no first place
-        count = self.match(self.trie, data, len(data), ctypes.byref(_first(found)))
-        return found[:count].tolist()
+        ids = np.empty(len(data) + 1, dtype=np.int32)  # one more, because an empty array has no first place
+        count = self.match(self.trie, data, len(data), ctypes.byref(_first(ids)))
+        return ids[:count].tolist()

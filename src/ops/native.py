@@ -38,8 +38,8 @@ def architectures() -> list[str]:
     """List the compute capabilities of the GPUs that torch sees: "90" for 9.0."""
     if not torch.cuda.is_available():
         return []
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return sorted(f"{major}{minor}" for major, minor in found)
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return sorted(f"{major}{minor}" for major, minor in capabilities)
 
 
 @functools.cache
@@ -180,9 +180,9 @@ def scratch(symbol: str, like: Tensor) -> Tensor:
 class WkvOp:
     """Ops rwkv::wkv<version> and rwkv::wkv<version>_backward: their code, shapes and gradient.
 
-    forward: inputs, s0, reset, chunked, save -> y, final state, saved. The backward needs `saved` beside the
-    arguments; without `save` it is empty, and there is no backward. backward: inputs, s0, reset, saved, dy,
-    dstate, chunked -> the gradients of inputs and s0.
+    forward: inputs, s0, reset, chunked, save -> y, final state, saved. Without `save`, saved is empty, and
+    there is no backward. backward: inputs, s0, reset, saved, dy, dstate, chunked -> the gradients of inputs
+    and s0.
     """
 
     def __init__(self, version: int):
@@ -226,10 +226,10 @@ class WkvOp:
         # a CPU's kernel writes `saved` in any case
         y, state, written = self.empty_outputs(r, chunked, save or not gpu and not chunked)
         saved = written if save else r.new_empty(0, dtype=torch.float32)
-        given = [*tensors, y, state, *self.kept(written if written.numel() else None, chunked)]
+        pointed_to = [*tensors, y, state, *self.kept(written if written.numel() else None, chunked)]
         if chunked:
-            given.append(scratch(self.symbol(chunked, "forward_scratch"), r))
-        code = call(self.symbol(chunked, "forward"), r, *given)
+            pointed_to.append(scratch(self.symbol(chunked, "forward_scratch"), r))
+        code = call(self.symbol(chunked, "forward"), r, *pointed_to)
         if gpu:
             require_started(self.op, code)
         elif code:
@@ -244,9 +244,9 @@ class WkvOp:
                 f"{self.op}: the forward saved {saved.numel()} numbers, its backward reads {floats}; call the"
                 " forward with save=True"
             )
-        given = (*tensors, *self.kept(saved, chunked), dy, dstate)
+        pointed_to = (*tensors, *self.kept(saved, chunked), dy, dstate)
         workspace = scratch(self.symbol(chunked, "scratch"), r)
-        code = call(self.symbol(chunked, "backward"), r, *given, *gradients, workspace)
+        code = call(self.symbol(chunked, "backward"), r, *pointed_to, *gradients, workspace)
         require_started(f"{self.op} backward", code)
         return self.sum_u(gradients)
 

@@ -47,20 +47,20 @@ def layout(reset: Tensor) -> Layout:
     if the batch came with its resets on the CPU, as Batch.to() leaves them.
     """
     B, T = reset.shape
-    given = getattr(reset, "on_cpu", None)
-    if given is None:
-        given = reset.cpu()
+    on_cpu = getattr(reset, "on_cpu", None)
+    if on_cpu is None:
+        on_cpu = reset.cpu()
 
     def sent(x: Tensor) -> Tensor:
         # a copy from pinned memory does not wait
         return x.pin_memory().to(reset.device, non_blocking=True) if reset.is_cuda else x
 
-    begins = given.clone()
+    begins = on_cpu.clone()
     begins[:, 0] = True
     first = begins.flatten().nonzero().flatten()
     length = torch.diff(first, append=torch.tensor([B * T]))
     size = torch.maximum(2 ** torch.ceil(torch.log2(length.double())), torch.tensor(float(SHORTEST_GROUP)))
-    resets = given.flatten()[first]
+    resets = on_cpu.flatten()[first]
     groups, places, order, before = [], torch.empty(B * T, dtype=torch.int64), [], 0
     for one in size.unique():
         chosen = (size == one).nonzero().flatten()

@@ -1,6 +1,6 @@
 """Self-test of a device's native code: whether it can be built, and is right (kernel_errors.py).
 
-status() builds and tests. The verdict is kept beside the library, so that only the first process tests.
+status() builds and tests. The verdict is kept next to the library, so that only the first process tests.
 """
 
 from __future__ import annotations

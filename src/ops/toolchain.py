@@ -54,7 +54,7 @@ class Release(NamedTuple):
     """Version of an nvcc and the architectures that it knows."""
 
     cuda: str  # "13.0"; "" if unknown
-    architectures: tuple[int, ...]  # those it compiles for: 90 for compute capability 9.0
+    architectures: tuple[int, ...]  # targets of the compiler: 90 for compute capability 9.0
 
 
 def cache_folder() -> pathlib.Path:
@@ -92,7 +92,7 @@ def find_ninja() -> str:
     if path := shutil.which("ninja"):
         return path
     raise BuildError(
-        f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}"
+        f"no ninja, neither next to {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}"
     )
 
 
@@ -181,8 +181,8 @@ def every_nvcc() -> Iterator[Nvcc]:
     parts = [part for place in places for part in sorted(pathlib.Path(place).iterdir())]
     for part in reversed(parts):
         if path := shutil.which("nvcc", path=str(part / "bin")):
-            # Its own settings miss the wheels' lib. An environment on top of another has two folders of one
-            # name, each with a share of the files.
+            # nvcc's default settings miss the wheels' lib. An environment on top of another has two folders
+            # of one name, each with a share of the files.
             shares = [other for other in parts if other.name == part.name]
             yield Nvcc(
                 path,
@@ -196,21 +196,21 @@ def ask(nvcc: str) -> Release:
     status = os.stat(nvcc)
     key = f"{os.path.realpath(nvcc)} {status.st_size} {status.st_mtime_ns}"
     path = cache_folder() / "nvcc.json"
-    known: dict = {}
+    releases: dict = {}
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text("utf-8"))
+        releases = json.loads(path.read_text("utf-8"))
     with contextlib.suppress(KeyError, TypeError):
-        cuda, architectures = known[key]
+        cuda, architectures = releases[key]
         return Release(cuda, tuple(architectures))
-    found = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    match = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
     release = Release(
-        found[1] if found else "",
+        match[1] if match else "",
         tuple(map(int, re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE))),
     )
     temporary = path.with_name(f".nvcc.json.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**known, key: release}), "utf-8")
+        temporary.write_text(json.dumps({**releases, key: release}), "utf-8")
         os.replace(temporary, path)
     return release
 
