@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_miss.errors import UserError
-from src.common.late_reading import Numbers
+from src.common.late_reading import LateNumbers
 from src.config import Config, parse
 from src.data.collate import collate
 from src.data.dataset import Documents, load_documents
@@ -200,7 +200,7 @@ def test_a_pass_that_ended_within_a_round_is_gone_on_with():
     found.put(rounds[0], values[0])
     for number in (1, 2):
         assert found.known_place(rounds[number]) is None
-        found.add(rounds[number], Numbers(torch.from_numpy(unpacked(values[number]))))
+        found.add(rounds[number], LateNumbers(torch.from_numpy(unpacked(values[number]))))
     assert (found.all() == documents.reference).all()
     lacking = np.concatenate([values[1][more:], values[2]])
     assert (np.concatenate(blocks.waiting) == lacking).all(), "what the files lack"

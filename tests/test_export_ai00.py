@@ -121,7 +121,7 @@ def test_what_ai00_has_no_place_for(tmp_path):
     model = RWKV(arch_of(7))
     rwkv_miss.inject(model, "miss", rank=4)
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="takes initial states alone beside a model; merge the adapter"):
+    with pytest.raises(UserError, match="takes no adapters but initial states; merge the adapter"):
         export(tmp_path / "a.pth", tmp_path / "a.st", "ai00")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "m.pth"]
 

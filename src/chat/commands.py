@@ -103,8 +103,8 @@ class Chat:
                 note(f"error: {error}")
             except KeyboardInterrupt:
                 print()
-                kept = len(self.conversation.turns) > turns
-                note("stopped" + ("; what was said stays in the conversation, until /undo" if kept else ""))
+                stays = len(self.conversation.turns) > turns
+                note("stopped" + ("; what was said stays in the conversation, until /undo" if stays else ""))
 
     def take(self, line: str) -> None:
         """Take one line: nothing, a command, or the user's words. // or a space before a slash makes words
@@ -214,15 +214,15 @@ class Chat:
     def answer_again(self, argument: str) -> None:
         """another answer in the place of the last one"""
         conversation = self.conversation
-        kept = conversation.turns[:], conversation.state, conversation.read, conversation.earlier
+        before = conversation.turns[:], conversation.state, conversation.read, conversation.earlier
         conversation.undo()
         if not conversation.sampling.temperature:
             note("temperature 0 draws the same answer again; /temperature 1 draws others")
         try:
-            self.answer(kept[0][-1].messages[:-1])
+            self.answer(before[0][-1].messages[:-1])
         finally:
-            if len(conversation.turns) < len(kept[0]):  # stopped before its first word
-                conversation.turns, conversation.state, conversation.read, conversation.earlier = kept
+            if len(conversation.turns) < len(before[0]):  # stopped before its first word
+                conversation.turns, conversation.state, conversation.read, conversation.earlier = before
 
     @command("temperature", "[NUMBER]")
     def choose_temperature(self, argument: str) -> None:
@@ -272,10 +272,10 @@ class Chat:
         if argument:
             best = recommended(self.conversation.template.opening)
             self.conversation.sampling = best or self.conversation.sampling
-            known = "as recommended" if best else "as before: nothing is recommended for this mode"
+            origin = "as recommended" if best else "as before: nothing is recommended for this mode"
         else:
-            known = "as it is; /mode MODE sets both"
-        note(f"template {self.conversation.template.name}; {self.conversation.sampling} ({known})")
+            origin = "as it is; /mode MODE sets both"
+        note(f"template {self.conversation.template.name}; {self.conversation.sampling} ({origin})")
 
     def ask_in_mode(self, command_name: str, mode: str) -> None:
         """Choose a mode of RWKV's template, if one is given. Raises UserError for another template."""
@@ -286,7 +286,7 @@ class Chat:
             self.chosen = RwkvTemplate(named_mode(command_name, mode), template.tools.name)
             self.conversation.template = self.chosen
             base = self.adapters.model.base_name
-            if (known := released(base or "")) and self.chosen.name not in known.modes:
+            if (model := released(base or "")) and self.chosen.name not in model.modes:
                 note(f"note: {modes_note(base, self.chosen)}")
 
     @command("tools", "[FILE|none]")
@@ -345,14 +345,14 @@ class Chat:
         numbers. Raises UserError without an adapter."""
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
-            known = ", ".join(self.adapters.by_name)
+            loaded = ", ".join(self.adapters.by_name)
             advice = (
-                f"/adapter NAME, of {known}"
-                if known
+                f"/adapter NAME, of {loaded}"
+                if loaded
                 else "start with --model BASE --adapter ADAPTER; a merged file has the adapter in its weights"
             )
             raise UserError(f"no adapter is in use, so there is nothing to compare the base with; {advice}")
-        kept = conversation.state, conversation.read, conversation.earlier
+        before = conversation.state, conversation.read, conversation.earlier
         answers = []
         try:
             for weights in (names, ()):  # the base has no state yet, and reads the conversation first
@@ -364,7 +364,7 @@ class Chat:
                 )
         finally:
             self.use(names, scale)
-            conversation.state, conversation.read, conversation.earlier = kept
+            conversation.state, conversation.read, conversation.earlier = before
         return side_by_side(
             ("base", answers[1]),
             (f"{'+'.join(names)}, scale {scale:g}", answers[0]),

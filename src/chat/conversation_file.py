@@ -30,7 +30,7 @@ from ..inference.conversation import Conversation, Turn
 from ..model import LayerState, State
 
 CHAT_FORMAT = "rwkv-miss chat"
-# fields of the metadata beside format, format_version and bos; older files lack some
+# fields of the metadata in addition to format, format_version and bos; older files lack some
 KINDS = {
     "base": str,
     "base_fingerprint": str,
@@ -191,16 +191,16 @@ def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
     shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
     layers = range(arch.n_layer)
     expected = {f"blocks.{i}.{name}": shape for i in layers for name, shape in shapes._asdict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
-        different = (name for name in {**expected, **found} if found.get(name) != expected.get(name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        different = (name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name))
         wrong = next(different, "a tensor that is no number")
         raise _damaged(
-            path, f"{wrong} is {found.get(wrong)}, expected {expected.get(wrong)} for {arch.describe()}"
+            path, f"{wrong} is {shapes.get(wrong)}, expected {expected.get(wrong)} for {arch.describe()}"
         )
     check_finite(tensors)
-    own = {name: tensor.clone().to(device) for name, tensor in tensors.items()}
-    return [LayerState(*(own[f"blocks.{i}.{name}"] for name in LayerState._fields)) for i in layers]
+    copies = {name: tensor.clone().to(device) for name, tensor in tensors.items()}
+    return [LayerState(*(copies[f"blocks.{i}.{name}"] for name in LayerState._fields)) for i in layers]
 
 
 def _template(path, record: str, tokenizer: Tokenizer) -> Template:

@@ -56,8 +56,8 @@ def check(args: argparse.Namespace) -> None:
     for flag, given in (("--scale", args.scale != 1), ("--compare", args.compare)):
         if given and not args.adapter:
             raise UserError(
-                f"{flag} is about an --adapter beside its base; give both, as a merged file has the adapter"
-                " in its weights"
+                f"{flag} is about an --adapter that is not merged; give --model and --adapter, as a merged"
+                " file has the adapter in its weights"
             )
     if args.compare and (args.raw or not args.prompt):
         raise UserError("--compare needs --prompt, without --raw; in a chat type /compare TEXT")

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
     chat, how = load(args)
     if tools:
         chat.conversation.use_tools(tools)
-    if not args.raw and (known := modes_note(args.model, chat.conversation.template)):
-        print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
+    if not args.raw and (modes := modes_note(args.model, chat.conversation.template)):
+        print(f"note: {modes}; /mode chooses in a chat, with the sampling", file=sys.stderr)
     if args.prompt:
         return show_answer(args, chat)
     print(

@@ -84,18 +84,18 @@ class Batch:
     def part(self, chunk: int) -> Batch:
         """Cut chunk number `chunk` out of every row.
 
-        If these rows have ended and those of another rank have not, it is one token without loss.
+        If these rows have ended and those of another rank have not, the part is one token without loss.
         """
         tokens, begin = self.trained_of(chunk), chunk * self.chunk
-        columns, found = slice(begin, begin + self.chunk), {}
+        columns, entries = slice(begin, begin + self.chunk), {}
         if chunk >= len(self.ends):
-            columns, found["reset"] = slice(0, 1), None
-        for name, value in self.having(**found).tensors().items():
+            columns, entries["reset"] = slice(0, 1), None
+        for name, value in self.having(**entries).tensors().items():
             if ENTRIES[name]["axes"][0] == TRAINED:
-                found[name] = value[tokens]
+                entries[name] = value[tokens]
             elif ENTRIES[name]["axes"] == (ROWS, WIDTH):
-                found[name] = value[:, columns]
-        return self.having(**found)
+                entries[name] = value[:, columns]
+        return self.having(**entries)
 
     @classmethod
     def zeros(cls, names: Iterable[str], sizes: Mapping[str, int], reads: Reads, **others: Any) -> Batch:
@@ -116,10 +116,10 @@ ENTRIES: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """Entries of a batch that a loss reads beside tokens, and the sizes of their axes."""
+    """Entries of a batch that a loss reads in addition to the tokens, and the sizes of their axes."""
 
     names: tuple[str, ...] = ()
-    answers: int = 0  # of an example
+    answers: int = 0  # answers of an example
     teacher: int = 0  # numbers of a teacher for a token
-    vocabulary: int = 0  # of the teacher
-    dtype: torch.dtype = torch.float32  # of the teacher's numbers
+    vocabulary: int = 0  # ids of the teacher
+    dtype: torch.dtype = torch.float32  # dtype of the teacher's numbers

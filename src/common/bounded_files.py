@@ -22,7 +22,7 @@ LARGEST_SETTINGS = 1 << 17  # bytes of a YAML file
 MOST_VALUES = 1 << 18  # in a JSON text: 64 bytes or more each
 MOST_NODES = 5000  # in a YAML file: PyYAML takes 50 us or more for each
 DEPTH = 32  # lists and objects in each other
-DIGITS = 20  # of a whole number
+DIGITS = 20  # digits of a whole number
 NUMBER = (int, float)
 
 

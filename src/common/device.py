@@ -22,15 +22,15 @@ WHEELS = {580: "cu130", 570: "cu128", 525: "cu126"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_accelerator(asked: str, devices: int = 1) -> str:
+def choose_accelerator(choice: str, devices: int = 1) -> str:
     """Choose cpu or gpu. Raises UserError if torch sees fewer GPUs than asked for, or none of those here.
 
     After gpu, products in half precision have fp32 sums.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked != "cpu" and not gpus and (unseen := unseen_gpu()):
+    if choice != "cpu" and not gpus and (unseen := unseen_gpu()):
         raise UserError(f"{unseen}; to go on without the GPU: --accelerator cpu, or CUDA_VISIBLE_DEVICES=-1")
-    if asked == "cpu" or asked == "auto" and not gpus:
+    if choice == "cpu" or choice == "auto" and not gpus:
         cores = os.cpu_count() or 1
         if devices > MOST_PROCESSES * cores:
             raise UserError(
@@ -61,24 +61,24 @@ def grow_segments() -> None:
 
     Settings that the user has given to torch stay.
     """
-    given = getattr(torch._C, "_accelerator_getAllocatorSettings", str)
+    settings_of_user = getattr(torch._C, "_accelerator_getAllocatorSettings", str)
     for name in ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings"):
-        if hasattr(torch._C, name) and not given():
+        if hasattr(torch._C, name) and not settings_of_user():
             getattr(torch._C, name)("expandable_segments:True")
             return
 
 
-def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
+def choose_precision(choice: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
     """Choose (fp32, bf16 or fp16; why).
 
     fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too.
     """
-    if asked == "bf16" and accelerator == "cpu" and not multiplies_bf16():
-        return asked, "as asked; this CPU has no products in it, and is slower than in fp32"
-    if asked == "bf16" and accelerator == "gpu" and not gpu_has_bf16():
-        return asked, "as asked; this GPU has no bf16, and is slower than in fp16"
-    if asked != "auto":
-        return asked, "as asked"
+    if choice == "bf16" and accelerator == "cpu" and not multiplies_bf16():
+        return choice, "as asked; this CPU has no products in it, and is slower than in fp32"
+    if choice == "bf16" and accelerator == "gpu" and not gpu_has_bf16():
+        return choice, "as asked; this GPU has no bf16, and is slower than in fp16"
+    if choice != "auto":
+        return choice, "as asked"
     if accelerator == "cpu":
         if multiplies_bf16():
             return "fp32", "auto: a CPU; --precision bf16 takes less memory, and may be faster"

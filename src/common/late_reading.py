@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Moment:
+class DeviceMoment:
     """End of all work that the current stream of a device has been given so far."""
 
     def __init__(self, device: torch.device):
@@ -23,23 +23,23 @@ class Moment:
         self.time = time.perf_counter()
 
     def wait(self) -> None:
-        """Wait until it has come."""
+        """Wait until the moment has come."""
         if self.event:
             self.event.synchronize()
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: DeviceMoment) -> float:
         """Return the seconds between two moments that have come, by the device's clock."""
         if self.event:
             return earlier.event.elapsed_time(self.event) / 1000
         return self.time - earlier.time
 
 
-class Numbers:
+class LateNumbers:
     """Numbers of a device on their way to the CPU."""
 
     def __init__(self, numbers: Tensor):
         # from a GPU into pinned memory, without waiting
-        self.numbers, self.sent = numbers.to("cpu", non_blocking=True), Moment(numbers.device)
+        self.numbers, self.sent = numbers.to("cpu", non_blocking=True), DeviceMoment(numbers.device)
 
     def array(self) -> np.ndarray:
         """Wait for the numbers and return them."""
@@ -47,5 +47,5 @@ class Numbers:
         return self.numbers.numpy()
 
     def read(self) -> list[float]:
-        """Return them as a list."""
+        """Wait for the numbers and return them as a list."""
         return self.array().tolist()

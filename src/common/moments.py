@@ -39,8 +39,8 @@ def unpacked(state: Mapping, start: int = 0, size: int | None = None) -> dict[st
         last = max(-(-stop // BLOCK), first + 1)  # a share may be empty
         block, scales = codes[first * BLOCK : last * BLOCK], state[f"absmax{number}"][first:last]
         _, values = _maps(codes.device)[name]
-        found = torch.ops.bitsandbytes.dequantize_blockwise(block, scales, values, BLOCK, torch.float32)
-        moments[name] = found[start - first * BLOCK : stop - first * BLOCK]
+        whole = torch.ops.bitsandbytes.dequantize_blockwise(block, scales, values, BLOCK, torch.float32)
+        moments[name] = whole[start - first * BLOCK : stop - first * BLOCK]
     return moments
 
 
@@ -75,7 +75,7 @@ def _nearest(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def adamw_of_8_bits() -> type[torch.optim.Optimizer]:
     """Import bitsandbytes' optimizer."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no warnings of kernels for other uses
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit

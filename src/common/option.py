@@ -81,7 +81,7 @@ def opt(
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
     meta |= {"bounds": Bounds(low, high, below), "bare": bare, "file": file, "operator": operator}
-    meta["type"], meta["written"] = type(default), default  # what a file and the help have for the default
+    meta["type"], meta["written"] = type(default), default  # `written`: the default in files and in the help
     if automatic and not isinstance(default, str):
         return dataclasses.field(default=AUTO, metadata=meta)
     if isinstance(default, dict):

@@ -51,13 +51,13 @@ class Start(NamedTuple):
         return cls(now - age, imports)
 
     def loading(self, starts_others: bool) -> float:
-        """Estimate the seconds of a run beside its work on tokens: those until now, and those for the imports
-        of the trainer and of what draws the pictures.
+        """Estimate the seconds of a run without its work on tokens: until now, and for the imports of the
+        trainer and of the package that draws the pictures.
 
         Other processes that this one starts load the same when it is done.
         """
-        own = time.time() - self.at + TRAINER_IMPORTS * self.imports
-        return 2 * own if starts_others else own
+        seconds = time.time() - self.at + TRAINER_IMPORTS * self.imports
+        return 2 * seconds if starts_others else seconds
 
 
 @contextlib.contextmanager
@@ -81,15 +81,15 @@ def importing():
     # else the interpreter looks for garbage among all modules at the end, for a second after a training
     atexit.register(gc.freeze)
     before = signal.getsignal(signal.SIGINT)
-    # if Ctrl-C is ignored, as under nohup, it stays so
-    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if ours:
+    # if Ctrl-C is ignored, as under nohup, it stays ignored
+    is_ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_ours:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
         with naming_missing_packages(), telling_a_terminal():
             yield
     finally:
-        if ours:
+        if is_ours:
             signal.signal(signal.SIGINT, before)
 
 

@@ -37,17 +37,17 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), facts))
     first_host, first = everyone[0]
-    for rank, (host, theirs) in enumerate(everyone):
-        for name in first | theirs:
-            ours, other = first.get(name), theirs.get(name)
-            if ours != other:
+    for rank, (host, of_rank) in enumerate(everyone):
+        for name in first | of_rank:
+            expected, seen = first.get(name), of_rank.get(name)
+            if seen != expected:
                 advice = "make them the same on every machine"
                 # a machine may have chosen the value itself, such as --micro_bsz for its memory
                 if name.startswith("--"):
                     advice = f"give {name} on every machine"
                 raise UserError(
-                    f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other},"
-                    f" on rank 0 it is {ours}; {advice}"
+                    f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {seen},"
+                    f" on rank 0 it is {expected}; {advice}"
                 )
 
 

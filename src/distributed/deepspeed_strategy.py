@@ -29,7 +29,7 @@ from ..common.zero_sizes import SIZES
 
 
 class KeepDtypes(DeepSpeedPrecision):
-    """Precision that leaves a bf16 base beside fp32 adapters; Lightning's modes would cast both alike."""
+    """Precision that casts nothing: Lightning's modes would give a bf16 base and fp32 adapters one dtype."""
 
     def __init__(self):
         super().__init__("32-true")
@@ -67,12 +67,12 @@ def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
     return Works([dist.broadcast(part, source, group, async_op=True) for source, part in enumerate(parts)])
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """Place of a rank's share of a parameter."""
 
-    piece: int  # of AnywhereDeepSpeed._pieces()
-    start: int  # in the piece
-    begin: int  # in the flat parameter
+    piece: int  # number in AnywhereDeepSpeed._pieces()
+    start: int  # place in the piece
+    begin: int  # place in the flat parameter
     size: int
 
 
@@ -81,7 +81,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
     `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not. Under stage 3 the model may be
     mapped from its file, in the file's dtypes. Each process keeps its share of every tensor; frozen tensors
-    are cast to `dtype`. It never holds more than one whole tensor beside them. `accelerator` is cpu or gpu.
+    are cast to `dtype`. Apart from its shares a process holds at most one whole tensor.
+    `accelerator` is cpu or gpu.
     """
 
     def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype, accelerator: str):
@@ -162,18 +163,18 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             pieces = zero.single_partition_of_fp32_groups
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
-    def _share(self, p: nn.Parameter) -> Share:
+    def _share(self, p: nn.Parameter) -> RankShare:
         """Find this rank's share of a trained parameter."""
         zero = self.deepspeed_engine.optimizer
         if self.stage == 3:
             piece, start, size = zero.grad_position[zero.get_param_id(p)]
             begin = min(size * self.global_rank, p.ds_numel)
-            return Share(piece, start, begin, min(size, p.ds_numel - begin))
+            return RankShare(piece, start, begin, min(size, p.ds_numel - begin))
         link = p._hp_mapping
         if link is None:
-            return Share(0, 0, 0, 0)
-        here, there = link.hp_fragment_address, link.lp_fragment_address
-        return Share(link.param_group_index, here.start, there.start, here.numel)
+            return RankShare(0, 0, 0, 0)
+        in_piece, in_parameter = link.hp_fragment_address, link.lp_fragment_address
+        return RankShare(link.param_group_index, in_piece.start, in_parameter.start, in_piece.numel)
 
     def whole_gradient(self, p: nn.Parameter) -> Tensor | None:
         """Gather the gradient that the next optimizer step will use on every rank."""

@@ -1,4 +1,4 @@
-"""Processes of a run, for their common work beside Lightning."""
+"""Processes of a run, for common work that Lightning does not do."""
 
 from __future__ import annotations
 

@@ -29,17 +29,17 @@ def choose_interface(master: str) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             # nothing is sent; the socket now has the address that it would send from
             probe.connect((master, 9))
-            mine = probe.getsockname()[0]
-            names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
+            own_address = probe.getsockname()[0]
+            names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == own_address]
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's"
             " address in a network that all of them share"
         ) from None
-    if mine.startswith("127."):
+    if own_address.startswith("127."):
         raise UserError(
-            f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address"
-            " in the network, or name the network's interface in GLOO_SOCKET_IFNAME"
+            f"MASTER_ADDR {master} is {own_address} on this machine, where no other one reaches it; give its"
+            " address in the network, or name the network's interface in GLOO_SOCKET_IFNAME"
         )
     os.environ["GLOO_SOCKET_IFNAME"] = names[0]
 
@@ -83,7 +83,7 @@ def watching_launcher() -> Iterator[None]:
     try:
         yield
         over.set()
-    except SystemExit:  # of a run that is stopped
+    except SystemExit:  # the run is stopped
         over.set()
         raise
 

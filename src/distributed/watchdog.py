@@ -66,7 +66,7 @@ class Watchdog:
         self.lines: list[socket.socket] = []  # to all others from number 0, to number 0 from all others
         self.lock = threading.Lock()
         self.over = False
-        self.reason, self.own = "", ""  # why another one ended, and why this one does
+        self.reason, self.failure = "", ""  # why another process ended, and why this one does
 
     def __enter__(self) -> Watchdog:
         reminder = threading.Timer(PATIENCE, self._remind)
@@ -144,13 +144,13 @@ class Watchdog:
         if kind is None or issubclass(kind, SystemExit):
             self._part(BYE)
             return
-        self.own = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
+        self.failure = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
         # a lost connection is a consequence; its cause is about to arrive
         time.sleep(BRIEFLY)
         patience = time.monotonic() + LATECOMERS
         while self.number == 0 and len(self.lines) < self.members - 1 and time.monotonic() < patience:
             time.sleep(0.1)
-        self._part(f"{self.name} failed: {self.own}")
+        self._part(f"{self.name} failed: {self.failure}")
         self._tell()
 
     def _remind(self) -> None:
@@ -177,8 +177,8 @@ class Watchdog:
 
     def _welcome(self, line: socket.socket, key: str) -> None:
         file = line.makefile(encoding="utf-8", errors="replace")
-        given, _, name = file.readline(1000).strip().partition(" ")
-        if given == key:
+        sent_key, _, name = file.readline(1000).strip().partition(" ")
+        if sent_key == key:
             self._hold(line)
             self._listen(file, name)
 
@@ -226,7 +226,7 @@ class Watchdog:
         """
         with self.lock:
             reason, self.reason = self.reason, ""
-        if reason and not (self.own and reason.endswith(self.own)):
+        if reason and not (self.failure and reason.endswith(self.failure)):
             print(f"error: {reason}", file=sys.stderr, flush=True)
 
 

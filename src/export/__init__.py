@@ -154,7 +154,7 @@ def export(
 def unfit(path, to: str, has_state: bool = False) -> str:
     """Tell from its shapes why a model can't have the form gguf or ai00; "" if nothing speaks against it.
 
-    has_state: what is to be exported will have an initial state beside the tensors of `path`.
+    has_state: the exported model will have an initial state in addition to the tensors of `path`.
     """
     try:
         arch = Arch.detect(read_model_file(path))

@@ -45,7 +45,7 @@ def write_gguf(path, adapter: Adapter, out, kind: str) -> list[str]:
 def write_ai00(path, adapter: Adapter, out, kind: str) -> list[str]:
     """Write initial states; returns notes. Raises UserError for an adapter of anything else."""
     if other := next((name for name in adapter.tensors if not name.endswith(".att.time_state")), ""):
-        raise UserError(f"{path} trains {other}, and Ai00 takes initial states alone beside a model; {MERGE}")
+        raise UserError(f"{path} trains {other}, and Ai00 takes no adapters but initial states; {MERGE}")
     return ai00.write(out, adapter.tensors, Provenance.of(adapter.tensors, None))
 
 

@@ -18,7 +18,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 UINT64 = 10
 DTYPE_OF_CODE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-LARGEST_COUNT = 1 << 20  # of keys, tensors, and strings in an array
+LARGEST_COUNT = 1 << 20  # keys, tensors, and strings in an array
 LARGEST_TEXT = 1 << 24  # bytes
 LARGEST_HEADER = 1 << 25  # bytes of all keys and the list of tensors; World's vocabulary takes 2 MB of it
 ALIGNMENT = 32
@@ -58,12 +58,12 @@ class _Reader:
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
             raise ValueError(f"an alignment of {alignment}")
         start = -(-self.at // alignment) * alignment
-        found = {}
+        tensors = {}
         for name, shape, type_, offset in infos:
-            found[name] = self.tensor(name, shape, type_, start + offset)
-        if len(found) != len(infos) or sum(tensor.nbytes for tensor in found.values()) > len(self.data):
+            tensors[name] = self.tensor(name, shape, type_, start + offset)
+        if len(tensors) != len(infos) or sum(tensor.nbytes for tensor in tensors.values()) > len(self.data):
             raise ValueError("tensors come twice, or lie over each other")
-        return fields, found
+        return fields, tensors
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:

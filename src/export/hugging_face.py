@@ -29,7 +29,7 @@ from .hf_tokenizer import fla_files, official_files
 
 LAYOUTS = ("official", "fla")
 GENERATION = "generation_config.json"
-USUAL_RANK = 32  # of a value residual, if no block has one
+USUAL_RANK = 32  # rank of a value residual, if no block has one
 
 
 def check(arch: Arch, layout: str) -> None:

@@ -33,8 +33,8 @@ class Stored(NamedTuple):
 
     form: str
     tensors: dict[str, Tensor]  # the checkpoint's, views of the mapped file
-    provenance: Provenance | None  # that came with them
-    notes: list[str]  # what the user should know
+    provenance: Provenance | None  # the record that came with the tensors
+    notes: list[str]  # sentences for the user
 
 
 def form_of(path) -> str:

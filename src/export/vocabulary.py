@@ -33,7 +33,7 @@ class Vocabulary:
     eot: int | None = None  # the token that ends a turn
     bos: int | None = None  # the token that every document begins with
     chat_template: str = ""
-    notes: list[str] = dataclasses.field(default_factory=list)  # what the user should know
+    notes: list[str] = dataclasses.field(default_factory=list)  # sentences for the user
 
 
 def vocabulary_of(

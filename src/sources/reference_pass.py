@@ -30,7 +30,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from ..common.batch import Batch
-from ..common.late_reading import Numbers
+from ..common.late_reading import LateNumbers
 from ..config import Config
 from ..data.batches import Schedule
 from ..data.collate import row_by_row
@@ -188,7 +188,7 @@ class ReferencePass:
         shared[: len(values)] = torch.from_numpy(unpacked(values))
         return packed(self.processes.total(shared).cpu().numpy(), values.dtype)
 
-    def _read(self, documents: Examples, batches: list[Rows], read: Callable[[Batch], Tensor]) -> Numbers:
+    def _read(self, documents: Examples, batches: list[Rows], read: Callable[[Batch], Tensor]) -> LateNumbers:
         """Start reading all examples of a round in order; they are on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
@@ -202,7 +202,7 @@ class ReferencePass:
         found = torch.zeros(sum(sizes), *row_shape(self.values.dtype), device=self.device)
         start = sum(sizes[:rank])
         found[start : start + sizes[rank]] = read(batch.to(self.device))[order].float()
-        return Numbers(self.processes.total(found))
+        return LateNumbers(self.processes.total(found))
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[Callable[[Batch], Tensor]]:
@@ -287,7 +287,7 @@ class _Values:
         self.values = unknown(int(self.sizes.sum()), blocks.dtype)
         self.position = 0
         self.not_finite: int | None = None  # the first example with a value that is not finite
-        self.late: deque[tuple[list[Rows], Numbers]] = deque()
+        self.late: deque[tuple[list[Rows], LateNumbers]] = deque()
 
     def known_place(self, batches: list[Rows]) -> slice | None:
         """Return the place of the next round's values among the known ones; None if not all are known.
@@ -297,7 +297,7 @@ class _Values:
         end = self.position + sum(_count(self.documents, rows) for rows in batches)
         return slice(self.position, end) if not self.late and end <= self.known else None
 
-    def add(self, batches: list[Rows], numbers: Numbers) -> None:
+    def add(self, batches: list[Rows], numbers: LateNumbers) -> None:
         """Add the next round's numbers. They are read when the device has its next work."""
         self.late.append((batches, numbers))
         if len(self.late) > 1:

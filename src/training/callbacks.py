@@ -27,7 +27,7 @@ from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 from ..common.device import mapped_files, peak_memory
 from ..common.files import append_line, read_lines, write_lines
 from ..common.first_process import is_first_process
-from ..common.late_reading import Moment, Numbers
+from ..common.late_reading import DeviceMoment, LateNumbers
 from ..config import Settled
 from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
@@ -66,10 +66,10 @@ class Done:
     """
 
     step: int
-    begin: Moment
-    end: Moment
+    begin: DeviceMoment
+    end: DeviceMoment
     size: StepSize
-    numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient, sums of metrics
+    numbers: LateNumbers  # loss, share of the ranks that want to go on, norm of the gradient, sums of metrics
     rolled_back_to: int | None = None
 
 
@@ -133,7 +133,7 @@ class StepReport(Callback):
 
     def start_clock(self, module) -> None:
         """Restart the step timer."""
-        self.begin = Moment(module.device)
+        self.begin = DeviceMoment(module.device)
 
     @contextlib.contextmanager
     def answering_signals(self):
@@ -222,9 +222,9 @@ class StepReport(Callback):
         elif trainer.world_size > 1:
             torch.distributed.all_reduce(numbers)
         module.step_loss, module.step_metrics = 0.0, None
-        begin, self.begin = self.begin, Moment(module.device)
+        begin, self.begin = self.begin, DeviceMoment(module.device)
         step = trainer.global_step
-        return Done(step, begin, self.begin, module.feed.size(step - 1), Numbers(numbers))
+        return Done(step, begin, self.begin, module.feed.size(step - 1), LateNumbers(numbers))
 
     def _read(self, trainer, module) -> bool:
         """Read the steps that are due, and judge them; returns whether the run went back."""
