@@ -28,7 +28,7 @@ from .version import version_line
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 SAFETENSORS_MODEL = "model in safetensors"
 EMPTY = (None, "", [], {})
-FILES = ("file", "input", "base", "adapter", "merged", "a", "b")  # of all commands; what they write is local
+FILES = ("file", "input", "base", "adapter", "merged", "a", "b")  # arguments that may name a file of the hub
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     elif is_folder(path):
         written_as = f"Hugging Face folder, {folder_form(path)}"
     elif not os.path.isdir(path) and is_safetensors(path):
-        # the "format" of such a header is the framework that it was written with, "pt"
+        # in the header of a safetensors file "format" names the framework that wrote it, "pt"
         written_as = SAFETENSORS_MODEL
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     other = is_folder(path) and not is_model(tensors)
@@ -69,7 +69,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def folder_form(path: str | os.PathLike[str]) -> str:
-    """Describe a model's folder: its layout if it is an RWKV, else what its configuration says."""
+    """Describe a model's folder: its layout if it is an RWKV, else the configuration's `model_type`."""
     config = read_config(os.fspath(path))
     if config.get("model_type") == MODEL_TYPE:
         return f"layout {read_folder(path).layout}"
@@ -77,7 +77,7 @@ def folder_form(path: str | os.PathLike[str]) -> str:
 
 
 def foreign(source: Source, read_as: str) -> dict[str, Any]:
-    """Describe an adapter of another project: what it becomes here, or what its reader must be told first."""
+    """Describe another project's adapter: its metadata here, or the hint that its reader still needs."""
     try:
         adapter = FORMATS[read_as].read(source, NO_HINTS)
     except UserError as error:
@@ -166,7 +166,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def name_local_files(args: argparse.Namespace) -> None:
-    """Have the flags that name files of the Hugging Face hub name local files."""
+    """Replace names of files on the Hugging Face hub in the arguments by local paths."""
     for name in FILES:
         given = getattr(args, name, None)
         if isinstance(given, list):

@@ -1,8 +1,7 @@
 """Base class of every adapter method, and the registry of methods.
 
-An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adapter only adds parameters
-beside it (`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in
-`methods/`.
+An adapted linear is still an `nn.Linear`. Its `weight` keeps its name, and the adapter only adds parameters
+(`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in `methods/`.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def register(name: str) -> Callable[[Class], Class]:
 class About:
     """A method's row in docs/methods.md, for a weight W of d outputs and k inputs, and rank r.
 
-    title: its name in text. change: of W. numbers: how many it trains beside W. start: their first values.
-    paper: the number at arXiv.
+    title: the method's name in text. change: the change of W. numbers: the number of trained parameters.
+    start: their first values. paper: the number at arXiv.
     """
 
     title: str = ""
@@ -102,7 +101,7 @@ class NoOptions:
 
 
 def _scalar(key: str, value: Any, kind: type) -> Any:
-    """Convert an option's value to its own kind; 0 and 1 stand for false and true."""
+    """Convert an option's value to the type of its default; 0 and 1 stand for false and true."""
     if kind is bool:
         fits = isinstance(value, bool) or value in (0, 1)
     elif kind is float:
@@ -116,7 +115,7 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
 
 
 def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
-    """Check a map from parts of names to `of`: ranks, or positive factors."""
+    """Check a map from parts of names to numbers; `of` names them: "ranks", or positive factors."""
     kinds = (int,) if of == "ranks" else (int, float)
     if not isinstance(value, dict) or not all(
         type(number) in kinds and 0 < number < math.inf for number in value.values()
@@ -141,7 +140,7 @@ def names_with(of: str, meaning: str = "") -> Any:
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
     """Look a dotted name up in a map from parts of names: the longest part that is in the name counts.
 
-    Parts are such as "ffn", "att.key" or "blocks.0".
+    Examples of parts: "ffn", "att.key", "blocks.0".
     """
     found = [part for part in by_name if f".{part}." in f".{name}."]
     return by_name[max(found, key=len)] if found else default
@@ -180,9 +179,9 @@ class Options(NoOptions):
         return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
-# Share of its size by which the first step shall move the outputs. One number for all methods: with it runs
-# of 600 steps of few rows learn on small models (docs/worklog.md). For 7B it gives a third of the published
-# rates, which are of larger batches, up to these themselves.
+# Share of their size by which the first step shall move the outputs. With this one number for all methods,
+# small models learn in 600 steps of few rows (docs/worklog.md). For 7B it gives between a third and all of
+# the published rates, which were chosen for larger batches.
 FIRST_MOVE = 0.3
 
 
@@ -209,7 +208,7 @@ class AdapterMethod:
     def attach(cls, model: nn.Module, targets: dict[str, Target], options: Options) -> None:
         """Add the method's trainable parameters to a frozen model.
 
-        targets: what is adapted, by the dotted names of its layers.
+        targets: the weights to adapt, by the dotted names of their layers.
         """
         raise NotImplementedError
 
@@ -235,21 +234,21 @@ class AdapterMethod:
 class AdapterLinear(AdapterMethod, nn.Linear):
     """A frozen linear with a trainable change of its weight, delta() of shape (out, in).
 
-    A method implements setup() and delta(); forward() may be overridden by something faster that means the
-    same. The life of a layer: setup(); then start() if it is new, or assign() with the tensors of a file;
+    A method implements setup() and delta(); it may override forward() by something faster with the same
+    result. The life of a layer: setup(); then start() if it is new, or assign() with the tensors of a file;
     then prepare(). Tensors named in `shared` are the same in many layers: they live once in memory, once in
-    the file, and once in state_dict(), under the first layer's name. The frozen weight depends on those in
-    `constants`, so a resumed run begins with the ones it had.
+    the file, and once in state_dict(), under the first layer's name. The frozen weight depends on the tensors
+    named in `constants`, so a resumed run begins with the ones it had.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
     original: nn.Module | None = None  # the module that stood here before, without weight and bias
-    view: View | None = None  # of the matrix in the stored weight; None: it is that
+    view: View | None = None  # the matrix inside the stored weight; None: the stored weight is the matrix
     owner: nn.Module | None = None  # the module that has the weight, if this one has not
     renewed: dict[int, Tensor] | None = None  # inside renewing(): the new memory of weights, by its address
-    borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
-    blocks: int = 0  # of disabled() that are open, in all threads
-    outside: Callable | None = None  # the forward outside of them, if it is not the class's
+    borrowed: frozenset[str] = frozenset()  # shared tensors that state_dict() has under another layer's name
+    blocks: int = 0  # number of open disabled() blocks, in all threads
+    outside: Callable | None = None  # this layer's own forward outside of those blocks; None: the class's
 
     @classmethod
     def make_shared(
@@ -270,11 +269,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return {name: name for name in cls.shared}
 
     def setup(self, options: Options) -> None:
-        """Register the layer's parameters (fp32) and buffers; the shared ones are there.
+        """Register the layer's parameters (fp32) and buffers; the shared ones are registered before.
 
-        They get first values where these need no weight.
-
-        What prepare() only derives is a buffer with persistent=False: it is not saved.
+        Set the first values that do not depend on the weight. A tensor that prepare() derives is a buffer
+        with persistent=False: it is not saved.
         """
         raise NotImplementedError
 
@@ -319,7 +317,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             self.view.of(stored).copy_(matrix)
 
     def key(self, name: str) -> str:
-        """Return the name of the stored weight in the model, from the layer's own."""
+        """Return the name of the stored weight in the model, given the layer's name."""
         return f"{name}.weight" if self.view is None else self.view.key
 
     @classmethod
@@ -347,21 +345,21 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), bias)
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        """Compute what a module of the stored weight does."""
+        """Compute the output of a plain module with the stored weight."""
         return functional.linear(x, self.matrix, self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """Compute what the base file's linear does. A method that changes the frozen weight overrides it."""
+        """Compute the base file's output. A method that changes the frozen weight overrides it."""
         return self.plain_forward(x)
 
     def forward_here(self, x: Tensor) -> Tensor:
-        """Compute what this thread wants, while any thread has disabled the layer."""
+        """Compute the output while some thread has disabled the layer: the base's if it is this thread."""
         if id(self) in _disabled_here():
             return self.base_forward(x)
         return type(self).forward(self, x) if self.outside is None else self.outside(x)
 
     def merged_forward(self, x: Tensor) -> Tensor:
-        """Compute what plain_forward() does, when the weight has the adapter's change in it."""
+        """Compute plain_forward(), with the adapter's change already merged into the weight."""
         if self.training and torch.is_grad_enabled():
             raise UserError(
                 "the adapter is merged into the model, so no gradient would reach it; call"
@@ -373,7 +371,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def changed_weight(self) -> Tensor:
         """Compute the weight with its change, in fp32 or float64: the sum that a merged file rounds."""
         weight = self.base_weight().clone()
-        layer = copy.copy(self)  # whose own tensors may be in half precision, after model.bfloat16()
+        layer = copy.copy(self)  # the adapter's tensors may be in half precision, after model.bfloat16()
         for kind in ("_parameters", "_buffers"):
             exact = {
                 key: t.to(weight.dtype) if key != "weight" and t is not None and t.is_floating_point() else t
@@ -408,15 +406,15 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     ) -> None:
         """Act before optimizer step `step` (1-based) of `total`.
 
-        gradient_of(parameter): the gradient of the whole step, the same on all ranks, or None. All ranks ask
-        for them in the same order.
+        gradient_of(parameter): the gradient of the whole step, equal on all ranks, or None. All ranks ask for
+        gradients in the same order.
         """
 
     @classmethod
     def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
         """Act after optimizer step `step` (1-based) of `total`.
 
-        It must not write into a trained parameter: under ZeRO that would be lost.
+        The method must not write into a trained parameter: under ZeRO that would be lost.
         """
 
     def rate_factor(self, name: str) -> float:
@@ -434,8 +432,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     ) -> AdapterLinear:
         """Make the adapted layer of a linear. It takes over weight and bias without a copy.
 
-        options: those of this linear. shared: its shared tensors. target: of the weight, if it is no linear's
-        (out, in).
+        options: this linear's options. shared: its shared tensors. target: where the weight is, if it is not
+        a linear's own (out, in).
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
@@ -474,7 +472,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
                 raise UserError(f"{name}: {error}") from None
             take_form(layer, target.form)
             adapted[name] = layer.train(target.owner.training)
-        for name, layer in adapted.items():  # all of them or none
+        for name, layer in adapted.items():  # only now, so that an error leaves the model unchanged
             if layer.owner is None:
                 put_linears(model, {name: layer})
             else:
@@ -493,7 +491,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *others)
         for key, own in of_others(self._parameters.get("weight")).items() if unexpected else ():
             name = prefix + key
-            if name in unexpected and torch.equal(state_dict[name].to(own.device), own):  # the same base's
+            if name in unexpected and torch.equal(state_dict[name].to(own.device), own):  # equal base
                 unexpected.remove(name)
         for key, old in before.items():
             if key not in self.borrowed:
@@ -506,7 +504,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             own[key] = getattr(old, "moved_to", old)
 
     def _apply(self, fn, recurse=True):
-        # a module moves its buffers one by one, and every layer would get a copy of what they share
+        # nn.Module moves buffers one by one, so every layer would get a copy of the shared ones
         before = {key: self._buffers[key] for key in self.shared if key in self._buffers}
         super()._apply(fn, recurse)
         for key, old in before.items():
@@ -520,14 +518,14 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def _replicate_for_data_parallel(self) -> AdapterLinear:
         replica = super()._replicate_for_data_parallel()
         forward = self.__dict__.get("forward")
-        if id(self) in _disabled_here():  # its thread is another one
+        if id(self) in _disabled_here():  # a replica runs in a thread of its own
             replica.forward = replica.base_forward
         elif getattr(forward, "__self__", None) is self:
             replica.forward = types.MethodType(forward.__func__, replica)
         return replica
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that a file keeps of this layer: all saved ones but weight and bias."""
+        """Return this layer's tensors in an adapter file: all saved ones but weight and bias."""
         buffers = {
             name: t
             for name, t in self.named_buffers(recurse=False)
@@ -539,9 +537,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
-        """Merge into a base weight (out, in) fp32, in the same memory.
+        """Merge a layer of an adapter file into the base's weight (out, in) fp32, in place.
 
-        tensors, options: the layer's, out of an adapter file.
+        tensors, options: the layer's in that file.
         """
         cls.of_file(weight, tensors, options).add_delta_to(weight)
         return weight
@@ -551,7 +549,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
         """Make the adapted layer of a base weight (out, in) fp32, which is not copied.
 
-        tensors, options: the layer's, out of an adapter file.
+        tensors, options: the layer's in an adapter file.
         """
         shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
@@ -559,7 +557,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return adapted
 
     def check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise UserError unless names and shapes are exactly those that setup() made."""
+        """Raise UserError unless the names and shapes are exactly setup()'s."""
         own = self.own_tensors()
         if own.keys() != tensors.keys():
             raise UserError(f"the adapter holds {sorted(tensors)}, method {self.method} needs {sorted(own)}")
@@ -637,7 +635,7 @@ def take_off(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Put linears into a model, by their dotted names, in the place of those that are there."""
+    """Replace the linears with these dotted names in a model."""
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
@@ -651,12 +649,12 @@ def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
 class AroundSteps:
     """Work of a method around the optimizer steps of a training, for a model's adapted linears.
 
-    The linears are found here and not in each step, which on a GPU would take as long as a layer. So it is
-    made when the adapter is in its place, and not used when that was changed.
+    The linears are looked up once, because a look-up in each step would take as long as a layer on a GPU.
+    Make a new object whenever an adapter was added or taken off.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # rows of tokens are beside a method, and do nothing around a step
+        # without trained rows of tokens, which belong to no method and do nothing around a step
         self.layers = [layer for layer in adapted_linears(model).values() if layer.method in METHODS]
         idle = AdapterLinear.before_step.__func__
         acts = any(type(layer).before_step.__func__ is not idle for layer in self.layers[:1])
@@ -708,23 +706,23 @@ def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) 
     AroundSteps(model).after(step, total, gather)
 
 
-def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_outside_linears(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters that no adapted linear has added, by their names."""
-    own = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.own_tensors().values()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    added = {id(t) for layer in adapted_linears(model).values() for t in layer.own_tensors().values()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in added}
 
 
 def only_linears_change(model: nn.Module) -> bool:
     """Tell whether adapted linears are all that is trained: the rest of the model is its base."""
-    return bool(adapted_linears(model)) and not trained_beside(model)
+    return bool(adapted_linears(model)) and not trained_outside_linears(model)
 
 
 def put_parameters(
     model: nn.Module, parameters: Mapping[str, nn.Parameter | None]
 ) -> dict[str, nn.Parameter | None]:
-    """Put parameters into a model by their names; returns those that were there. None: there is none.
+    """Replace parameters of a model by their names; returns the old ones. None stands for no parameter.
 
-    A parameter of several names is replaced under all of them.
+    A parameter with several names is replaced under all of them.
     """
     before, places = {}, {}
     for module in model.modules() if parameters else ():
@@ -742,7 +740,7 @@ def put_parameters(
 
 
 class Disabled(threading.local):
-    """Layers that are disabled in a thread: their ids, and the number of its blocks that disable each."""
+    """Layers that are disabled in a thread: id of the layer -> number of the thread's disabled() blocks."""
 
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}
@@ -753,15 +751,15 @@ _SWITCHING = threading.Lock()
 
 
 def _disabled_here() -> dict[int, int]:
-    # a GPU's backward, which may compute layers again, runs in a thread of torch: it has what its caller has
-    # stashed. torch.compile can only follow the attribute.
+    # A GPU's backward, which may compute layers again, runs in a thread of torch. That thread sees the layers
+    # that its caller has stashed. torch.compile can only follow the attribute.
     if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
         return torch._C._get_obj_in_tls(_KEY)
     return _DISABLED.layers
 
 
 def _switch(layers: list[AdapterLinear], here: dict[int, int], by: int) -> None:
-    """Begin (by 1) or end (by -1) a block for layers. Outside of all blocks nothing of it is in their way."""
+    """Begin (by=1) or end (by=-1) a block of disabled(). Outside of blocks a layer has its usual forward."""
     for layer in layers:
         here[id(layer)] = here.get(id(layer), 0) + by
         if not here[id(layer)]:
@@ -780,15 +778,15 @@ def _switch(layers: list[AdapterLinear], here: dict[int, int], by: int) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Turn the adapters off inside the block: adapted linears compute as in the base.
 
-    They do so in this thread, in a backward that it calls, and in DataParallel's replicas; for other threads
+    That holds in this thread, in a backward that it calls, and in DataParallel's replicas; for other threads
     nothing changes. The tensors that inject(train_parts=...) trains as a whole have their first values
-    inside, in all threads. Raises UserError where others are trained: their first values are not in the
-    model. So it does for a merged model, and for whole tensors that are sharded.
+    inside, in all threads. Raises UserError where other parameters are trained, because their first values
+    are not in the model; also for a merged model, and for whole tensors that are sharded.
     """
     model = unwrapped(model)
     injection, layers = getattr(model, "injection", None), list(adapted_linears(model).values())
     first = injection.first if injection else {}
-    trained = trained_beside(model)
+    trained = trained_outside_linears(model)
     if not layers and not first or trained.keys() - first.keys():
         raise UserError(
             "disabled() gives back the base of adapted linears and of train_parts only; this model "
@@ -798,7 +796,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         raise UserError("the adapter is merged into the model; call rwkv_miss.unmerge(model) first")
     if any(map(is_sharded, trained.values())):
         raise UserError(f"{min(trained)} is sharded, and its first value is not; load the base a second time")
-    here = _disabled_here()  # whichever thread ends the block
+    here = _disabled_here()  # looked up once, because another thread may end the block
     torch._C._stash_obj_in_tls(_KEY, here)
     with _SWITCHING:
         if first and not injection.blocks:

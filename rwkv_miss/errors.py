@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from .interrupts import EXIT_CODE, answered, is_program, say_interrupted
 from .progress import clear
 
-# errors of the machine that are no mistake of the program
+# errors of the operating system that are no bug of the program
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO)
 
 
@@ -66,15 +66,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def similar_path(path: str) -> str:
-    """Suggest `; did you mean PATH?` for a path that does not exist, from the names beside its first absent
-    part, else nothing."""
+    """Suggest `; did you mean PATH?` for a path that does not exist, from the names in the last folder of it
+    that exists, else nothing."""
     if os.path.exists(path):
         return ""
     absent = pathlib.Path(path)
     while absent != absent.parent and not os.path.isdir(absent.parent):
         absent = absent.parent
     try:
-        # a suffix alone makes short names alike
+        # 0.85, because a common suffix alone makes short names similar
         near = difflib.get_close_matches(absent.name, os.listdir(absent.parent), 1, cutoff=0.85)
     except OSError:  # such as a drive of Windows that is not there
         return ""
@@ -85,9 +85,10 @@ def similar_path(path: str) -> str:
 def one_line_errors() -> Iterator[None]:
     """Print a UserError as `error: ...` on stderr and exit with code 2.
 
-    The same for what the machine refuses, such as memory. Another exception is a bug and keeps its traceback.
+    A refusal of the machine, such as no memory or disk, is reported so, too. Any other exception is a bug and
+    keeps its traceback.
 
-    If nobody reads stdout any more (`| head`), the program ends silently with the code of shells for it, 141.
+    If nobody reads stdout any more (`| head`), the program ends silently with exit code 141, as in shells.
     Characters that the terminal's encoding lacks are shown as escapes.
     """
     if hasattr(sys.stdout, "reconfigure"):
@@ -102,7 +103,7 @@ def one_line_errors() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # or Python would complain when it flushes at the end
+        # otherwise Python would print an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
@@ -155,8 +156,8 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         given = sys.argv[1:] if args is None else args
-        # before argparse looks, because it would complain of a required flag that is only misspelt
-        for token in () if self._subparsers else given:  # subcommands look for themselves
+        # before argparse parses, because it would call a misspelt required flag missing
+        for token in () if self._subparsers else given:  # a subcommand checks its own flags
             name = token.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 begun = sorted((f for f in self._option_string_actions if f.startswith(name)), key=len)

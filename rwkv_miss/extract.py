@@ -43,8 +43,9 @@ def extract_base(
 ) -> Extraction:
     """Write the RWKV whose tensors begin with `prefix` in a larger checkpoint as a plain .pth.
 
-    shown: a bar on stderr where it takes long. Raises UserError, before anything is written, if no tensor has
-    the prefix, if they are no whole RWKV-6 or 7, or if `out` is the input or a model that would be lost.
+    shown: show a bar on stderr in long work. Raises UserError, before anything is written, if no tensor has
+    the prefix, if those that have it are no whole RWKV-6 or 7, or if `out` is the input or would overwrite a
+    model.
     """
     refuse_inputs(out, path)
     model, notes = _read(path)
@@ -69,13 +70,13 @@ def extract_base(
 
 
 def _of_part(name: str, prefix: str) -> str:
-    """Strip the prefixes of trainers from a name of the part; other names stay."""
+    """Strip the prefixes of trainers from a name that then begins with `prefix`; other names stay."""
     plain = without_prefixes(name, prefix)
     return plain if plain.startswith(prefix) else name
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Read (all tensors of a file under the names that it gives them, notes)."""
+    """Read (all tensors of a file under their names in the file, notes)."""
     if is_safetensors(path):
         return read_safetensors(path)[0], []
     loaded, notes = contained(path, load_dict(path))

@@ -2,8 +2,8 @@
 
 Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
 
-Dtypes: y has that of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's
-dtype, as for torch's own linear. fp64 stays.
+Dtypes: y has x's dtype, and all other tensors are cast to it for the products. Inside torch.autocast x is
+first cast to autocast's dtype, as for torch's own linear. fp64 stays.
 
 The backward keeps the parameter itself, where torch keeps its cast copy. The frozen weight gets a gradient
 only when it requires one; only then x is kept. A quantised weight (quantised.py) is expanded for each
@@ -42,7 +42,7 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
     """
     width = x.shape[-1]
     size = -(-width // rank)
-    if size * rank != width and not (contiguous or balanced):  # without the copy that padding takes
+    if size * rank != width and not (contiguous or balanced):  # padding would copy x
         whole = width - width % rank
         sums = x[..., :whole].unflatten(-1, (-1, rank)).sum(-2)
         sums[..., : width - whole] += x[..., whole:]
@@ -63,9 +63,8 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
 def with_shard_sums(x: Tensor, sums: Tensor) -> Tensor:
     """Return x, which carries its shard_sum() to the linear that reads it.
 
-    `sums` comes from the function that made x, as one more output of it. The linear then gives `sums` a
-    gradient of its own, and x the gradient without that part. A copy or view of x carries nothing; then the
-    linear sums x itself.
+    The function that made x also returns `sums`. The linear then gives `sums` a gradient of its own, and x
+    the gradient without that part. A copy or view of x carries no sums; then the linear sums x itself.
     """
     x.shard_sums = sums
     return x
@@ -89,7 +88,7 @@ def shard_signs(
 
 def add_repeated_(x: Tensor, values: Tensor) -> None:
     """Add: x[n, j, :] += values[n, j], in place. x (N, r, size), values (N, r)."""
-    # in bf16 4 to 9 times as fast as repeating them in the addition
+    # contiguous: in bf16 4 to 9 times as fast as an addition of the expanded view
     x.add_(values.unsqueeze(2).expand_as(x).contiguous())
 
 
@@ -98,7 +97,7 @@ def _columns_of_shards(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Transpose shard_sum in parts: (view of dx (N, in), the values of its columns in ds (N, r or r + 1)).
 
-    The values have one number where the view has several that are equal.
+    Where all columns of a shard have one value, the values have one number for them.
     """
     width, rank = dx.shape[1], ds.shape[1] - balanced
     if width % rank == 0 and not (contiguous or balanced):  # the usual case, in the fewest calls
@@ -145,7 +144,7 @@ def expanded(ds: Tensor, width: int, contiguous: bool = False, balanced: bool = 
 def in_autocast(device: torch.device) -> bool:
     """Tell whether torch.autocast is on for a device.
 
-    torch.is_autocast_enabled() fails for types that have none, such as meta.
+    torch.is_autocast_enabled() fails for devices without autocast, such as meta.
     """
     has_autocast = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     return has_autocast and torch.is_autocast_enabled(device.type)
@@ -157,7 +156,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Cast x to the dtype of the caller's torch.autocast; it stays if that is off, and in fp64."""
+    """Cast x to the dtype of the caller's torch.autocast. Without autocast, and in fp64, x stays."""
     if not in_autocast(x.device) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
@@ -175,7 +174,7 @@ def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Te
 def first_derivative(backward: Function) -> Function:
     """Decorate an operator's backward(ctx, dy), which may be called inside a caller's autocast.
 
-    Without a dy it is not called. Raises RuntimeError if it is differentiated, which it can't be.
+    Without a dy, backward() is not called. Raises RuntimeError for a second derivative, which it lacks.
     """
 
     @functools.wraps(backward)
@@ -202,8 +201,8 @@ def flat_tokens(x: Tensor) -> Tensor:
 def like_tokens(y: Tensor, x: Tensor) -> Tensor:
     """Reshape an operator's result (tokens, n) to the leading axes of its input x (..., in).
 
-    It is no view, because torch lets nobody write into a view that an operator made, as ReLU(inplace=True)
-    does.
+    The result is no view, because torch refuses writes into a view that an operator made, such as
+    ReLU(inplace=True)'s.
     """
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
@@ -211,7 +210,7 @@ def like_tokens(y: Tensor, x: Tensor) -> Tensor:
 def weight_gradients(
     ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute (dweight, dbias) if they are needed, as arguments 1 and 2 of the operator."""
+    """Compute (dweight, dbias), None if not needed; weight and bias are the operator's arguments 1 and 2."""
     dweight = None
     if ctx.needs_input_grad[1]:
         x = flat_tokens(x)
@@ -221,9 +220,9 @@ def weight_gradients(
 
 
 def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute a^T b of a (N, r), b (N, n) as a parameter's gradient in this dtype; the sums are fp32."""
+    """Compute a^T b in a parameter's dtype, with fp32 sums: a (N, r), b (N, n)."""
     a_t = a.t()
-    if a.device.type == "cpu":  # the copy is small, and a GEMM without it 10 % slower
+    if a.device.type == "cpu":  # the copy is small, and without it the product is 10 % slower
         a_t = a_t.contiguous()
     if a.dtype == dtype:
         return product_transposed(a_t, b)
@@ -269,12 +268,12 @@ class _Linear(torch.autograd.Function):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False, exact: bool = False
 ) -> Tensor:
-    """Compute y = x W^T + bias; `transposed`: the weight is W^T, (in, out). `exact`: y is as product_exact
-    makes it, without a bias.
+    """Compute y = x W^T + bias; `transposed`: the weight is W^T, (in, out). `exact`: by product_exact(),
+    without a bias.
 
     Kept for the backward: the weight, and x only if the weight requires a gradient.
 
-    A view of the weight will not do for W^T: the backward would keep the whole parameter under ZeRO-3.
+    A caller can't pass a transposed view instead: under ZeRO-3 the backward would keep the whole parameter.
     """
     return call(_Linear, x, weight, bias, transposed, exact)
 
@@ -296,7 +295,7 @@ class _MissLinear(torch.autograd.Function):
             s[:, :rank].mul_(scale)
         ctx.x_shape, ctx.shards, ctx.dtype, ctx.carried = x.shape, shards, D.dtype, carried
         ctx.set_materialize_grads(False)
-        # of D the cast copy, which is a launch less in the backward, and far smaller than S
+        # D's cast copy: one kernel launch less in the backward, and far smaller than S
         ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
         matrix = product_matrix(weight, x.shape[-1], x.dtype)
         if D.shape[1] == out:
@@ -319,9 +318,9 @@ class _MissLinear(torch.autograd.Function):
                 ds[:, : D.shape[0] - balanced].mul_(scale)
             width = ctx.x_shape[-1]
             matrix = product_matrix(weight, width, dy.dtype)
-            if ctx.carried:  # what made x adds ds to dx
+            if ctx.carried:  # the function that made x adds ds to dx
                 dx, dsums = product_transposed(dy, matrix), ds.view(*ctx.x_shape[:-1], -1)
-            elif sums_go_on(dy.device):  # dx is not read and written again
+            elif sums_go_on(dy.device):  # write ds first, so that dx is not read and written again
                 dx = product_onto(expanded(ds, width, contiguous, balanced), dy, matrix.t())
             else:
                 dx = product_transposed(dy, matrix)
@@ -343,12 +342,12 @@ def miss_linear(
 ) -> Tensor:
     """Compute y = x W^T + bias + S(x) D.
 
-    Kept for the backward in x's dtype: S, (tokens, r), and D, where D has another. The default scale is an
-    integer: a float would be a variable for a compiler with dynamic shapes.
+    Kept for the backward in x's dtype: S (tokens, r), and a copy of D if D has another dtype. The default
+    scale is an integer: a float would be a variable for a compiler with dynamic shapes.
 
-    `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean.
-    D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
-    off where m does not divide out.
+    `balanced`: S and D have one more entry, for the mean. `scale` multiplies the shard sums, not the mean.
+    D of shape (r, m) with m < out repeats its columns, D[:, o mod m]; the last repeat is cut off where m does
+    not divide out.
     """
     sums = getattr(x, "shard_sums", None)
     if sums is not None and (contiguous or balanced or scale != 1 or sums.shape[-1] != len(D)):
@@ -364,7 +363,7 @@ def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     return x.mul(kept).div_(1 - dropout)
 
 
-# an operator of its own, because a compiler traces the backwards that call it, and knows no value of a seed
+# A registered operator, because torch.compile traces the backwards that call it without values of a seed.
 torch.library.define("rwkv_miss::drop", "(Tensor x, float dropout, Tensor seed) -> Tensor")
 torch.library.impl("rwkv_miss::drop", "default", _drop)
 torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.empty_like(x))
@@ -373,8 +372,8 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """Set each number of x (N, in) to 0 with probability `dropout`, else divide it by 1 - dropout.
 
-    A seed (0-dim, int64) always drops the same places; without one x stays. It is not differentiable: the
-    operators that use it have their own backward.
+    A seed (0-dim, int64) always drops the same places; without one x stays. The function is not
+    differentiable: the operators that call it have their own backward.
     """
     return x if seed is None else torch.ops.rwkv_miss.drop(x, dropout, seed)
 
@@ -431,9 +430,9 @@ def lora_linear(
 ) -> Tensor:
     """Compute y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
 
-    Kept for the backward: x' A^T, and x unless A is frozen; A and scale B, where x has another dtype.
+    Kept for the backward: x' A^T; x unless A is frozen; copies of A and scale B if x has another dtype.
 
-    The backward draws the dropped places again. That takes no memory, and less time than reading them.
+    The backward draws the dropped places again, which takes no memory and less time than reading them.
     """
     return call(_LoraLinear, x, weight, bias, A, B, scale, dropout, seed)
 

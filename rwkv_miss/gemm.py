@@ -2,16 +2,15 @@
 
 x (N, in), weight (out, in), bias (out,), all of one dtype -> (N, out).
 
-In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those took 2.1 times as long on one AMD CPU
-with AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). The operator that leads there
-is the one of torch.compile, which has no public name; where torch does not have it, and in every other dtype
-and device, the products are torch's own. A weight is contiguous or the transposed view of one: no copy is
-made. (Of any other view oneDNN would make the product by its plain loops, a thousand times as slow: torch's
-is taken.)
+In fp32 on a CPU oneDNN multiplies instead of torch's MKL, which took 2.1 times as long on one AMD CPU with
+AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). oneDNN is reached by an operator of
+torch.compile, which has no public name. Where torch lacks it, and in every other dtype and device, torch's
+own products are used. A weight is contiguous or the transposed view of a contiguous one, and is not copied.
+(For any other view oneDNN would take its plain loops, a thousand times as slow; torch multiplies there.)
 
-The sums are fp32 for factors in half precision. On CUDA that holds to the end where
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction and its sibling for fp16 are off; torch has
-them on, and a product whose sums are split among blocks then adds the parts in half precision.
+The sums are fp32 for factors in half precision. On CUDA this is exact only with
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction and its sibling for fp16 off. torch has them
+on: a product whose sums are split among blocks then adds the parts in half precision.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# columns of a transposed weight at a time where it has three times as many: 1.1 to 1.25 times as fast
+# columns multiplied at a time for a transposed weight of 3 DEEP or more: 1.1 to 1.25 times as fast
 DEEP = 1024
-# multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
+# multiply-adds from which oneDNN is used: it prepares every new shape for about 0.5 ms
 SMALL = 1 << 23
-WIDE = 4096  # numbers of a row that are made and then written to their place, while they are in the cache
+WIDE = 4096  # columns of the output computed and copied at once, so that they are still in the cache
 
 
 @functools.cache
 def _has_onednn() -> bool:
-    """Tell whether this torch has the operator, and it does what it is used for here."""
+    """Tell whether this torch has oneDNN's operator, and it computes a small product right."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight, other = torch.ones(2, 3), torch.ones(3, 5).t(), torch.ones(2, 5)
@@ -56,7 +55,7 @@ def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
 
     `transposed`: the weight is W^T, (in, out).
     """
-    # exactly a Tensor: tracing and the counting of memory run the operators on subclasses without values
+    # no subclass of Tensor: tracing and memory counting use subclasses that have no values
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
@@ -82,7 +81,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_transposed(x: Tensor, matrix: Tensor) -> Tensor:
-    """Compute product(x, matrix.t()) for a matrix (in, out), without torch's two views of it."""
+    """Compute product(x, matrix.t()) for a matrix (in, out), without making two views of it."""
     return product(x, matrix.t()) if uses_onednn(x, matrix, transposed=True) else torch.mm(x, matrix)
 
 
@@ -94,15 +93,15 @@ def _has_fp32_results() -> bool:
 
 @functools.cache
 def _adds_to_fp32() -> bool:
-    """Tell whether addmm(out_dtype=) takes an fp32 total beside half-precision factors: since torch 2.10."""
+    """Tell whether addmm(out_dtype=) takes an fp32 total with half-precision factors: since torch 2.10."""
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 def product_exact(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T with unrounded sums, fp32 for factors in half precision; fp32 and fp64 stay.
 
-    That takes CUDA with torch 2.8 or newer. On the CPU and in an older torch the result is fp32, too, but was
-    rounded to the dtype of the factors on its way: torch has no other product there.
+    Unrounded sums need CUDA with torch 2.8 or newer. On the CPU and in an older torch the result is fp32,
+    too, but first rounded to the dtype of the factors: torch has no other product there.
     """
     if x.dtype.itemsize >= 4:
         return product(x, weight)
@@ -112,12 +111,12 @@ def product_exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Write x W^T to `out` (N, out), which may be fp32 for factors in half precision, as of product_exact.
+    """Write x W^T to `out` (N, out), which may be fp32 for factors in half precision, as product_exact()'s.
 
-    It is for results so large that new memory would take a tenth of the product's time.
+    Use it for results so large that allocating new memory would take a tenth of the product's time.
     """
     if out.dtype != x.dtype:
-        # a subclass has no values: what a GPU would do is counted
+        # a subclass has no values: its memory is counted as on a GPU
         if (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
             return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return out.copy_(product(x, weight))
@@ -131,12 +130,12 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add x W^T to `total` (N, out), fp32 for factors in half precision.
 
-    On CUDA with torch 2.10 or newer the product's own sums go on from `total`: nothing is rounded between.
-    torch 2.8 and 2.9 add an fp32 product, in new memory.
+    On CUDA with torch 2.10 or newer the product's sums start from `total`, without a rounding between. torch
+    2.8 and 2.9 add an fp32 product, in new memory.
     """
     if x.device.type == "cuda" and total.dtype == x.dtype:
         return total.addmm_(x, weight.t())
-    # a subclass has no values: what a GPU would do is counted
+    # a subclass has no values: its memory is counted as on a GPU
     if total.dtype != x.dtype and (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
         if not _adds_to_fp32():
             return total.add_(torch.mm(x, weight.t(), out_dtype=total.dtype))
@@ -154,8 +153,8 @@ def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: T
 def product_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute y + x W^T + bias in the memory of y (N, out).
 
-    It is for a small y in half precision. The product's fp32 sums start from y. If y were added to the
-    rounded product, all below half a step would be lost: 71 % of the change that a D of size 1e-5 makes.
+    Use it for a small y in half precision: the product's fp32 sums start from y. Adding y to the rounded
+    product would lose everything below half a rounding step: 71 % of the change that a D of size 1e-5 makes.
     """
     if uses_onednn(x, weight):
         return _onednn_plus(x, weight, bias, y)

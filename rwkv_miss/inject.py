@@ -24,7 +24,7 @@ from .adapter import (
     renewing,
     share,
     take_off,
-    trained_beside,
+    trained_outside_linears,
 )
 from .errors import UserError, listed
 from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_checkpoint
@@ -51,9 +51,9 @@ from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
-# the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
+# the linears that the paper counts; RWKV-7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
-# where torch keeps a module's hooks
+# attributes in which torch keeps a module's hooks
 HOOKS = """
     _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks
     _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
@@ -72,18 +72,18 @@ class Injection:
     total: int
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
-    merged_linears: list[str] = dataclasses.field(default_factory=list)  # whole tensors in the file
-    layers: list[int] | None = None  # that are adapted; None: all
-    tokens: list[int] = dataclasses.field(default_factory=list)  # whose rows of emb and head are trained
+    merged_linears: list[str] = dataclasses.field(default_factory=list)  # stored as whole tensors in the file
+    layers: list[int] | None = None  # the adapted layers; None: all
+    tokens: list[int] = dataclasses.field(default_factory=list)  # ids with trained rows of emb and head
     # a model's own buffers, such as BatchNorm's averages, as they were before the training
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     # whole tensors as they were before the training; None: the model had none of this name
     first: dict[str, nn.Parameter | None] = dataclasses.field(default_factory=dict, repr=False)
     trained_before: list[str] = dataclasses.field(default_factory=list, repr=False)
-    # the base's dtypes of the tensors that are trained as a whole, and that of new ones
+    # name of a tensor trained as a whole -> its dtype in the base, or in the model if the base lacks it
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict, repr=False)
-    half_merged: bool = False  # a merge without the base's weights has failed
-    # of a merged model: what unmerge() puts back, by name, whole tensors as parameters; None: not merged
+    half_merged: bool = False  # merge(keep_base=False) has failed in the middle
+    # base tensors that unmerge() puts back, by name, whole tensors as parameters; None: not merged
     kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     # inside disabled(): how many blocks are open, and the whole tensors that the last one puts back
     blocks: int = dataclasses.field(default=0, repr=False)
@@ -94,18 +94,18 @@ class Injection:
         """Name the layers of which only rows of tokens are trained."""
         return layers_of_rows(self.tokens, self.train_parts)
 
-    def beside(self) -> list[str]:
-        """Describe what is trained beside the method's own linears."""
+    def also_trained(self) -> list[str]:
+        """Describe the trained rows of tokens and whole parts, in addition to the method's linears."""
         rows = [f"{len(self.tokens)} rows of {' and '.join(self.rows)}"] if self.rows else []
         return rows + [part for part in self.train_parts if part not in self.rows]
 
     def line(self) -> str:
         """Describe linears, whole tensors, trainable parameters and their share of the base in one line."""
         share = 100 * self.trainable / self.total
-        linears, beside = len(self.linears) - len(self.rows), self.beside()
+        linears, also = len(self.linears) - len(self.rows), self.also_trained()
         parts = [f"{linears} linears"] if linears else []
-        parts += [beside.pop(0)] if self.rows else []
-        parts += [f"{self.whole} whole tensors ({', '.join(beside)})"] if self.whole else []
+        parts += [also.pop(0)] if self.rows else []
+        parts += [f"{self.whole} whole tensors ({', '.join(also)})"] if self.whole else []
         changed = f"{' and '.join(parts)}, " if parts else ""
         return f"{changed}{self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
 
@@ -123,10 +123,10 @@ def find_targets(
     exclude: str | list[str] | None = None,
     layers: Layers | None = None,
 ) -> dict[str, Target]:
-    """Map name -> target, for what the arguments of inject() mean.
+    """Map name -> target for the arguments of inject().
 
     Raises UserError, with the names that exist, for targets None with a model that is no RWKV, for names that
-    match nothing, and for a linear whose change would have no effect or another one once merged.
+    match nothing, and for a linear whose change would have no effect, or a different effect once merged.
     """
     if targets is None:
         # key and value alone would match some linears of many models and silently miss the others
@@ -143,12 +143,12 @@ def find_targets(
 
 
 def _refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
-    """Raise UserError for a target whose change would have no effect, or another one once it is merged."""
+    """Raise UserError for a target whose change would have no effect, or a different effect once merged."""
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, list[str]] = {}
     for name, module in modules.items():
         places.setdefault(id(module), []).append(name)
-    for module in modules.values():  # also those without an adapter: a state_dict() would spoil them
+    for module in modules.values():  # also linears without an adapter: a state_dict() would spoil them
         if isinstance(module, nn.Linear):
             undo_first_forward(module)
     memory = _SharedMemory(model)
@@ -189,7 +189,7 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
 
 
 def _held_by_others(weight: Tensor) -> str:
-    """Describe a weight that another package holds in a form that can't be expanded; "" for other ones."""
+    """Describe a weight of another package that can't be expanded to plain numbers; "" for other weights."""
     kind = type(weight)
     if not is_of_others(weight):
         return ""
@@ -227,10 +227,7 @@ def _more_than_plain(module: nn.Module) -> str:
 
 
 class _SharedMemory:
-    """Parameters and buffers of a model by their memory: tied ones, and views of each other, share it.
-
-    Each has all its names.
-    """
+    """Parameters and buffers of a model by their memory, under all names: tied tensors and views share it."""
 
     def __init__(self, model: nn.Module):
         self.tensors: dict[int, list[tuple[str, Tensor]]] = {}
@@ -242,12 +239,12 @@ class _SharedMemory:
 
     @staticmethod
     def _storage(tensor: Tensor) -> int:
-        # the same for all views; an address would be none on the meta device
+        # a key that all views share, also on the meta device, where tensors have no address
         return tensor.untyped_storage()._cdata
 
     @staticmethod
     def _range(tensor: Tensor) -> tuple[int, int]:
-        """Return the first byte of a tensor in its storage, and the one after its last."""
+        """Return the places of a tensor's first byte in its storage, and of the byte after its last."""
         first = tensor.storage_offset() * tensor.itemsize
         if not tensor.numel():
             return first, first
@@ -255,7 +252,7 @@ class _SharedMemory:
         return first, first + (last + 1) * tensor.itemsize
 
     def overlapping(self, name: str, tensor: Tensor) -> list[str]:
-        """Return the other names of memory that a tensor of this name uses."""
+        """Return the other names of tensors whose memory overlaps this one's."""
         tensor, found = local(tensor), []
         first, end = self._range(tensor)
         for other, t in self.tensors[self._storage(tensor)]:
@@ -283,23 +280,23 @@ def inject(
     embeddings, and of parameters with 2 or 3 axes, such as `gate_up_proj` of Mixtral's experts. A text is a
     regular expression for whole names of modules, or "all-linear": every linear but the head. None: RWKV's.
 
-    exclude: the same, of what is left out.
+    exclude: names of targets to leave out, in the same forms.
 
     layers: a number, several, or a text: `"last:6"`, `"first:6"`, `"4-7"` or `"0,3,11"`. Only names whose
     first number is one of them are adapted, as in `model.layers.3.mlp.up_proj`. Initial states and
     train_parts are trained in these layers only.
 
-    train_parts: parts such as "ln,time" (methods/whole_tensors.py), whose tensors are trained as a whole.
-    Each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
-    (`model.classifier.requires_grad_(True)`) and saved as well.
+    train_parts: parts such as "ln,time" (methods/whole_tensors.py), whose tensors are trained as a whole,
+    each as an fp32 parameter. To train something else, such as a classifier, call
+    `model.classifier.requires_grad_(True)` afterwards; it is saved as well.
 
-    earlier: the tensors of a training that is resumed, by their names in the model. The weights that the
-    method changes (PiSSA) become the same.
+    earlier: the tensors of a run that is resumed, by their names in the model. A method that changes weights
+    (PiSSA) then makes the same weights as at that run's start.
 
     tokens: ids of tokens. Parts emb and head then are no whole tensors: only the rows of these tokens are
     trained (methods/token_rows.py).
 
-    keep_first: keep the first values of whole tensors for disabled() and unload(). False saves their memory.
+    keep_first: keep the first values of whole tensors for disabled() and unload(). False saves that memory.
 
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
@@ -325,7 +322,7 @@ def inject(
 
 @torch.no_grad()
 def _keep_first(model: nn.Module, keep: bool) -> None:
-    """Let no whole tensor share its memory with its first value, or forget the first values."""
+    """Copy whole tensors that share memory with their first values. Without `keep` forget those values."""
     if not keep:
         model.injection.first.clear()
     for name, p in model.named_parameters() if model.injection.first else ():
@@ -337,7 +334,7 @@ def _keep_first(model: nn.Module, keep: bool) -> None:
 @torch.no_grad()
 def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
-    # on the meta device a weight has no values
+    # a weight on the meta device has no values to start from
     layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.stored.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
@@ -367,7 +364,7 @@ def _attach(
     layers: Layers | None = None,
     tokens: Sequence[int] = (),
 ) -> Injection:
-    """Adapt the model, and give it its first values; after a UserError it is as before."""
+    """Adapt the model and set its first values; after a UserError the model is as before."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
     if adapted_linears(model):
@@ -416,8 +413,8 @@ def _attach(
         parts,
         len(whole),
         statistics=statistics,
-        first={name: before.get(name) for name in trained_beside(model)},
-        dtypes={name: before.get(name, p).dtype for name, p in trained_beside(model).items()},
+        first={name: before.get(name) for name in trained_outside_linears(model)},
+        dtypes={name: before.get(name, p).dtype for name, p in trained_outside_linears(model).items()},
         trained_before=trained_before,
         layers=None if within is None else sorted(within),
         tokens=sorted({*tokens}) if rows else [],
@@ -428,9 +425,9 @@ def _attach(
 def _whole_names(
     model: nn.Module, parts: list[str], targets: Mapping[str, Target], within: set[int] | None
 ) -> list[str]:
-    """Name the tensors of these parts, of a layer only if it is one of `within`.
+    """Name the tensors of these parts; `within`: leave out those of all other layers.
 
-    Raises UserError for one of an adapted linear, and for the embedding below the layers.
+    Raises UserError for a tensor of an adapted linear, and for the embedding, which is below all layers.
     """
     names = dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model))
     whole = in_parts(names, parts)
@@ -499,7 +496,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[_name_in_file(layer, name, key)] = tensor
             own.add(id(tensor))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-    # a file has the initial states of all layers or none, as released ones, also if some are not trained
+    # as in released files, the initial states of all layers are in a file, also those that are not trained
     if any(name.endswith(".time_state") for name in trained):
         trained |= {name: model.get_parameter(name) for name in state_names(model)}
     return {**tensors, **trained}
@@ -508,7 +505,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that training may move without a gradient, such as BatchNorm's means and variances.
 
-    Its count of batches, an integer, is left out: outputs do not depend on it.
+    BatchNorm's count of batches, an integer, is left out: outputs do not depend on it.
     """
     adapters = {
         id(tensor) for layer in adapted_linears(model).values() for tensor in layer.buffers(recurse=False)
@@ -535,12 +532,12 @@ def _trained(model: nn.Module) -> Iterator[None]:
     """Put the trained tensors that merge() has replaced back inside the block."""
     kept = model.injection.kept or {}
     whole = {name: value for name, value in kept.items() if isinstance(value, nn.Parameter)}
-    linears = {  # whose own weights are trained beside their adapters
+    linears = {  # adapted linears whose own weight is trained, too
         name: p for name, p in model.named_parameters() if p.requires_grad and name in kept.keys() - whole
     }
     if lost := next((name for name in linears if kept[name] is None), ""):
         raise UserError(
-            f"{lost} is trained beside its adapter, and merge(keep_base=False) did not keep it; save the"
+            f"{lost} is trained as well as its adapter, and merge(keep_base=False) did not keep it; save the"
             " adapter before such a merge"
         )
     merged, values = put_parameters(model, whole), {name: p.data for name, p in linears.items()}
@@ -558,8 +555,8 @@ def _trained(model: nn.Module) -> Iterator[None]:
 def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
     """Return (tensors of an adapter file, linears with an adapter there, other names of tied tensors).
 
-    A linear whose own weight is trained beside its adapter is in the file as a whole tensor, the sum of both.
-    Tensors that share memory with a trained one have changed with it.
+    A linear whose own weight is trained, too, is in the file as a whole tensor, weight plus change. Tensors
+    that share memory with a trained one have changed with it, and are in the file as well.
     """
     tensors, linears = adapter_tensors(model), list(model.injection.linears)
     tied: dict[str, str] = {}
@@ -582,7 +579,7 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
             needed |= {_name_in_file(layer, name, key) for key in layer.own_tensors()}
     for name, layer in merged.items():
         for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
-            tensors.pop(key, None)  # a shared one may be gone already
+            tensors.pop(key, None)  # a shared tensor may have been popped with an earlier linear
         with unsharded(layer):
             key, value = layer.key(name), layer.base_weight() + layer.delta()
             if layer.view is None:
@@ -605,7 +602,7 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
 
 
 def by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Map the name of a module -> its tensors, by their names there."""
+    """Map name of a module -> its tensors, by their names in the module."""
     owned: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, _, leaf = key.rpartition(".")
@@ -616,9 +613,9 @@ def by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def layer_tensors(
     cls: type[AdapterLinear], name: str, shape: tuple[int, int], owned: dict[str, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Select the tensors of one adapted linear (out, in) from an adapter file's, by their names in the layer.
+    """Select one adapted linear's tensors from an adapter file, by their names in the layer; shape (out, in).
 
-    The shared ones are included. owned: by_owner() of the file's.
+    Shared tensors are included. owned: by_owner() of the file's tensors.
     """
     own = {leaf: tensor for leaf, tensor in owned.get(name, {}).items() if leaf != "bias"}
     for key, of in cls.shared_names(*shape).items():
@@ -648,18 +645,18 @@ def injected(model: nn.Module) -> nn.Module:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
-    Of a model that is sharded over processes all of them call it, and the first one writes.
+    If the model is sharded over processes, all of them must call this; the first one writes.
 
-    model: also as torch.compile, DistributedDataParallel, DataParallel or DeepSpeed hold it.
-    metadata: keywords such as step and tokenizer, which are added. Raises UserError for one that is a fact of
-    the adapter, and if `path` is a model, which would be lost.
+    model: may be wrapped by torch.compile, DistributedDataParallel, DataParallel or DeepSpeed.
+    metadata: keywords such as step and tokenizer, which are added. Raises UserError for a keyword that names
+    a fact of the adapter, and if `path` is a model, which would be overwritten.
     """
     model = injected(model)
     injection: Injection = model.injection
     may_replace(path, ADAPTER_FORMAT)
     require_whole(model)
     reshard(model)
-    arch = getattr(model, "arch", None)  # in a model of other people it may be anything
+    arch = getattr(model, "arch", None)  # in another project's model `arch` may be anything
     with _trained(model):
         tensors, linears, tied = _file_content(model)
     views = {
@@ -667,7 +664,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     }
     described = {
         "format": ADAPTER_FORMAT,
-        # a package that knows no views, or no rows of tokens, would merge them wrongly
+        # an older version of this package would merge views, or rows of tokens, wrongly
         "format_version": 3 if injection.tokens else 2 if views else 1,
         "views": views,
         "method": injection.method,
@@ -702,19 +699,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         if is_first():
             write_checkpoint(path, tensors.items(), described)
     finally:
-        torch.distributed.barrier()  # the file is there for all
+        torch.distributed.barrier()  # no process goes on before the file exists
 
 
 def read_described(
     path: str | os.PathLike[str], shown: bool = True, any_folder: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and metadata of any model or adapter file, or model's folder; {} without metadata.
+    """Read tensors and metadata of any model or adapter file, or of a model's folder; {} without metadata.
 
-    shown: say on stderr what was taken off, if a trainer has wrapped the file. any_folder: as read_model()
-    has it.
+    shown: say on stderr which wrapping of a trainer was taken off. any_folder: see read_model().
 
-    A file of initial states alone, as other projects release them, is read as an adapter of the method state
-    without a known base.
+    A file with initial states alone, as other projects release them, is read as an adapter of the method
+    "state" without a known base.
     """
     tensors, metadata, notes, _ = read_model(path, any_folder)
     if shown:
@@ -855,12 +851,11 @@ def load_adapter(
 ) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
-    Training goes on with everything that was trained, so that save_adapter() writes it again: the file's
-    whole tensors require gradients as the adapter's do. Of a model that is sharded over processes all of them
-    call it.
+    Training can go on, and save_adapter() writes everything again: the file's whole tensors require
+    gradients as the adapter's tensors do. If the model is sharded over processes, all of them must call this.
 
-    An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
-    is. keep_first: as for inject(). content: the tensors and metadata of a file that was read already.
+    Raises UserError for an adapter trained on another base, unless `force`, and for a missing layer or a
+    wrong shape. keep_first: see inject(). content: the file's tensors and metadata, if it was read already.
     """
     is_new = not hasattr(unwrapped(model), "injection")
     model = unwrapped(model, to_inject=is_new)
@@ -885,17 +880,17 @@ def load_adapter(
     for name, tensor in replaced.items():
         if own[name].requires_grad or is_sharded(own[name]):
             put(own[name], tensor.view(own[name].shape))
-        else:  # the base's, in new memory: the old one may be that of a file, or another model's
+        else:  # a base tensor gets new memory: the old one may belong to a file or to another model
             if keep_first and isinstance(own[name], nn.Parameter):
                 model.injection.first[name] = nn.Parameter(own[name].data, requires_grad=False)
             own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
-        if not re.fullmatch(PARTS["state"], name):  # of some layers only, maybe
+        if not re.fullmatch(PARTS["state"], name):  # some layers' initial states may be frozen
             own[name].requires_grad_(isinstance(own[name], nn.Parameter))
     return metadata
 
 
 def _replaceable(model: nn.Module) -> dict[str, Tensor]:
-    """Return what whole tensors of a file may replace: parameters under all their names, and statistics."""
+    """Return the tensors that a file's whole tensors may replace: parameters under all names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
@@ -942,7 +937,7 @@ def fit_adapter(
 def _named_as_here(
     model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give another project's linears the names of this model's layers that change the same weights."""
+    """Rename another project's linears to the layers of this model that change the same weights."""
     if hasattr(model, "injection"):
         layers = adapted_linears(model)
         here = {(layer.key(name), layer.view and layer.view.index): name for name, layer in layers.items()}
@@ -979,7 +974,7 @@ def _inject_as_trained(
     merged = metadata["merged_linears"]
 
     def find(model: nn.Module) -> dict[str, Target]:
-        """Return the targets of these names, no others whose names end alike."""
+        """Return the targets with exactly these names, and none whose name only ends so."""
         there, views = all_targets(model), metadata["views"]
         rows = layers_of_rows(metadata["tokens"], metadata["train_parts"])
         names = {*metadata["linears"], *merged}.difference(rows)
@@ -996,10 +991,10 @@ def _inject_as_trained(
         return found
 
     parts = metadata["train_parts"]
-    if "origin" in metadata:  # another project's file may have a part of some layers only
+    if "origin" in metadata:  # another project's file may have a part's tensors in some layers only
         names = [*dict(model.named_parameters()), *state_names(model)]
         parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]
-    # with the merged linears: options and shared tensors depend on their number and names
+    # including merged linears: options and shared tensors depend on the number and names of all linears
     layers = metadata["layers"]
     tokens = metadata["tokens"]
     _attach(
@@ -1015,7 +1010,7 @@ def _check_same_adapter(
     model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> None:
     """Raise UserError unless the model's adapter has the file's method, options, linears and tensors."""
-    # parsed, because the package may know options that the file does not
+    # parsed, so that options that are newer than the file have their defaults
     options = dataclasses.asdict(METHODS[metadata["method"]].Options.parse(metadata["options"]))
     for name, there in (
         ("method", metadata["method"]),
@@ -1024,7 +1019,7 @@ def _check_same_adapter(
         ("tokens", metadata["tokens"]),
     ):
         here = getattr(model.injection, name)
-        # other projects' files have an order of their own
+        # other projects' files list the linears in another order
         same = sorted(here) == sorted(there) if name == "linears" else here == there
         if not same:
             raise UserError(f"{path} has {name} {there}, the model carries an adapter with {here}")

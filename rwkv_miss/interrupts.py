@@ -1,8 +1,8 @@
 """Ctrl-C in the programs of this project: exit code 130 and one line. Standard library only.
 
-It raises KeyboardInterrupt, so that unfinished files can be removed. In the middle of an import the process
-ends at once: an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of
-ours is being written then.
+Ctrl-C raises KeyboardInterrupt, so that unfinished files can be removed. During an import the process ends at
+once: an exception may get lost there, or reach the C++ code of a half-loaded package. No file is being
+written then.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
+EXIT_CODE = 130  # the shells' code for a program that Ctrl-C ended
 
 
 def say_interrupted() -> None:
-    """Print the line, from the first of a run's processes.
+    """Print "interrupted", from the first of a run's processes.
 
-    By the system's own call, as print() may be what was interrupted.
+    Uses os.write(), because print() itself may have been interrupted.
     """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     if rank == "0":
@@ -49,8 +49,8 @@ def answered() -> Iterator[None]:
 
     Under nohup, where Ctrl-C is ignored, it stays ignored.
 
-    An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends
-    the process, too.
+    Python only prints an exception in a destructor or in a callback from C. An interrupt there ends the
+    process, too.
     """
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -72,17 +72,14 @@ def answered() -> Iterator[None]:
 
 
 def is_program() -> bool:
-    """Tell whether this package is the program that runs, seen while it is imported."""
+    """Tell, during the import of this package, whether it is the program that runs."""
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
-    # runpy puts "-m" there while it looks for the module
+    # sys.argv[0] is "-m" while runpy looks for the module
     as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
     return as_module or started.startswith("rwkv-miss")
 
 
 def end_program_at_once() -> None:
-    """End the process at once on Ctrl-C, where this package is the program.
-
-    Its imports precede its first line.
-    """
+    """End the process at once on Ctrl-C, where this package is the program: it is still importing itself."""
     if is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

@@ -17,11 +17,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Make an optimizer's groups over the trainable parameters; each has `params`, `lr` and `weight_decay`.
 
-    lr: the rate, or a function of a parameter's name. An adapter's tensors learn at the method's own multiple
-    of it (LoRA+). Tensors that layers share are called shared.NAME, as in the adapter file.
+    lr: the rate, or a function of a parameter's name. A method may multiply the rate of its tensors (LoRA+).
+    Tensors that layers share are called shared.NAME, as in the adapter file.
 
-    Weight decay acts on matrices named `.weight`, and on the adapter's matrices, where it pulls towards the
-    base. PiSSA's have none, because their zero is not the base. Vectors and all other tensors have none.
+    Weight decay acts on matrices named `.weight`, and on the adapter's matrices, which it pulls towards the
+    base. It does not act on PiSSA's matrices, because PiSSA at zero is not the base, nor on vectors and other
+    tensors.
     """
     model = unwrapped(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -2,7 +2,7 @@
 
     for path in progress(paths, "hashing", unit="files"):           # a loop over things that can be counted
         ...
-    with Progress("merging", total=size / 1e6, unit="MB") as bar:   # anything else
+    with Progress("merging", total=size / 1e6, unit="MB") as bar:   # any other work of a known size
         bar.update(part / 1e6)
     with Progress("reading the plan"):                              # work without anything to count
         ...
@@ -22,15 +22,15 @@ from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 DELAY, REDRAW = 1.0, 0.1  # seconds before a bar is shown, and between two drawings
-TICK = 1.0  # seconds after which a bar is looked at again, while nothing is counted
-LINE, LINE_SHARE = 10.0, 0.1  # seconds between two lines, and in a long work the share of its time
+TICK = 1.0  # seconds between two redraws of a bar while nothing is counted
+LINE, LINE_SHARE = 10.0, 0.1  # seconds between two lines; in long work this share of the elapsed time
 BAR, LEAST_BAR = 20, 5  # characters
 
 
 def progress(
     items: Iterable[T], what: str, total: float | None = None, unit: str = "", shown: bool = True
 ) -> Iterator[T]:
-    """Yield the items one by one, with a Progress that counts them; `total` where len() does not tell."""
+    """Yield the items one by one, with a Progress that counts them; `total`: for items without a len()."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with Progress(what, total, unit, shown) as bar:
@@ -50,11 +50,10 @@ def tensors_with_progress(
 
 
 class Progress:
-    """Bar for the work `what` on `total` things called `unit` ("files"), of which `done` are there already.
+    """Bar for the work `what` on `total` things called `unit` ("files"), of which `done` are done already.
 
-    `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the
-    first drawing on a terminal, DELAY unless given. Of bars inside each other only the innermost goes on by
-    itself.
+    `total` None: the number is not known. `shown`: True in one of several processes. `delay`: seconds before
+    the first drawing on a terminal, DELAY unless given. Of nested bars only the innermost redraws itself.
     """
 
     open: ClassVar[list[Progress]] = []
@@ -81,7 +80,7 @@ class Progress:
             self._show()
 
     def update(self, count: float = 1, note: str = "") -> None:
-        """Count `count` more as done; `note` is more text for the end of the line, until the next one."""
+        """Count `count` more as done; `note`: text at the end of the line, until the next note."""
         self.done += count
         self.note = note or self.note
         self._show()
@@ -100,7 +99,7 @@ class Progress:
                 print(self.text(elapsed), file=sys.stderr, flush=True)
 
     def warm_up(self, count: float = 1) -> None:
-        """Count `count` more as done, slower than the others will be: the rate is counted from here."""
+        """Count `count` more as done, and measure the rate from here: the first ones were slower."""
         self.done += count
         self.first, self.begun = self.done, time.monotonic()
 
@@ -113,7 +112,7 @@ class Progress:
         notes = self.note.split(", ") if self.note else []
         if not (self.terminal and self.total):
             return f"{self.what}:{percent}{self._numbers(elapsed, notes)}"
-        # in a narrow terminal the rate goes first, as the time tells it, then the bar, then the note's end
+        # a narrow terminal drops first the rate, which the time left tells, then the bar, then the last notes
         for with_rate in (True, False):
             rest = percent + self._numbers(elapsed, notes, with_rate)
             room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
@@ -140,7 +139,7 @@ class Progress:
         return ", ".join(parts + notes)
 
     def start(self) -> Progress:
-        """Look at the bar every TICK from now on, until close()."""
+        """Redraw the bar every TICK from now on, until close()."""
         if self.shown:
             Progress.open.append(self)
             self.thread = threading.Thread(target=self._tick, daemon=True)
@@ -153,7 +152,7 @@ class Progress:
                 self._show()
 
     def close(self) -> None:
-        """End the bar: the terminal's line is empty again."""
+        """End the bar and empty its line on the terminal."""
         if self in Progress.open:
             self.ended.set()
             self.thread.join()
@@ -170,13 +169,13 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print a line to stdout that leaves no rest of a bar in front of it."""
+    """Remove the bar from the terminal's line, then print a line to stdout."""
     clear()
     print(text, flush=True)
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print notes on stderr, each once in a process: a program reads its model several times."""
+    """Print notes on stderr, each once in a process, because a program may read its model several times."""
     for note in notes:
         _print_note(note)
 
@@ -195,7 +194,7 @@ def clear() -> None:
 
 
 def draw(text: str) -> None:
-    """Write a line of the terminal but its last column, after which some terminals begin another line."""
+    """Write a line of the terminal. The last column stays free: some terminals begin a new line after it."""
     width = line_width()
     print("\r" + text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 

@@ -8,10 +8,10 @@ weights:
     int8   int8    64 codes from -127 to 127, then a scale                                 8.25
     nf4    uint8   32 bytes of two codes, the earlier one in the high half, then a scale   4.25
 
-weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4
-code its entry in NF4. A scale is bf16: the largest weight of the block for nf4, which a bf16 file has
+weight = value of the code x scale of its block. The value of an int8 code is the code itself; the value of an
+nf4 code is its entry in NF4. A scale is bf16: the largest weight of the block for nf4, which a bf16 file has
 exactly, and a 127th of it for int8. The last block of a row is filled up with codes that are not used. The
-tensor tells its kind, `out` and the number of blocks; `in` is that of the linear's input.
+tensor tells its kind, `out` and the number of blocks; `in` comes from the linear's input.
 
 nf4 is the data type of QLoRA (Dettmers et al., arXiv 2305.14314, section 3 and appendix E), with its blocks
 of 64. Its double quantisation, scales in 8 bits with scales of their own, would take 0.12 bits a weight less.
@@ -53,7 +53,7 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-WEIGHTS_AT_ONCE = 1 << 18  # their fp32 copies take a megabyte each
+WEIGHTS_AT_ONCE = 1 << 18  # weights expanded at once: a megabyte in fp32
 
 
 def row_bytes(kind: str, width: int) -> int:
@@ -117,7 +117,7 @@ def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
     codes, scales = _codes_and_scales(quantised)
-    # copied, because a part of another tensor may hold them apart or at an odd address
+    # copied, because in a view of another tensor the bytes may lie apart or at an odd address
     scales = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     if quantised.dtype == CODE_DTYPES["nf4"]:
         pairs = nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
@@ -128,9 +128,9 @@ def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
 
 
 def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Allocate the weight (out, width) of a quantised one.
+    """Allocate the plain weight (out, width) for a quantised one.
 
-    Raises ValueError if its rows are not those of `width` weights.
+    Raises ValueError if a row of it does not hold `width` weights.
     """
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
@@ -142,16 +142,16 @@ def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return quantised.new_empty(quantised.shape[0], width, dtype=dtype)
 
 
-# an operator of its own, so that a faster kernel can stand in for it on a device
+# a registered operator, so that a device can have a faster kernel for it
 torch.library.define("rwkv_miss::dequantise", "(Tensor quantised, int width, ScalarType dtype) -> Tensor")
 torch.library.impl("rwkv_miss::dequantise", "default", expand)
 torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
 def is_of_others(weight: Tensor) -> bool:
-    """Tell whether another package has made a weight's class: only that package can expand it.
+    """Tell whether a weight's class comes from another package, which alone can expand it.
 
-    Known are the 4 and the 8 bits of bitsandbytes, and tensors made of others, such as torchao's.
+    Known are bitsandbytes' weights of 4 and 8 bits, and classes made of several tensors, such as torchao's.
     """
     if type(weight) is nn.Parameter:
         return False
@@ -161,26 +161,26 @@ def is_of_others(weight: Tensor) -> bool:
 
 
 def shape_of(weight: Tensor) -> torch.Size:
-    """Return the shape (out, in) of a weight; bitsandbytes packs one of 4 bits into a column."""
+    """Return the shape (out, in) of a weight; bitsandbytes packs a weight of 4 bits into one column."""
     state = getattr(weight, "quant_state", None)
     return weight.shape if state is None else torch.Size(state.shape)
 
 
 def undo_first_forward(linear: nn.Linear) -> None:
-    """Have bitsandbytes' weight as it was made: a forward moves the scales of 8 bits away from it, and may
-    pack 4 bits for the CPU."""
+    """Undo a forward's changes to bitsandbytes' weight: with 8 bits it moves the scales away, with 4 bits it
+    may pack the codes for the CPU."""
     weight = linear.weight
     if is_of_others(weight) and getattr(weight, "SCB", weight) is None:
         weight.SCB = linear.state.SCB
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        linear.state_dict()  # which unpacks the codes, and the scales only where they are quantised, too
+        linear.state_dict()  # unpacks the codes; it unpacks the scales only if these are quantised, too
         if not state.nested:
             state.absmax = state.absmax.mT.reshape(-1).float()
 
 
 def of_others(weight: Tensor) -> dict[str, Tensor]:
-    """Return what a state_dict() of bitsandbytes has beside a quantised weight, by its name in a linear."""
+    """Return a bitsandbytes weight's further tensors in a state_dict(), by their names in the linear."""
     if (state := getattr(weight, "quant_state", None)) is not None:
         return {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     if (scale := getattr(weight, "SCB", None)) is not None:
@@ -210,8 +210,8 @@ def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
     """Replace the weights of linears by quantised, frozen ones, one after the other.
 
-    It takes the memory of a few more rows. Their forward must multiply by functional.linear, miss_linear or
-    lora_linear, as every adapted linear does.
+    That needs the memory of a few more rows. The forward of these linears must multiply by functional.linear,
+    miss_linear or lora_linear, as every adapted linear does.
     """
     for linear in linears:
         if getattr(linear, "view", None):

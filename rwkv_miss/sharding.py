@@ -1,7 +1,7 @@
-"""Tensors of which each process has a part, as under torch's fully_shard() (FSDP2).
+"""Sharded tensors: each process has a part, as under torch's fully_shard() (FSDP2).
 
-Every process must call what gathers or writes. Nothing is imported from torch.distributed before a tensor is
-sharded.
+Every process must call the functions that gather or write. Nothing is imported from torch.distributed before
+a tensor is sharded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import UserError
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether this process has a part of the tensor only."""
-    return hasattr(tensor, "full_tensor")  # which is DTensor's alone
+    return hasattr(tensor, "full_tensor")  # only a DTensor has this method
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def put(tensor: Tensor, value: Tensor) -> None:
 
 @contextlib.contextmanager
 def unsharded(layer: nn.Module) -> Iterator[None]:
-    """Give a layer's own parameters as whole tensors inside the block; its values are sharded again."""
+    """Make a layer's own parameters whole tensors inside the block; afterwards shard their values again."""
     shards = {name: p for name, p in layer._parameters.items() if p is not None and is_sharded(p)}
     for name, p in shards.items():
         layer._parameters[name] = nn.Parameter(gathered(p), p.requires_grad)
@@ -58,7 +58,7 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let no module have its parameters gathered, as some have after a forward: values put there are lost."""
+    """Shard parameters that a module keeps gathered after a forward: values written there would be lost."""
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             module.reshard()

@@ -2,10 +2,10 @@
 
 A target is a view of a parameter, so all methods work on all of them. In training there are three forms:
 
-    linear      nn.Linear, and transformers' Conv1D, whose weight is (in, out): an adapted linear in its place
-    embedding   nn.Embedding, the linear of a one-hot input, whose weight is (in, out): the same
+    linear      nn.Linear, and transformers' Conv1D, whose weight is (in, out): an adapted linear replaces it
+    embedding   nn.Embedding, the linear of a one-hot input, whose weight is (in, out): likewise replaced
     read        a parameter that its model reads, such as the experts of Mixtral (experts, out, in), each a
-                target of its own, or a linear of torch's MultiheadAttention: the module stays, and whoever
+                target of its own, or a linear of torch's MultiheadAttention: the module stays, and code that
                 reads the parameter gets the weight with its change, in the weight's dtype
 """
 
@@ -28,12 +28,12 @@ from .sharding import is_sharded
 
 LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
-HEADS = ("head", "lm_head", "score", "classifier")  # which "all-linear" leaves out, at the top of a model
+HEADS = ("head", "lm_head", "score", "classifier")  # "all-linear" leaves these out, at the top of a model
 Layers = int | str | list[int]  # the argument `layers` of inject()
-HOLDER = "adapted"  # child of a module with read parameters, which has their adapted layers
-# modules that hand their weights to an operator in another order than (out, in), or in flat copies
+HOLDER = "adapted"  # name of the child that holds the adapted layers of a module's read parameters
+# modules that pass their weights to an operator in another order than (out, in), or as flat copies
 OPAQUE = nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear
-# class of transformers -> linears whose weights it gives to a kernel, in training
+# class of transformers -> its linears whose weights it passes to a kernel in training
 READ_BY = {
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
     "JambaMambaMixer": ("dt_proj",),
@@ -50,8 +50,8 @@ READ_BY = {
 class View:
     """Matrix (out, in) in a tensor of a model.
 
-    key: the tensor's name. transposed: it is stored as (in, out). index: its place in a stack of matrices.
-    lookup: the rows of the tensor are looked up, as an embedding's.
+    key: the tensor's name. transposed: stored as (in, out). index: the matrix's place in a stack of matrices.
+    lookup: rows of the tensor are looked up, as in an embedding.
     """
 
     key: str
@@ -65,16 +65,16 @@ class View:
         return part.mT if self.transposed else part
 
     def fits(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor has such a matrix."""
+        """Tell whether a tensor's shape has room for this matrix."""
         return tensor.dim() == (2 if self.index is None else 3) and (self.index or 0) < len(tensor)
 
     def is_weight_of(self, name: str) -> bool:
-        """Tell whether it is the whole weight of the linear of this name."""
+        """Tell whether this view is the whole weight of the linear with this name."""
         return self == View(f"{name}.weight")
 
 
 def views_of(metadata: Mapping[str, Any]) -> dict[str, View]:
-    """Map linear -> its view, of an adapter's metadata. "views" has those that are no weight of a linear."""
+    """Map linear -> its view, from an adapter's metadata. "views" has only those that are not NAME.weight."""
     views = metadata["views"]
     return {
         name: View(**views[name]) if name in views else View(f"{name}.weight") for name in metadata["linears"]
@@ -83,7 +83,7 @@ def views_of(metadata: Mapping[str, Any]) -> dict[str, View]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Matrix that an adapter may change, by the name that its layer will have. owner: the parameter's."""
+    """Matrix that an adapter may change. name: its adapted layer's. owner: the module with the parameter."""
 
     name: str
     view: View
@@ -100,7 +100,7 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Return the name that people use: the module's, or a parameter's."""
+        """Return the name that users give: the module's, or for form "read" the parameter's."""
         return self.view.key.removesuffix(".weight")
 
 
@@ -135,7 +135,7 @@ def _form(leaf: str, module: nn.Module, parent: nn.Module) -> str:
         return READ if read else LINEAR
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return LINEAR
-    if isinstance(module, nn.Embedding):  # of another forward, which may scale the rows, the weight is read
+    if isinstance(module, nn.Embedding):  # a subclass's forward may scale the rows, so its weight is read
         return EMBEDDING if type(module).forward is nn.Embedding.forward else READ
     return "" if isinstance(module, OPAQUE) else READ
 
@@ -143,7 +143,7 @@ def _form(leaf: str, module: nn.Module, parent: nn.Module) -> str:
 def _matches(names: str | Iterable[str], target: Target) -> bool:
     """Tell whether a regular expression fits a module's name, or a list has an end of a target's name."""
     own = {target.name, target.path, target.view.key}
-    if isinstance(names, str):  # it may fit parameters that nobody has thought of, so these have to be named
+    if isinstance(names, str):  # a regular expression selects only linears and embeddings
         is_module = target.form != READ or isinstance(target.owner, (nn.Linear, nn.Embedding))
         return is_module and any(re.fullmatch(names, name) for name in own)
     return any(name == end or name.endswith(f".{end}") for end in names for name in own)
@@ -155,7 +155,7 @@ def _names(targets: Iterable[Target]) -> str:
 
 
 def _selected(what: str, names: str | list[str], targets: list[Target]) -> set[str]:
-    """Return the names of the targets that `names` means. Raises UserError for one that means none."""
+    """Return the names of the targets that `names` select. Raises UserError for a name that selects none."""
     chosen: set[str] = set()
     for part in [names] if isinstance(names, str) else names:
         try:
@@ -179,15 +179,15 @@ def _all_linear(model: nn.Module, targets: list[Target]) -> set[str]:
 
 
 def layer_number(name: str) -> int | None:
-    """Return the first number in a dotted name, which is the layer's; None without one."""
+    """Return the first number in a dotted name, the layer's number; None without a number."""
     found = re.search(r"(?<![^.])\d+(?![^.])", name)
     return int(found[0]) if found else None
 
 
 def layer_numbers(layers: Layers, there: Iterable[int]) -> set[int]:
-    """Select the layers that `layers` means: a number, several, or a text such as "last:6" or "0,4-7".
+    """Select layers by a number, several numbers, or a text such as "last:6" or "0,4-7".
 
-    `there` are the layers that can be meant. Raises UserError for any other, and for none.
+    `there`: the layers that exist. Raises UserError for any other layer, and for none.
     """
     has = sorted(set(there))
     if isinstance(layers, str):
@@ -218,7 +218,7 @@ def _part_of_layers(layers: str, part: str, has: list[int]) -> Iterable[int]:
             f"layers {layers!r}: expected last:K or first:K with K from 1 to {len(has)}, numbers such as"
             " 0,3,11 that count from 0, or ranges such as 4-7 with the smaller number first"
         )
-    # of a range that goes on the caller needs one number, to refuse it
+    # a range beyond the last layer stops one past it, so that the caller refuses that number
     return range(int(low), min(int(high or low), max(int(low), *has, 0) + 1) + 1)
 
 
@@ -239,7 +239,7 @@ def choose(
     exclude: str | list[str] | None = None,
     layers: Layers | None = None,
 ) -> dict[str, Target]:
-    """Map name -> target, for those that the arguments of inject() mean. Raises UserError for none."""
+    """Map name -> target for the arguments of inject(). Raises UserError if they select none."""
     found = list(all_targets(model).values())
     chosen = _all_linear(model, found) if targets == ALL_LINEAR else _selected("targets", targets, found)
     chosen -= _selected("exclude", exclude, found) if exclude else set()
@@ -256,7 +256,7 @@ class EmbeddingForm:
     """Forward of an adapted layer that stands for an nn.Embedding."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Compute the rows of W^T + delta^T, ids (...) -> (..., out), by the factors where there are some."""
+        """Compute rows of W^T + delta^T, ids (...) -> (..., out), by low_rank() if the method has factors."""
         with without_autocast(ids.device):
             if (factors := self.low_rank()) is None:
                 return self._rows(ids, (self.base_weight() + self.delta()).t()).to(self.stored.dtype)
@@ -277,7 +277,7 @@ class EmbeddingForm:
 
 
 class ReadForm:
-    """Forward of an adapted layer whose weight is a parameter that others read."""
+    """Forward of an adapted layer whose weight is a parameter that other modules read."""
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Compute the matrix with its change, in its dtype."""
@@ -292,14 +292,14 @@ class ReadForm:
 
 
 def take_form(layer: nn.Module, form: str) -> None:
-    """Give an adapted layer, which is a linear's, the forward of its target, unless it has one itself."""
+    """Replace the linear forward of an adapted layer by its target's form, unless its class handles that."""
     if form != LINEAR and not getattr(layer, "is_lookup", False):
-        layer.__class__ = _made({EMBEDDING: EmbeddingForm, READ: ReadForm}[form], type(layer))
+        layer.__class__ = _with_form({EMBEDDING: EmbeddingForm, READ: ReadForm}[form], type(layer))
 
 
 @functools.cache
-def _made(form: type, cls: type) -> type:
-    """Make the class of a module of `cls` with this form, which takes both along when it is pickled."""
+def _with_form(form: type, cls: type) -> type:
+    """Make a subclass of `form` and `cls`; a pickle of its modules records both classes."""
     names = {"__module__": cls.__module__, "plain_class": cls}
     return type(cls.__name__, (form, cls), {**names, "__reduce__": lambda self: _reduced(form, cls, self)})
 
@@ -308,13 +308,13 @@ def _reduced(form: type, cls: type, module: nn.Module) -> tuple:
     return _unmade, (form, cls), module.__dict__
 
 
-def _unmade(form: type, cls: type) -> nn.Module:
-    made = _made(form, cls)
+def _unmade(form: type, cls: type) -> nn.Module:  # pickles of modules record this name
+    made = _with_form(form, cls)
     return made.__new__(made)
 
 
 class Changed(threading.local):
-    """Weights that a thread has computed, by the id of the module in whose forward it is."""
+    """Changed weights that a thread computed: id of the module whose forward runs -> its weights by name."""
 
     def __init__(self) -> None:
         self.of: dict[int, dict[str, Tensor]] = {}
@@ -334,7 +334,7 @@ class ReadsChanged:
         return _changed(self, name) if held is not None and name in held else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before = _CHANGED.of.get(id(self))  # of a forward that calls itself
+        before = _CHANGED.of.get(id(self))  # not None if a forward calls itself
         _CHANGED.of[id(self)] = {}
         try:
             return super().forward(*args, **kwargs)
@@ -350,7 +350,7 @@ def _changed(owner: nn.Module, leaf: str) -> Tensor:
     cache = _CHANGED.of.get(id(owner), {})
     if leaf not in cache:
         stored, adapted = owner._parameters[leaf], owner._modules[HOLDER][leaf]
-        if is_sharded(stored):  # FSDP2 looks for its own parameter between two forwards
+        if is_sharded(stored):  # FSDP2 must find its own parameter between two forwards
             return stored
         if not isinstance(adapted, nn.ModuleDict):
             cache[leaf] = adapted(stored)
@@ -367,7 +367,7 @@ def put_read(target: Target, layer: nn.Module) -> None:
     """Let a parameter read as changed by a layer."""
     owner, leaf = target.owner, target.view.key.rpartition(".")[2]
     if not isinstance(owner, ReadsChanged):
-        owner.__class__ = _made(ReadsChanged, type(owner))
+        owner.__class__ = _with_form(ReadsChanged, type(owner))
         owner.add_module(HOLDER, nn.ModuleDict())
     place = owner._modules[HOLDER]._modules
     if target.view.index is None:

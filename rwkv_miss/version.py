@@ -14,10 +14,10 @@ VERSION = "0.2.0"  # pyproject.toml takes it from here
 def commit() -> str:
     """Return the checkout's commit, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one.
 
-    A process has one: that of its first call.
+    It is looked up once in a process.
     """
     root = pathlib.Path(__file__).parents[1]
-    if not (root / ".git").exists():  # another project's, around the environment that this is installed in
+    if not (root / ".git").exists():  # git would name the commit of a project around an installed package
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

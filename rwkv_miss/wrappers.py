@@ -1,6 +1,6 @@
-"""Models as other programs hold them: wrapped for compiling or for several processes.
+"""Wrapped models: by torch.compile, or for several processes.
 
-The wrappers are known by the names of their classes, so that none of these programs is imported.
+Wrappers are recognised by the names of their classes, so that no other package is imported.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import nn
 from .errors import UserError
 from .sharding import is_sharded
 
-COMPILED = "OptimizedModule"  # torch.compile's
-# class of a wrapper -> its attribute with the model
+COMPILED = "OptimizedModule"  # class of torch.compile's wrapper
+# class of a wrapper -> its attribute that holds the model
 WRAPPERS = {
     COMPILED: "_orig_mod",
     "DistributedDataParallel": "module",
@@ -24,8 +24,8 @@ FSDP1 = "FullyShardedDataParallel"
 def unwrapped(model: nn.Module, to_inject: bool = False) -> nn.Module:
     """Return the model inside its wrappers, which may be nested.
 
-    to_inject: raise UserError for wrappers that go on with the parameters that they have found, which is all
-    but a compiled model, and for a sharded model. FSDP1 always is a UserError: it moves the parameters away.
+    to_inject: raise UserError for a sharded model, and for every wrapper but torch.compile's, because others
+    would not see new parameters. FSDP1 always is a UserError: it moves the parameters away.
     """
     while (inside := WRAPPERS.get(kind := type(model).__name__)) is not None:
         if to_inject and kind != COMPILED:

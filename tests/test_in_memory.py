@@ -128,7 +128,7 @@ def test_a_merged_adapter_beside_a_trained_weight_is_saved_as_before(method, tmp
     assert torch.equal(model[0].weight, merged)
     rwkv_miss.unmerge(model)
     rwkv_miss.merge(model, keep_base=False)
-    with pytest.raises(rwkv_miss.UserError, match=r"0.weight is trained beside its adapter, and merge\(k"):
+    with pytest.raises(rwkv_miss.UserError, match=r"0.weight is trained as well as its adapter, and m"):
         rwkv_miss.save_adapter(model, tmp_path / "again.pth")
 
 

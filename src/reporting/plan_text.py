@@ -144,8 +144,8 @@ def trained(peft: str, model: RWKV) -> str:
         return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
     count, total = report.trainable, report.total
-    parts = f", and {', '.join(report.beside())} of the base" if report.train_parts else ""
-    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{parts}"
+    also = f", and {', '.join(report.also_trained())} of the base" if report.train_parts else ""
+    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{also}"
 
 
 def unseen(config: Config) -> str:
