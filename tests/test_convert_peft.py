@@ -665,7 +665,7 @@ def test_an_adapter_that_is_not_whole_is_not_written(method, tmp_path):
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     saved(7, "miss", {})
-    for out, message in (("file", "is a file"), ("full", "holds notes.txt beside")):
+    for out, message in (("file", "is a file"), ("full", "holds notes.txt, and only")):
         (tmp_path / "full").mkdir(exist_ok=True)
         (tmp_path / "full" / "notes.txt").write_text("mine")
         (tmp_path / "file").write_text("mine")

@@ -101,7 +101,7 @@ def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_b
 ):
     for name, words in (
         ("emb.weight", "emb.weight is trained as a whole, and head.weight is the same tensor"),
-        ("key.bias", "key.bias is trained as a whole beside the linear's adapter"),
+        ("key.bias", "key.bias is trained in addition to the linear's adapter"),
     ):
         model = Tied()
         rwkv_miss.inject(model, "miss", targets=["key"], rank=3)

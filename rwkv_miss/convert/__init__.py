@@ -2,8 +2,8 @@
 
 `rwkv-miss convert IN OUT --to FORMAT`
 
-Between reading and writing an adapter is what save_adapter() puts into a file: tensors by their names in the
-model, and metadata. A format is one file here with one class.
+Between reading and writing, an adapter has the content of save_adapter()'s files: tensors by their names in
+the model, and metadata. A format is one file here with one class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..files.hf_names import LOADERS
 from ..files.output import refuse_inputs
 from ..files.wrapped import is_model
 
-# registers the formats, which are asked in this order
+# The import registers the formats; format_of() tries them in this order.
 from . import hf_export, hf_peft, lightning, own_files, rwkv_peft  # noqa: F401
 from .base import with_base
 from .formats import FORMATS, Adapter, Format, Hints, origin_of, refuse_what_would_be_lost
@@ -39,7 +39,7 @@ class Conversion:
     linears: int
     tensors: int
     notes: list[str]
-    layout: str = ""  # whose names a peft folder has
+    layout: str = ""  # naming scheme of a peft folder, one of peft_names.LAYOUTS
 
     def lines(self) -> list[str]:
         """Return the lines for the user."""
@@ -59,7 +59,7 @@ def format_of(source: Source) -> str | None:
 def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
     """Read an adapter, a file or folder of any project: (name of the format, the adapter).
 
-    Raises UserError if no format knows it, or if neither the file nor the hints tell enough.
+    Raises UserError if no format reads it, or if a fact is missing from both the file and the hints.
     """
     source = open_source(path)
     if name := format_of(source):
@@ -97,9 +97,9 @@ def convert(
 ) -> Conversion:
     """Write the adapter of `path`, a file or a folder, to `out` in the format `to`.
 
-    layout: whose names a peft folder has, one of peft_names.LAYOUTS. UserError before anything is written: an
-    unknown or ambiguous input, a method or a layout that the format has no form for, an `out` that is the
-    input.
+    layout: naming scheme of a peft folder, one of peft_names.LAYOUTS. Raises UserError before anything is
+    written: for an unknown or ambiguous input, a method or a layout that the format cannot hold, and an `out`
+    that is the input.
     """
     writable = [name for name, form in FORMATS.items() if form.writes]
     if to not in writable:

@@ -1,4 +1,4 @@
-"""Base model of an adapter, as far as a conversion needs it: the widths of its linears, and its identity."""
+"""Base model of an adapter, for conversions: the widths of its linears, and its identity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..inject import by_owner, layer_tensors, read_described
 from ..targets import views_of
 from .formats import Adapter
 
-# the linears of a block -> their (out, in), as names of Arch's sizes
+# linear of a block -> its (out, in), as fields of Arch
 RWKV_LINEARS = {
     "att.receptance": ("dim_att", "n_embd"),
     "att.key": ("dim_att", "n_embd"),
@@ -37,16 +37,16 @@ RWKV_LINEARS = {
 
 
 class Base:
-    """Model of any kind, a file or a folder: its tensors by the names that they have in memory."""
+    """Model of any kind, a file or a folder: its tensors by their names in the loaded model."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
         self.tensors = read_described(path, any_folder=True)[0]
 
     def find(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return the named tensors, as far as the model has them, in its order.
+        """Return those named tensors that the model has, in the model's order.
 
-        A stack of experts that a folder has one by one is a tensor without values, on the meta device.
+        A stack of experts that a folder stores one by one is a tensor without values, on the meta device.
         """
         if not is_folder(self.path) or is_model(self.tensors):
             wanted = set(names)
@@ -67,7 +67,7 @@ class Base:
 def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     """Give the adapter a model, a file or a folder, as its base.
 
-    Raises UserError where the file is not the one that the adapter names, or lacks one of its linears.
+    Raises UserError if the adapter names another base, or if the base lacks one of the adapter's linears.
     """
     base = Base(path)
     fingerprint, identity = adapter.metadata.get("base_fingerprint"), Identity(path, base.tensors)
@@ -95,8 +95,8 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
 def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     """Find (out, in) of each adapted linear.
 
-    They come from the base, from the sizes in the adapter's file, or from its tensors where these have both
-    widths. Raises UserError if none of them tells.
+    The widths come from the base, from the sizes in the adapter's metadata, or from tensors that have both
+    widths. Raises UserError if none of these tells them.
     """
     if adapter.shapes:
         return adapter.shapes
@@ -121,7 +121,7 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
 def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
     """Yield each adapted linear by its name, with the adapter's tensors in fp32 and without a weight.
 
-    For low_rank() of methods that need no weight.
+    Use the layers for low_rank() of methods that need no weight.
     """
     cls, options, owned = METHODS[adapter.method], adapter.options, by_owner(adapter.tensors)
     for name, shape in linear_shapes(adapter).items():

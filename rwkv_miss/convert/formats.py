@@ -20,7 +20,7 @@ from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
 
-# values of --origin: the project that wrote a file that another project's would look like, and what follows
+# value of --origin -> the project that it stands for, and how files of that project are read
 ORIGINS = {
     "rwkv-peft": (
         "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the"
@@ -42,10 +42,10 @@ ORIGINS = {
 class Hints:
     """Facts about a file that it does not state and that the user gives.
 
-    origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha:
-    LoRA's, which some files leave out. profile: RWKV-LM-RLHF's layer profile, which has an alpha for every
-    layer. init: the file with the factors that a PiSSA training began with. base: the model file that the
-    adapter belongs to, for formats that say more of it than the adapter's own file does.
+    origin: the project that wrote the file, one of ORIGINS, where the shapes of two projects are alike.
+    alpha: LoRA's alpha, which some files leave out. profile: RWKV-LM-RLHF's layer profile, with an alpha for
+    every layer. init: the file with the factors that a PiSSA training began with. base: the adapter's model,
+    for formats that need more facts about it than the adapter's file has.
     """
 
     origin: str = ""
@@ -78,12 +78,11 @@ def origins(*names: str) -> str:
 class Adapter:
     """Tensors and metadata as save_adapter() writes them.
 
-    Tensors are such as `blocks.0.att.key.miss`. What they mean is under "method", "options", "linears".
+    A tensor's name is such as `blocks.0.att.key.miss`. "method", "options" and "linears" tell its meaning.
 
-    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the
-    same file. `notes` is what the user should know of the reading. With a base (Hints.base) `base` is its
-    path and `shapes` has (out, in) of each adapted linear. `layout` is the one that the user asks for, of
-    those that a format has.
+    metadata["origin"] keeps further facts of a foreign file, so that writing its format again gives the same
+    file. `notes`: messages for the user about the reading. With Hints.base, `base` is its path and `shapes`
+    has (out, in) of each adapted linear. `layout`: the one of the format's layouts that the user asks for.
     """
 
     tensors: dict[str, Tensor]
@@ -108,18 +107,18 @@ class Adapter:
 
 
 class Format:
-    """One layout of adapter files. A subclass is known by its `name`.
+    """One format of adapter files; a subclass has a `name`.
 
-    A format that is only read leaves `writes` False and does not override write().
+    A format that can only be read leaves `writes` False and does not override write().
     """
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
-    keeps_all: ClassVar[bool] = False  # has room for all that save_adapter() writes
-    # kinds of files (files/file_kinds.py) whose place an output may take; folders have a rule of their own
+    keeps_all: ClassVar[bool] = False  # True: the format holds everything that save_adapter() writes
+    # kinds of files (files/file_kinds.py) that an output may replace; for folders see files/output.py
     replaces: ClassVar[tuple[str, ...]] = ()
     hints: ClassVar[tuple[str, ...]] = ()  # the flags, such as --alpha, that read() uses
-    layouts: ClassVar[tuple[str, ...]] = ()  # of the names of tensors, that write() may be asked for
+    layouts: ClassVar[tuple[str, ...]] = ()  # values of --layout, schemes for names of tensors
 
     def __init_subclass__(cls) -> None:
         FORMATS[cls.name] = cls
@@ -131,7 +130,7 @@ class Format:
 
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
-        """Read the adapter. Raises UserError for what the format lacks, or what is ambiguous without a
+        """Read the adapter. Raises UserError for a missing or wrong part, or one that is ambiguous without a
         hint."""
         raise NotImplementedError
 
@@ -145,9 +144,9 @@ class Format:
 
 
 def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
-    """Raise UserError for what only this package's own files can hold.
+    """Raise UserError for tensors that only this package's own files can hold.
 
-    Those are a trained tensor of two names, a trained bias of an adapted linear, and rows of tokens.
+    They are a trained tensor with two names, a trained bias of an adapted linear, and rows of tokens.
     """
     way = (
         f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own"
@@ -161,13 +160,13 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
         if not view.is_weight_of(linear) and to not in ("peft", "lora"):
             raise UserError(f"{linear} is no linear of RWKV, {way}")
         if f"{linear}.bias" in adapter.tensors:
-            raise UserError(f"{linear}.bias is trained as a whole beside the linear's adapter, {way}")
+            raise UserError(f"{linear}.bias is trained in addition to the linear's adapter, {way}")
 
 
 def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
-    """Return what a reader of this format kept of its file, {} for a file of another format.
+    """Return metadata["origin"] if a reader of this format wrote it, {} for a file of another format.
 
-    Raises UserError if a part is missing: a native file may come from anybody.
+    Raises UserError if a part is missing, because a native file may come from anybody.
     """
     origin = adapter.metadata.get("origin")
     if not isinstance(origin, dict) or origin.get("format") != name:
@@ -184,7 +183,7 @@ def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
 
 
 def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:
-    """Build the metadata of an adapter that another project wrote: its base is not known.
+    """Build the metadata of another project's adapter, whose base is not known.
 
     Options are checked, and completed with the defaults.
     """
@@ -203,6 +202,6 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
 
 
 def rank_options(ranks: dict[str, int]) -> dict[str, Any]:
-    """Turn linear -> rank into options: `rank`, the most frequent one, and `rank_map` for the others."""
+    """Turn linear -> rank into options: `rank`, the most frequent rank, and `rank_map` for the others."""
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
     return {"rank": common, "rank_map": {name: rank for name, rank in ranks.items() if rank != common}}

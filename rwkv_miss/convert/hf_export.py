@@ -1,7 +1,7 @@
 """Folders that Hugging Face peft loads: PeftModel.from_pretrained(model, folder) gives our outputs.
 
-`--to peft` keeps the method, where peft has it; `--to lora` makes a LoRA of every method whose change of a
-weight is a product of two factors, which is what servers of adapters take. Read again by hf_peft.py.
+`--to peft` keeps the method, if peft has it. `--to lora` makes a LoRA, which adapter servers take, of every
+method whose change of a weight is a product of two factors. hf_peft.py reads these folders again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from .peft_names import LAYOUTS, PTH, in_layout, layout_for, target_modules
 from .source import Source
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# in the header of TENSORS: what save_adapter() records of a training and a peft configuration has no field
-# for
+# key in the header of TENSORS: save_adapter()'s metadata that peft's configuration has no field for
 PROVENANCE = "rwkv_miss_provenance"
 CONSUMED = set(
     """
@@ -35,12 +34,12 @@ CONSUMED = set(
     """.split()
 )
 PREFIX = "base_model.model."
-# modules of RWKV that peft can keep a copy of, and their tensors
+# module of RWKV of which peft can keep a trained copy -> its tensors
 MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
 
 
 class Lora(Format):
-    """A peft folder of a LoRA, for servers of LoRA adapters. It is read as any peft folder."""
+    """A peft folder with a LoRA, for servers of LoRA adapters. Class Peft reads it."""
 
     name = "lora"
     writes = True
@@ -57,9 +56,9 @@ class Lora(Format):
 
 
 def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-    """Write the adapter as the same method of peft.
+    """Write the adapter as peft's method of the same kind.
 
-    PiSSA becomes the LoRA of twice the rank: peft would change the base when it loads a PiSSA.
+    PiSSA becomes a LoRA of twice the rank, because peft would change the base when it loads a PiSSA.
     """
     method = adapter.method
     if method not in FORMS:
@@ -68,7 +67,7 @@ def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return the tensors that are trained as a whole beside the linears, by their names in the model."""
+    """Return the tensors that are trained as a whole, by their names in the model."""
     linears = set(adapter.metadata["linears"])
     return {
         name: t
@@ -80,7 +79,7 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def saved_modules(whole: dict[str, Tensor]) -> list[str]:
     """Name the modules of these tensors; peft keeps a trained copy of each.
 
-    Raises UserError for a tensor of no such module.
+    Raises UserError for a tensor that is in none of MODULES.
     """
     modules: dict[str, set[str]] = {}
     for name in whole:
@@ -104,7 +103,7 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     if not adapter.metadata["linears"]:
         refuse(adapter, f"{adapter.method} of no linear is nothing that peft has")
     if adapter.shapes or adapter.metadata.get("arch"):
-        for _ in adapted_layers(adapter):  # the loop alone checks every shape
+        for _ in adapted_layers(adapter):  # making each layer checks its shapes
             pass
     folder = form(adapter)
     lookups = _views_in_peft(adapter, folder)
@@ -134,9 +133,9 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
 
 
 def _views_in_peft(adapter: Adapter, folder: Folder) -> set[str]:
-    """Say in the configuration how weights are stored; returns the linears that are embeddings.
+    """Write into the configuration how weights are stored; returns the linears that are embeddings.
 
-    Raises UserError for what peft has no form for.
+    Raises UserError for a target that peft can't adapt.
     """
     kind, views = folder.config["peft_type"], views_of(adapter.metadata)
     for name, view in views.items():
@@ -156,7 +155,7 @@ def _views_in_peft(adapter: Adapter, folder: Folder) -> set[str]:
 def _stack_experts(folder: Folder, views: dict[str, View]) -> None:
     """Write the LoRAs of experts as peft has them: A (experts r, in) and B (out, r experts) of a parameter.
 
-    A module with several parameters has a wrapper for each, that of the first one inside the others.
+    A module with several parameters has a wrapper for each; the first parameter's is the innermost.
     """
     stacks: dict[str, list[str]] = {}
     for name, view in views.items():
@@ -197,14 +196,14 @@ def origin_layout(origin: dict[str, Any]) -> str:
 
 
 def layout_to_write(adapter: Adapter, origin: dict[str, Any]) -> tuple[str, list[str]]:
-    """Choose (the layout, notes): the one that was asked for, that the folder had, or that fits the model."""
+    """Choose (the layout, notes): the user's, else the layout of the original folder, else the model's."""
     if origin and not adapter.layout:
         return origin_layout(origin), []
     return layout_for(adapter.metadata.get("arch"), adapter.metadata["linears"], adapter.layout)
 
 
 def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Tell whether two of peft's configurations have one method."""
+    """Tell whether two of peft's configurations have the same method."""
     same_type = theirs.get("peft_type") == ours["peft_type"]
     return same_type and bool(theirs.get("use_dora")) == bool(ours.get("use_dora"))
 
@@ -237,9 +236,9 @@ def new_config(
 def named_by_peft(
     linears: dict[str, Tensor], whole: dict[str, Tensor], prefix: str, layout: str, lookups: set[str]
 ) -> dict[str, Tensor]:
-    """Rename the tensors as peft does; those that all linears share lie outside of the model.
+    """Rename the tensors as peft does; tensors that all linears share are outside of the model.
 
-    A tensor of a linear is named LINEAR.PART, with one of PARTS.
+    A tensor of a linear is named LINEAR.PART, with a PART of PARTS.
     """
     named = {prefix + in_layout(layout, name): tensor for name, tensor in whole.items()}
     for name, tensor in linears.items():

@@ -1,7 +1,7 @@
-"""Folders of Hugging Face peft, read: adapter_config.json beside adapter_model.safetensors (or .bin).
+"""Reader of Hugging Face peft's folders: adapter_config.json with adapter_model.safetensors (or .bin).
 
-Written by hf_export.py. A tensor's name is `base_model.model.`, the linear's name in the model, and what the
-tensor is.
+hf_export.py writes them. A tensor's name is `base_model.model.LINEAR.PART`: the linear's name in the model
+and one of PARTS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .peft_names import LAYOUTS, in_pth, layout_of
 from .peft_variants import NOISE, TOKENS, Content, read_beyond_factors, read_blocks, read_places, read_tokens
 from .source import Source, open_source
 
-# name of a tensor inside a linear, there and here
+# name of a tensor inside a linear: peft's -> ours
 PARTS = {
     "miss_block": "miss",
     "bone_block": "miss",
@@ -44,9 +44,9 @@ PARTS = {
     "vera_lambda_b": "vera_lambda_b",
     "vera_lambda_d": "vera_lambda_d",
 }
-# a tensor with such a name belongs to an adapter, but is not one of PARTS
+# names of adapter tensors of methods that are not read here
 FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")
-# fields of a configuration that do not change what the tensors mean, or are read below; others must be empty
+# fields of a configuration that are read below, or do not change the tensors' meaning; others must be empty
 NEUTRAL = set(
     """
     peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version bias r
@@ -54,7 +54,7 @@ NEUTRAL = set(
     init_lora_weights fan_in_fan_out
     """.split()
 )
-# of a LoRA: its factor and dropout, and how it starts or runs
+# further such fields for LoRA: factor, dropout, initialisation and runtime
 OF_LORA = """
     lora_alpha lora_dropout rank_pattern loftq_config eva_config corda_config lora_ga_config megatron_config
     megatron_core runtime_config qalora_group_size ensure_weight_tying
@@ -79,7 +79,7 @@ MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")
 class Peft(Format):
     """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA.
 
-    PiSSA too, with the folder that was saved before its training (Hints.init).
+    PiSSA, too, given the folder that was saved before the training (Hints.init).
     """
 
     name = "peft"
@@ -165,7 +165,7 @@ def provenance(source: Source) -> dict[str, Any]:
 def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Split the tensors: (prefix, linear -> its tensors by our names, whole tensors by the model's names).
 
-    Raises UserError for tensors that are neither.
+    Raises UserError for any other tensor.
     """
     prefix = PREFIX if all(key.startswith("base_model.") for key in source.tensors) else ""
     linears: dict[str, dict[str, Tensor]] = {}
@@ -202,8 +202,8 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
 def drop_base_weights(content: Content) -> None:
     """Drop the base's weights of adapted linears: peft's save_pretrained() adds those of embeddings.
 
-    Raises UserError for another tensor of an adapted linear, also for a weight that is not known as the
-    base's.
+    Raises UserError for any other tensor of an adapted linear, and for a weight that can't be compared with
+    the base's or differs from it.
     """
     source = content.source
     for name in [name for name in content.whole if name.rpartition(".")[0] in content.linears]:
@@ -239,7 +239,7 @@ def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -
 
 
 def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
-    """Read a number of the configuration. Raises UserError for anything else there."""
+    """Read a number of the configuration. Raises UserError for a field that holds anything else."""
     value = source.config.get(field)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
@@ -247,11 +247,11 @@ def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
     return value
 
 
-# (method, its options, the tensors of each linear)
-Reading = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
+# (method, its options, linear -> its tensors)
+MethodParts = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
-def read_miss(content: Content) -> Reading:
+def read_miss(content: Content) -> MethodParts:
     """Read MiSS (r, out), Bat (out / r, r, r) by output blocks, and mini (r, mini_r)."""
     source, linears = content.source, content.linears
     expect(source, linears, "miss")
@@ -283,8 +283,8 @@ def read_miss(content: Content) -> Reading:
     return "miss", {"rank": rank, "mini_r": mini}, linears
 
 
-def read_lora(content: Content) -> Reading:
-    """Read LoRA and DoRA as they are, and PiSSA and its relatives with their initial factors."""
+def read_lora(content: Content) -> MethodParts:
+    """Read LoRA and DoRA, or PiSSA and its relatives with their initial factors."""
     source, linears, hints = content.source, content.linears, content.hints
     config = source.config
     dora, init = bool(config.get("use_dora")), config.get("init_lora_weights", True)
@@ -333,7 +333,7 @@ def read_lora(content: Content) -> Reading:
 def lora_options(content: Content) -> dict[str, Any]:
     """Read ranks, alphas and dropout of a LoRA.
 
-    Raises UserError where the configuration's ranks are not those of the tensors.
+    Raises UserError if the configuration's ranks differ from the tensors'.
     """
     source = content.source
     config = source.config
@@ -364,7 +364,7 @@ def lora_options(content: Content) -> dict[str, Any]:
 def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: Any) -> dict[str, Any]:
     """Turn each linear's rank and alpha into options of the LoRA family.
 
-    Linears that have the most frequent ones are not named.
+    Linears with the most frequent rank and alpha are not named.
     """
     options = {
         **rank_options(ranks),
@@ -375,7 +375,7 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
     options["alpha_map"] = {name: alpha for name, alpha in alphas.items() if parsed.at(name).alpha != alpha}
     parsed = ScaledOptions.parse(options)
     if any((parsed.at(name).rank, parsed.at(name).alpha) != (ranks[name], alphas[name]) for name in ranks):
-        options |= {"rank_map": ranks, "alpha_map": alphas}  # one name is the end of another one
+        options |= {"rank_map": ranks, "alpha_map": alphas}  # name all: one name is the end of another
     return options
 
 
@@ -401,8 +401,8 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
         ) from None
 
 
-def read_adalora(content: Content) -> Reading:
-    """Read AdaLoRA as the LoRA that it has become: B times the singular values.
+def read_adalora(content: Content) -> MethodParts:
+    """Read AdaLoRA as a LoRA whose B is multiplied by the singular values.
 
     peft's factor is alpha / (init_r + 1e-5).
     """
@@ -419,7 +419,7 @@ def read_adalora(content: Content) -> Reading:
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in own.items())
             raise UserError(f"{source.path}: {name} has {shapes}, which are of several ranks")
         if len(A) == 0:
-            continue  # all of its ranks were pruned
+            continue  # every rank of this linear was pruned
         ranks[name] = len(A)
         alphas[name] = scale * len(A)
         merged[name] = {"lora_A": A.float(), "lora_B": B.float() * E.float().flatten()}
@@ -428,7 +428,7 @@ def read_adalora(content: Content) -> Reading:
     return "lora", scaled_options(ranks, alphas, dropout=number(source, "lora_dropout", 0.0, float)), merged
 
 
-def read_vera(content: Content) -> Reading:
+def read_vera(content: Content) -> MethodParts:
     """Read VeRA whose random matrices are in the folder (save_projection)."""
     source, linears, whole = content.source, content.linears, content.whole
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")

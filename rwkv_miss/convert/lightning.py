@@ -2,9 +2,9 @@
 
 D is (out, r) in half precision, and the weight changes by scale D P with scale = alpha / r.
 
-An adapter is a folder, adapter.json (the manifest) beside adapter.pth; or one .pth with the manifest in the
-record archive/miss.json; or a checkpoint of a training, whose `.D.master` is in fp32. Its loader wants the
-SHA-256 of the model file that the manifest names, and the manifest's own digest.
+An adapter is a folder with adapter.json (the manifest) and adapter.pth; or one .pth with the manifest in the
+record archive/miss.json; or a checkpoint of a training, whose `.D.master` is in fp32. The loader there checks
+the SHA-256 of the model file, which the manifest names, and the manifest's own digest.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 class Lightning(Format):
     """Format of rwkv_lightning_cuda. Reading multiplies the scale into D.
 
-    The manifest is kept. A package that is written again has the same bits. It is one file where the name
-    ends in .pth, as its page uploads it, else a folder.
+    The manifest is kept, so that a package that is written again has the same bits. An output whose name ends
+    in .pth is one file, as that project's page uploads it; any other is a folder.
     """
 
     name = "rwkv-lightning"
@@ -124,7 +124,7 @@ class Lightning(Format):
 def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
     """Return (the manifest, whether the tensors come from a training checkpoint).
 
-    A checkpoint's is made of its configuration where none is embedded.
+    If a checkpoint has no manifest, it is made from the checkpoint's configuration.
     """
     if source.config_name == CONFIG:
         return source.config, False
@@ -172,13 +172,13 @@ def fp32(value: float) -> float:
 
 
 def check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
-    """Raise UserError for what rwkv_lightning's loader refuses, and for a scale of zero."""
+    """Raise UserError for a manifest that rwkv_lightning's loader refuses, and for a scale of zero."""
     check_fields(path, manifest)
     check_targets(path, manifest, trained)
 
 
 def check_fields(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
-    """Check the manifest but for the targets."""
+    """Check all fields of the manifest but "targets"."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:
             raise UserError(
@@ -186,7 +186,7 @@ def check_fields(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None
                 " rwkv_lightning"
             )
     rank, scale, base = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint"))
-    if manifest.get("dtype") not in [*PACKAGE_DTYPES]:  # a list, as a value of a file may be no key
+    if manifest.get("dtype") not in [*PACKAGE_DTYPES]:  # a list, because the value may be unhashable
         raise UserError(
             f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(PACKAGE_DTYPES)}"
         )
@@ -262,7 +262,7 @@ def canonical(value: Any) -> str:
 
 
 def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return hash (SHA-256) the manifest without its digest and the tensors' bytes in its order."""
+    """Hash (SHA-256) the manifest without its digest, and the tensors' bytes in the manifest's order."""
     named = {field: value for field, value in manifest.items() if field != "content_version"}
     sha = hashlib.sha256(canonical(named).encode())
     for tensor in tensors.values():
@@ -271,7 +271,7 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:
-    """Return each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r].
+    """Return each linear's D (out, r) fp32, for which dW[o, i] = D[o, i mod r].
 
     Raises UserError for a MiSS of another layout.
     """
@@ -289,14 +289,14 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     """Return (the adapter with its widths, the manifest without its digest).
 
-    The manifest is the one that the adapter was read with, or a new one with alpha = r. Raises UserError for
-    what a package can't hold, and if the base is not known.
+    The manifest is the original one if the adapter came from a package, else a new one with alpha = r. Raises
+    UserError for a change that a package can't hold, and if the base is not known.
     """
     manifest = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
     if not adapter.base and not manifest:
         raise UserError(
-            "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that"
+            "rwkv_lightning loads an adapter only onto the model whose SHA-256 the package names; give that"
             " file: --base MODEL.pth"
         )
     if os.path.isdir(adapter.base):
@@ -330,8 +330,8 @@ def with_widths(adapter: Adapter, known: dict[str, Any]) -> Adapter:
 
 
 def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
-    """Build a manifest with alpha = r. Raises UserError for several ranks, or a large one. base: its
-    SHA-256."""
+    """Build a manifest with alpha = r; base: the model's SHA-256. Raises UserError for several ranks, or a
+    large one."""
     ranks = sorted({options.rank for options in adapter.options_by_linear().values()})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
         listed = ", ".join(map(str, ranks))
@@ -382,6 +382,6 @@ def check_linears(adapter: Adapter) -> None:
 
 
 def place(name: str) -> tuple[int, int]:
-    """Return (block, place in it) of a linear."""
+    """Return (number of the block, place in TARGETS) of a linear."""
     _, layer, *target = name.split(".")
     return int(layer), TARGETS.index(".".join(target))

@@ -15,7 +15,7 @@ from ..inject import ADAPTER_FORMAT, checked_metadata, read_adapter
 from .formats import Adapter, Format, Hints
 from .source import Source
 
-METADATA = "rwkv_miss"  # in the header
+METADATA = "rwkv_miss"  # key in the safetensors header
 
 
 class Native(Format):
@@ -40,7 +40,7 @@ class Native(Format):
 
 
 class Safetensors(Format):
-    """Format with the content of save_adapter(), bit for bit, in a file that runs no code when opened."""
+    """Format with save_adapter()'s content, bit for bit, as safetensors: no pickle, so no code can run."""
 
     name = "safetensors"
     writes = keeps_all = True

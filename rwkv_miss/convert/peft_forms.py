@@ -1,6 +1,6 @@
-"""Each method's form in Hugging Face peft: the fields of its configuration, and its tensors.
+"""Each method in Hugging Face peft: the fields of its configuration, and its tensors.
 
-hf_export.py puts them into a folder.
+hf_export.py writes them into a folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..methods.miss_variants import beyond_plain
 from .base import adapted_layers
 from .formats import Adapter
 
-# our name of a tensor inside a linear -> peft's
+# name of a tensor inside a linear: ours -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# names of a tensor inside a linear
+# peft's names of tensors inside a linear
 PARTS = (*LORA.values(), "miss_block", "vera_lambda_b", "vera_lambda_d")
 
 
@@ -31,8 +31,8 @@ PARTS = (*LORA.values(), "miss_block", "vera_lambda_b", "vera_lambda_d")
 class Folder:
     """Content of a peft folder to write.
 
-    config: without the fields that all methods have. tensors: by their names in the model. notes: for the
-    user.
+    config: the method's fields; new_config() adds the fields that all methods have. tensors: by their names
+    in the model. notes: messages for the user.
     """
 
     config: dict[str, Any]
@@ -41,7 +41,7 @@ class Folder:
 
 
 def refuse(adapter: Adapter, why: str) -> None:
-    """Raise UserError that names the nearest way out."""
+    """Raise UserError that names another way to write the adapter."""
     if has_factors(METHODS[adapter.method]) and not adapter.metadata["options"].get("magnitude"):
         raise UserError(f"{why}; --to lora writes the same change of the weights as a LoRA")
     raise UserError(f"{why}; merge the adapter into its base (rwkv-miss merge), or keep its own file")
@@ -76,7 +76,7 @@ def tensor_of(adapter: Adapter, name: str) -> Tensor:
 
 
 def as_miss(adapter: Adapter) -> Folder:
-    """Convert MiSS: D as it is. peft's layout is "stride", its sums are plain."""
+    """Convert MiSS without a change of D; peft has only layout "stride" and plain sums."""
     options = next(iter(adapter.options_by_linear().values()))
     if other := beyond_plain(options, "mini_r"):
         refuse(adapter, f"peft's MiSS has no {other}")
@@ -93,7 +93,7 @@ def miss_config(adapter: Adapter, **others: Any) -> dict[str, Any]:
 
 
 def as_bat(adapter: Adapter) -> Folder:
-    """Convert Bat: D by output blocks, peft's order."""
+    """Convert Bat; peft's D is by output blocks, order "col"."""
     order = next(iter(adapter.options_by_linear().values())).order
     if order != "col":
         refuse(
@@ -105,7 +105,7 @@ def as_bat(adapter: Adapter) -> Folder:
 
 
 def own_factors(adapter: Adapter) -> Folder:
-    """Convert LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
+    """Convert LoRA, LoRA-FA and DoRA, keeping A, B and alpha."""
     method, options = adapter.method, adapter.options_by_linear()
     names = {ours: theirs for ours, theirs in LORA.items() if method == "dora" or ours != "magnitude"}
     config = lora_config(
@@ -119,7 +119,7 @@ def own_factors(adapter: Adapter) -> Folder:
 
 
 def as_lora(adapter: Adapter) -> Folder:
-    """Write the change of each weight as a product of two factors, with alpha = rank: a factor of 1.
+    """Write the change of each weight as a product of two factors, with alpha = rank, so a scale of 1.
 
     For MiSS A has zeros and ones, and B is D^T.
     """
@@ -153,7 +153,7 @@ def lora_config(
 ) -> dict[str, Any]:
     """Build peft's fields for each linear's rank and alpha.
 
-    r and lora_alpha are what most linears have; the others have patterns.
+    r and lora_alpha are the most frequent values; other linears have patterns.
     """
     if not all(map(math.isfinite, alphas.values())):
         raise UserError("an alpha of the adapter is infinite; the file is damaged")
@@ -178,7 +178,7 @@ def number(value: float) -> float:
 
 
 def compiled(patterns: dict[str, Any]) -> list[tuple[re.Pattern, Any]]:
-    """Compile peft's patterns, expressions for the ends of names, with their values."""
+    """Compile peft's patterns, regular expressions for the ends of names -> values."""
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
 
 
@@ -190,11 +190,11 @@ def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
     """Build peft's patterns for the linears that differ from `default`.
 
-    If one's name is the end of another's, the patterns name all linears as wholes.
+    If one linear's name is the end of another's, the patterns are whole names, anchored by "^".
     """
     others = [name for name in values if values[name] != default]
     for names, anchor in ((others, ""), (list(values), "^")):
-        # as JSON has them, here and in peft
+        # in the order of the written JSON, which is sorted, because the first pattern that fits counts
         found = {anchor + name: number(values[name]) for name in sorted(names)}
         expressions = compiled(found)
         if all(matched(expressions, name, default) == value for name, value in values.items()):
@@ -206,7 +206,7 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
 
 
 def as_vera(adapter: Adapter) -> Folder:
-    """Convert VeRA: the vectors and the random pair, which peft takes from the folder."""
+    """Convert VeRA: the vectors, and the random pair, which peft reads from the folder."""
     options = next(iter(adapter.options_by_linear().values()))
     config = {
         "peft_type": "VERA",

@@ -1,7 +1,7 @@
 """Names of RWKV-7's modules in the models that peft adapts.
 
-Adapters here have the names of the `.pth`. A peft folder belongs to a model whose modules have their names
-from one of Hugging Face's layouts (files/hf_names.py), or to one with the names of the `.pth`.
+Adapters here have the names of the `.pth`. A peft folder belongs to a model whose modules have the names of
+one of Hugging Face's layouts (files/hf_names.py), or of the `.pth`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYOUTS = ("official", "fla", PTH)
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FLA_BLOCK = re.compile(re.escape(PREFIX) + r"\.(\d+)\.(.+)")
 # module of the .pth -> flash-linear-attention's; low-rank maps and vectors are no modules that peft adapts
-IN_BLOCK, BESIDE = (
+IN_BLOCK, OUTSIDE_BLOCKS = (
     {
         mapped.names[0].removesuffix(".weight"): mapped.stored.removesuffix(".weight")
         for mapped in table
@@ -27,18 +27,20 @@ IN_BLOCK, BESIDE = (
     }
     for table in (LAYER_TENSORS, OUTSIDE)
 )
-OURS_IN_BLOCK, OURS_BESIDE = ({fla: ours for ours, fla in table.items()} for table in (IN_BLOCK, BESIDE))
-# of RWKV-7, and the last words of their names in the layouts
+OURS_IN_BLOCK, OURS_OUTSIDE = (
+    {fla: ours for ours, fla in table.items()} for table in (IN_BLOCK, OUTSIDE_BLOCKS)
+)
+# the linears of a block of RWKV-7
 LINEARS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
-# modules that a Llama or another model does not have
+# names of modules that RWKV has, and Llama and other models do not
 RWKV_ALONE = re.compile(r"model\.layers\.\d+\.(attn\.r_proj|ffn\.(key|value))")
 
 
 def in_layout(layout: str, name: str) -> str:
-    """Translate the name of a module, weight or bias into a layout. Raises UserError if it lacks it."""
+    """Translate the name of a module, weight or bias into a layout. Raises UserError if it has none there."""
     if layout == PTH:
         return name
-    renamed = _renamed(name, BLOCK, PREFIX, IN_BLOCK, BESIDE)
+    renamed = _renamed(name, BLOCK, PREFIX, IN_BLOCK, OUTSIDE_BLOCKS)
     if renamed is None:
         raise UserError(f"{name} has no place in --layout {layout}, which is RWKV-7's; drop the flag")
     if layout == "official":
@@ -52,7 +54,7 @@ def in_pth(layout: str, name: str) -> str:
         return name
     if layout == "official":
         return plain_name(name)
-    renamed = _renamed(name, FLA_BLOCK, "blocks", OURS_IN_BLOCK, OURS_BESIDE)
+    renamed = _renamed(name, FLA_BLOCK, "blocks", OURS_IN_BLOCK, OURS_OUTSIDE)
     if renamed is None:
         raise UserError(
             f"{name} is no module of the .pth, where low-rank maps are plain tensors; merge the adapter with"
@@ -62,36 +64,35 @@ def in_pth(layout: str, name: str) -> str:
 
 
 def _renamed(
-    name: str, block: re.Pattern[str], prefix: str, inside: dict[str, str], beside: dict[str, str]
+    name: str, block: re.Pattern[str], prefix: str, inside: dict[str, str], outside: dict[str, str]
 ) -> str | None:
     module, dot, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         module, dot, leaf = name, "", ""
     found = block.fullmatch(module)
-    if module in beside:
-        return beside[module] + dot + leaf
+    if module in outside:
+        return outside[module] + dot + leaf
     if found and found[2] in inside:
         return f"{prefix}.{found[1]}.{inside[found[2]]}{dot}{leaf}"
     return None
 
 
 def layout_of(names: Iterable[str], is_rwkv: bool) -> str:
-    """Recognise the layout of adapted modules; PTH if it is neither of Hugging Face's.
+    """Recognise the layout of adapted modules; PTH if their names are in neither of Hugging Face's layouts.
 
-    `is_rwkv` says that the model is known as RWKV. Without that, names that another model may have too stay
-    as they are.
+    `is_rwkv`: the model is known to be an RWKV. Otherwise names that other models have, too, count as PTH.
     """
     names = list(names)
     if any(name.startswith(OFFICIAL) for name in names):
         return "official"
-    of_fla = [name for name in names if FLA_BLOCK.match(name) or name in OURS_BESIDE]
+    of_fla = [name for name in names if FLA_BLOCK.match(name) or name in OURS_OUTSIDE]
     return "fla" if of_fla and (is_rwkv or any(map(RWKV_ALONE.match, names))) else PTH
 
 
 def layout_for(arch: dict[str, Any] | None, names: Iterable[str], asked: str) -> tuple[str, list[str]]:
     """Choose (the layout to write for an adapter of a model with these sizes and linears, notes).
 
-    Raises UserError for a layout that lacks the model. The names stay if the model is not known.
+    Raises UserError for a layout that is not for this model. The names stay if the model is not known.
     """
     version = Arch.from_dict(arch).version if arch else None
     if version == 6 and asked not in ("", PTH):
@@ -109,10 +110,9 @@ def layout_for(arch: dict[str, Any] | None, names: Iterable[str], asked: str) ->
 
 
 def target_modules(linears: list[str], arch: dict[str, Any] | None, layout: str) -> list[str]:
-    """List the target_modules for peft: the last words of the names if these select just these linears.
+    """List the target_modules for peft: last words of names if they select exactly these linears.
 
-    That is known if the model is known and all linears of a kind are adapted. Otherwise the list has whole
-    names.
+    This needs a known model with all linears of a kind adapted. Otherwise the list has whole names.
     """
     names = sorted(in_layout(layout, name) for name in linears)
     if layout == PTH or not arch:

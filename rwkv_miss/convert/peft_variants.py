@@ -1,7 +1,7 @@
-"""Parts of peft's files beyond two factors of a linear, brought into this package's forms.
+"""Parts of peft's files beyond two factors of a linear, turned into this package's forms.
 
-Some follow from the base alone: a row of an embedding, a bias, what KaSA took out of the weight. For these
-the user gives it (Hints.base).
+Some parts need the base, which the user gives (Hints.base): the rows of an embedding, a bias, and the part of
+the weight that KaSA removed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .source import Source
 
 EMBEDDING = ".lora_embedding_A"
 TOKENS = ".token_adapter.trainable_tokens_delta"
-NOISE = (".lora_monteclora_sampler.", ".lora_velora_")  # of training: answers do not depend on it
+NOISE = (".lora_monteclora_sampler.", ".lora_velora_")  # tensors that only training uses; they are dropped
 ATTENTION, WRAPPER = ".base_layer.out_proj", ".base_layer"
 
 
 @dataclasses.dataclass
 class Content:
-    """Tensors of a folder: of each linear by its name, and as a whole. views: of linears that need one.
+    """Tensors of a folder, `linears` by linear and `whole` ones by name; views: of linears that need one.
 
-    theirs: name here -> the one that peft's patterns are about. changed: it is no longer what the folder's
-    configuration says.
+    theirs: our name of a linear -> the name that peft's patterns match. changed: the tensors no longer fit
+    the folder's configuration.
     """
 
     source: Source
@@ -46,21 +46,21 @@ class Content:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def field(self, name: str, default: Any) -> Any:
-        """Return a field of the configuration. Raises UserError for one of another kind than `default`."""
+        """Return a field of the configuration. Raises UserError for a value of another type than default."""
         value = self.source.config.get(name) or default
         if not isinstance(value, type(default)):
             raise UserError(f"{self.source.path}: {name} is {str(value)[:60]!r}, a damaged configuration")
         return value
 
     def base(self, key: str, why: str) -> Tensor:
-        """Return a tensor of the base, fp32. Raises UserError without a base, or if it lacks the tensor."""
+        """Read a tensor of the base, fp32. Raises UserError without a base, or if it lacks the tensor."""
         found = self.of_base([key], why)
         if key not in found or found[key].is_meta:
             raise UserError(f"{self.source.path}: {why} needs {key}, which --base {self.hints.base} lacks")
         return found[key].float()
 
     def of_base(self, keys: list[str], why: str) -> dict[str, Tensor]:
-        """Return those of these tensors that the base has. Raises UserError, with the reason, without one."""
+        """Read `keys` from the base, if it has them. Raises UserError, with `why`, if no --base was given."""
         if not self.hints.base:
             raise UserError(
                 f"{self.source.path}: {why} needs the base: convert it with --base MODEL, its file or folder"
@@ -73,7 +73,7 @@ class Content:
 
 
 def read_places(content: Content) -> None:
-    """Find out which weight each linear changes, and how that is stored."""
+    """Find out which weight each linear changes, and how that weight is stored."""
     source, linears, views = content.source, content.linears, content.views
     keys = [key.removeprefix(PREFIX) for key in source.tensors]
     embeddings = {key.removesuffix(EMBEDDING) for key in keys if key.endswith(EMBEDDING)}
@@ -84,7 +84,7 @@ def read_places(content: Content) -> None:
             views[name] = View(f"{name}.weight", transposed=True)
     for name in [name for name in linears if name.endswith(ATTENTION)]:
         outer, own = name.removesuffix(ATTENTION), linears[name]
-        if "lora_B" in own:  # peft 0.21 adds the change of out_proj twice, in training as well
+        if "lora_B" in own:  # peft 0.21 adds out_proj's change twice, also in training
             own["lora_B"] = 2 * own["lora_B"]
         _rename(content, name, f"{outer}.out_proj")
         if outer in linears:
@@ -104,7 +104,7 @@ def _rename(content: Content, name: str, new: str, view: View | None = None) -> 
 
 
 def _parameters(content: Content) -> dict[str, list[str]]:
-    """Find what target_parameters is about: module -> its parameters, that of the innermost wrapper first."""
+    """Resolve target_parameters: module -> its parameters, the innermost wrapper's first."""
     paths = [str(path) for path in content.field("target_parameters", [])]
     owners = [name for name in content.linears if not name.endswith(WRAPPER)]
     bare = [f"{owner}.{path}" for owner in owners for path in paths if "." not in path]
@@ -124,7 +124,7 @@ def _parameters(content: Content) -> dict[str, list[str]]:
 
 
 def _in_order(content: Content, owner: str, leaves: list[str], base: dict[str, Tensor]) -> list[str]:
-    """Sort a module's parameters so that the LoRAs in its wrappers fit them, else as the base has them."""
+    """Sort a module's parameters so that the LoRAs of its wrappers fit them, else in the base's order."""
     keys = [key for key in base if key.rpartition(".")[0] == owner]
     if lacking := [leaf for leaf in leaves if f"{owner}.{leaf}" not in keys]:
         raise UserError(
@@ -146,14 +146,14 @@ def _in_order(content: Content, owner: str, leaves: list[str], base: dict[str, T
 
 
 def _read_parameters(content: Content, owner: str, leaves: list[str]) -> None:
-    """Read LoRAs of a module's parameters: the wrapper of the first one is inside those of the others.
+    """Read LoRAs of a module's parameters; the first parameter's wrapper is the innermost.
 
-    For a stack of weights the ranks of all experts are in one factor, A (experts r, in) and B (out, r
-    experts).
+    For a stack of weights the ranks of all experts are in one pair of factors, A (experts r, in) and B (out,
+    r experts).
     """
     linears = content.linears
     wrapped = {leaf: linears.pop(owner + WRAPPER * i, None) for i, leaf in enumerate(reversed(leaves))}
-    for leaf in leaves:  # in this order they are written again
+    for leaf in leaves:  # hf_export writes them in this order again
         own = wrapped[leaf]
         key = f"{owner}.{leaf}"
         if own is None or own.keys() != {"lora_A", "lora_B"} or not all(t.dim() == 2 for t in own.values()):
@@ -196,7 +196,7 @@ def read_tokens(content: Content) -> None:
 
 
 def read_blocks(content: Content) -> None:
-    """Read BD-LoRA: the blocks of a factor are put on the diagonal of a whole one."""
+    """Read BD-LoRA: put the blocks of a factor on the diagonal of a whole factor."""
     config = content.field("use_bdlora", {})
     count = config.get("nblocks") or 1
     for name, own in content.linears.items():
@@ -213,7 +213,7 @@ def read_blocks(content: Content) -> None:
 def read_beyond_factors(
     content: Content, ranks: dict[str, int], alphas: dict[str, float], rslora: bool
 ) -> None:
-    """Read the bias of B, and KaSA: singular values, and the weight's smallest ones are out of the base."""
+    """Read the bias of B, and KaSA, which scales ranks and removes the base's smallest singular values."""
     if content.source.config.get("kasa_config"):
         content.notes.append("KaSA has become a LoRA of twice the rank, for the base as it is")
     for name, own in content.linears.items():

@@ -15,15 +15,15 @@ LARGEST = 1 << 20  # bytes
 
 
 def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str, float]:
-    """Read linear -> alpha, of the linears with these ranks.
+    """Read linear -> alpha, for the linears in `ranks` (linear -> rank).
 
-    Raises UserError for a file that is no profile, or of another training.
+    Raises UserError for a file that is no profile, or is another training's.
     """
     rows = {row["Layer"]: row for row in read_rows(path)}
     alphas: dict[str, float] = {}
     for linear, rank in ranks.items():
         found = re.match(r"blocks\.(\d+)\.", linear)
-        layer = found[1] if found else linear.partition(".")[0]  # "head"
+        layer = found[1] if found else linear.partition(".")[0]  # such as "head"
         row = rows.get(layer)
         if row is None:
             raise UserError(f"{path} has no row for layer {layer}, the layer of {linear}")
@@ -43,9 +43,9 @@ def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Read the rows of the table, by its columns."""
+    """Read the rows of the table, each as column -> text."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is no regular file")  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file")  # reading a pipe could wait for ever
     try:
         if os.path.getsize(path) > LARGEST:
             raise UserError(f"{path} has {os.path.getsize(path):,} bytes, too many for a layer profile")

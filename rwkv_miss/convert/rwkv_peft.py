@@ -1,6 +1,6 @@
-"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code.
+"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with RWKV-PEFT's code.
 
-They are flat dicts that do not say what they are.
+The files are flat dicts without metadata.
 
 | tensor | shape | written by | here |
 |---|---|---|---|
@@ -11,7 +11,7 @@ They are flat dicts that do not say what they are.
 file of their own |
 | `.att.time_state` | (heads, N, N) | both | state |
 
-Beside them are whole tensors of the base, named as there, which take the place of the base's.
+A file may also have whole tensors, under the base's names, which replace the base's tensors.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .profile import read_alphas
 from .source import Source
 from .widths import origin_of_blocks
 
-PREFIXES = ("_forward_module.", "model.")  # DeepSpeed's, and that of their LightningModule
+PREFIXES = ("_forward_module.", "model.")  # DeepSpeed's, and RWKV-PEFT's LightningModule's
 FACTOR = re.compile(r"(.+)\.(bone|disha|lora_A|lora_B)")
 STATE = re.compile(PARTS["state"])
-# the whole tensors that RWKV-6 and RWKV-7 have
+# names of whole tensors in RWKV-6 and RWKV-7
 WHOLE = re.compile(
     "|".join(
         [
@@ -64,7 +64,7 @@ FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
 class RwkvPeft(Format):
     """Format that RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and RWKV-PEFT's merge scripts take.
 
-    A .pth file, with PiSSA two of them.
+    An adapter is a .pth file; a PiSSA is two files.
     """
 
     name = "rwkv-peft"
@@ -73,8 +73,8 @@ class RwkvPeft(Format):
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        no_words = source.config.keys() <= {"format"}  # as in any safetensors file
-        # initial states, which read_described() has described
+        no_words = source.config.keys() <= {"format"}  # every safetensors file may have this key
+        # a file of initial states, whose metadata read_described() has made up
         states = source.config.get("method") == "state" and not source.describes_itself
         silent = no_words or states
         names = list(map(stripped, source.tensors))
@@ -96,11 +96,11 @@ class RwkvPeft(Format):
         kind = next(iter(factors), "").partition("_")[0]  # bone, disha or lora
         check_use(kind, any(map(STATE.fullmatch, whole)), hints)
         if kind == "lora":
-            method, options, linears, beside = *read_lora(factors, hints), initial_factors(factors, hints)
+            method, options, linears, initial = *read_lora(factors, hints), initial_factors(factors, hints)
         elif kind:
-            method, options, linears, beside = *read_blocks(tensors, factors[kind], kind, hints.origin), {}
+            method, options, linears, initial = *read_blocks(tensors, factors[kind], kind, hints.origin), {}
         else:
-            method, options, linears, beside = "state", {}, [], {}
+            method, options, linears, initial = "state", {}, [], {}
         if any(map(STATE.fullmatch, whole)):
             notes += turn_states(tensors, hints.origin)
         renamed = {
@@ -115,7 +115,7 @@ class RwkvPeft(Format):
         metadata = described(
             method, options, linears, train_parts=parts, origin={"format": "rwkv-peft", "tensor": kind}
         )
-        return Adapter({**renamed, **beside}, metadata, notes)
+        return Adapter({**renamed, **initial}, metadata, notes)
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
@@ -133,15 +133,16 @@ class RwkvPeft(Format):
             initial = {
                 f"{linear}.init_lora_{side}": tensors.pop(f"{linear}.initial_{side}") for linear, side in both
             }
-            beside = write_beside(out, initial)
+            initial_file = write_initial(out, initial)
             notes.append(
-                f"the factors that the training began with are in {beside}: --lora_init there, --init here"
+                f"the factors that the training began with are in {initial_file}: --lora_init there, --init"
+                " here"
             )
         try:
             write_checkpoint(out, tensors.items())
         except BaseException:
             if method == "pissa":
-                beside.unlink()
+                initial_file.unlink()
             raise
         return notes
 
@@ -156,7 +157,7 @@ def stripped(name: str) -> str:
 def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Rename the tensors as in the base; returns a note if names changed.
 
-    Raises UserError for two of one name.
+    Raises UserError for two tensors with one name.
     """
     plain = {stripped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
@@ -172,7 +173,7 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Sort tensors: (bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name).
 
-    Raises UserError that names what has no form here.
+    Raises UserError that names a tensor that can't be read.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -206,7 +207,7 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def check_use(kind: str, states: bool, hints: Hints) -> None:
-    """Raise UserError for a hint that decides nothing in such a file."""
+    """Raise UserError for a hint that does not apply to this kind of file."""
     flags = [name for name in ("alpha", "profile", "init") if getattr(hints, name) not in ("", None)]
     if flags and kind != "lora":
         found = f".{kind} tensors" if kind else "initial states alone"
@@ -233,7 +234,7 @@ def read_blocks(
 ) -> tuple[str, dict[str, Any], list[str]]:
     """Return (method, options, linears) of .bone or .disha tensors.
 
-    Those of the first Bone with two dimensions get their three, in `tensors`.
+    Tensors of the first Bone with two dimensions are replaced in `tensors` by ones with three.
     """
     dims = {tensor.dim() for tensor in blocks.values()}
     for linear, tensor in blocks.items():
@@ -281,7 +282,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
     if hints.profile:
         alphas = read_alphas(hints.profile, ranks)
         options["alpha"] = next(alpha for linear, alpha in alphas.items() if ranks[linear] == options["rank"])
-        # alpha / r is that of all ranks, unless alpha_map has another alpha
+        # a linear without an entry in alpha_map has the common alpha / r
         others = METHODS["lora"].Options.parse(options)
         return (
             "lora",
@@ -297,7 +298,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
         raise UserError(
             "the file does not hold LoRA's alpha: give the alpha of the training with --alpha (the flag was"
             " lora_alpha). A PiSSA file looks the same: then --init FILE instead, the init_pissa.pth"
-            " beside it"
+            " in the same folder"
         )
     if not 0 < hints.alpha < math.inf:
         raise UserError(f"--alpha {hints.alpha:g} is no factor; it must be above 0")
@@ -311,7 +312,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
 
 
 def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict[str, Tensor]:
-    """Read PiSSA's initial factors from the file of hints.init, by their names here; {} without one."""
+    """Read PiSSA's initial factors from the file hints.init, under this package's names; {} without one."""
     if not hints.init:
         return {}
     found, _ = plain_names(read_checkpoint(hints.init))
@@ -355,7 +356,7 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
 
 
 def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
-    """Check that these files have a form for the method and its options; returns notes."""
+    """Check that RWKV-PEFT's files can hold the method and its options; returns notes."""
     if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
         raise UserError(
             f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state."
@@ -391,11 +392,8 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
     return []
 
 
-def write_beside(out: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
-    """Write PiSSA's initial factors beside `out`; returns the path.
-
-    A file that is there is never written over.
-    """
+def write_initial(out: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
+    """Write PiSSA's initial factors to a new file in the folder of `out`; returns its path."""
     require_writable(out)
     path = Path(out).with_name(f"{Path(out).stem}.init_pissa.pth")
     if path.exists():

@@ -1,4 +1,4 @@
-"""Source of a conversion: a file or a folder with an adapter, as it was found."""
+"""Source of a conversion: a file or a folder with an adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..files.safetensors_io import is_safetensors, read_safetensors
 from ..files.untrusted import read_json
 from ..inject import ADAPTER_FORMAT, read_described
 
-# configuration of a folder -> the tensors beside it, the first name that is there
+# configuration of a folder -> names of the file with its tensors; the first that exists is read
 FOLDERS = {
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
     "adapter.json": ("adapter.pth", "adapter-final.pth"),
@@ -26,9 +26,9 @@ FOLDERS = {
 class Source:
     """A file or a folder.
 
-    tensors: mapped from the file. config: what its header or the JSON file beside it says, {} where nothing
-    does. config_name: that file's name, "" for a header. header: what the header of the tensors' file in a
-    folder says.
+    tensors: mapped from the file. config: the metadata in the file's header, or the folder's JSON
+    configuration; {} without any. config_name: the configuration's name, "" for a header. header: the header
+    of the tensors' file in a folder.
     """
 
     path: str
@@ -51,9 +51,9 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration, or a model.
+    """Read a .pth or .safetensors file, a folder with such a file and its configuration, or a model's folder.
 
-    Runs no code of the file. Raises UserError for anything else.
+    No code of the file runs. Raises UserError for anything else.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""Widths of linears from the shapes of their tensors, for files that do not say what they are."""
+"""Widths of linears from the shapes of their tensors, for files without metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sides(name: str) -> tuple[str, str]:
 def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int | None]:
     """Return (rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin.
 
-    None for a width that the shape does not tell.
+    A width is None if the shape does not tell it.
     """
     if len(shape) == 3:
         width = shape[0] * shape[1]
@@ -28,7 +28,7 @@ def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int
 
 
 def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Tell whether tensors of these shapes can belong to one model, if the file is of this origin."""
+    """Tell whether tensors of these shapes can belong to one model, if the file has this origin."""
     widths: dict[str, int] = {}
     ranks: dict[str, int] = {}
     for name, shape in shapes.items():

@@ -9,7 +9,7 @@ from ..errors import UserError
 
 # name of a tensor -> its architecture; RWKV-7b has the tensors of RWKV-7a too, so it comes first
 NEWER = {
-    r"blocks\.\d+\.qkv\..+": "RWKV-7b (DEA: attention beside the time mix, and DeepEmbed)",
+    r"blocks\.\d+\.qkv\..+": "RWKV-7b (DEA: attention in addition to the time mix, and DeepEmbed)",
     r"blocks\.\d+\.ffn\.(s_emb(_x)?\..+|s[012])": "RWKV-7a (DeepEmbed: embeddings in the channel mix)",
     r"(.*[._])?rosa.*": "RWKV-8 (ROSA: suffix automata in the place of attention)",
     r"blocks\.\d+\.ffn\.enn\..+": "a preview of RWKV-8 (an embedding in the channel mix)",

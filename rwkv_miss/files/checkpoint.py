@@ -32,8 +32,8 @@ from .untrusted import check_pickles, check_tensors, first_bytes, json_object, o
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
-RUN_FORMAT = "rwkv-miss checkpoint"  # of the checkpoints that a run resumes from
-ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
+RUN_FORMAT = "rwkv-miss checkpoint"  # "format" of checkpoints that a run resumes from
+ALIGNMENT = 64  # bytes; every tensor in a file is aligned as torch does, so that it can be used where mapped
 PIECE = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
 
 
@@ -41,7 +41,7 @@ PIECE = 1 << 18  # bytes or elements handled at once, so that a second pass find
 class Arch:
     """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements.
 
-    ranks: those of the built-in low-rank maps.
+    ranks: the ranks of the built-in low-rank maps.
     """
 
     version: int
@@ -79,7 +79,7 @@ class Arch:
                 f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}"
             )
         blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
-        # else a number beyond all others would build a model of that many layers
+        # otherwise one very high layer number would build a model with that many layers
         if gap := next((i for i in range(len(blocks)) if i not in blocks), 0):
             raise UserError(
                 f"this looks like RWKV-{version} with block {max(blocks)}, but block {gap} is missing; the"
@@ -111,7 +111,7 @@ class Arch:
 
     @staticmethod
     def record_of(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return to_dict() of the model that detect() finds; None for one that is no RWKV."""
+        """Return detect() as to_dict(); None for a model that is no RWKV."""
         with contextlib.suppress(UserError):
             return Arch.detect(tensors).to_dict()
         return None
@@ -166,14 +166,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Never runs code from the file. Raises UserError for a path that is no readable file, a truncated or
     foreign file, a pickle that asks for anything but tensors, a content that is no flat dict of plain
-    tensors, and one that claims more than the file holds. model_files.read_tensors() also reads the other
-    forms of a model.
+    tensors, and tensors larger than the file. model_files.read_tensors() also reads the other forms of a
+    model.
     """
     return flat(path, load_dict(path))
 
 
 def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Check that the values are plain tensors under names, and keep them as mapped.py does."""
+    """Check that the values are plain tensors under names, and return them after mapped.keep()."""
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(
@@ -216,7 +216,7 @@ def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
 def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[str, Any] | None:
     """Read the metadata of write_checkpoint(), or None for any other file.
 
-    name: that of the JSON record; another project's record has another name.
+    name: the JSON record's name, which differs for another project's record.
     """
     if first_bytes(path, 4) != b"PK\x03\x04":
         return None
@@ -232,7 +232,7 @@ def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[st
 def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str:
     """Return the path of the trained tensors, for merge and chat, of the run that wrote this checkpoint.
 
-    It is beside the folder of its checkpoints.
+    That file is in the folder that also holds the run's folder of checkpoints.
     """
     name = os.path.basename(str(metadata.get("output", "adapter.pth")))
     output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
@@ -256,8 +256,8 @@ def write_checkpoint(
 ) -> None:
     """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict.
 
-    One tensor is in memory at a time. record: the name of the metadata, which another project reads under
-    another one.
+    One tensor is in memory at a time. record: the name of the metadata's record, which other projects expect
+    under other names.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any
     failure, what was there stays. Raises UserError when the folder can't be written or has no room.
@@ -291,7 +291,7 @@ def write_checkpoint(
 def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
     info = zipfile.ZipInfo(f"{ARCHIVE}/{name}")
     info.file_size, info.CRC = len(data), 0
-    # zipfile's own rule; the header's length depends on it
+    # zipfile's rule for large records, which decides the length of the header
     zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT
     # an extra field of type "FB", which torch uses and readers skip, moves the data to the next multiple
     place = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
@@ -339,7 +339,7 @@ def _pickled(index: dict[str, _Entry]) -> bytes:
 def memory(tensor: Tensor) -> memoryview:
     """View the bytes of a contiguous CPU tensor without a copy; valid while the tensor lives."""
     if not tensor.nbytes:
-        return memoryview(b"")  # ctypes can't view nothing
+        return memoryview(b"")  # ctypes can't view an empty tensor
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

@@ -21,7 +21,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         return GGUF
     if is_safetensors(path):
         return SAFETENSORS
-    if head[:1] == b"\x80":  # of torch < 1.6
+    if head[:1] == b"\x80":  # a bare pickle, written by torch < 1.6
         return CHECKPOINT
     if head != b"PK\x03\x04":
         return OTHER
@@ -32,9 +32,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
-    """Raise UserError if `out` is a model, an adapter or the like of another kind than these.
+    """Raise UserError if a model, an adapter or the like of another kind than these is at `out`.
 
-    They are easily lost under the name of an output.
+    A user may give its path as an output by mistake.
     """
     if os.path.isfile(out) and os.path.getsize(out) and (found := kind_of(out)) not in (*kinds, OTHER):
         raise UserError(
@@ -43,7 +43,7 @@ def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
 
 
 def check_output(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *kinds: str) -> None:
-    """Raise UserError unless a file can be written at `out`: no input, and nothing but one of these kinds."""
+    """Raise UserError unless `out` is writable, is no input, and replaces at most a file of these kinds."""
     refuse_inputs(out, *inputs)
     require_writable(out)
     may_replace(out, *kinds)

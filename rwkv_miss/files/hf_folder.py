@@ -1,8 +1,8 @@
-"""Hugging Face folders of RWKV-7, read as they are: mapped, in one file or in several.
+"""Hugging Face folders of RWKV-7: mapped, in one file or in several.
 
-There are two layouts with the same `model_type`; the names of the tensors tell which one it is. The official
-one has the checkpoint's names and shapes behind `rwkv7.`. flash-linear-attention's has names of its own and
-turns the low-rank maps around, so that they come back as views.
+Two layouts have the same `model_type`; the names of the tensors tell which one it is. The official one has
+the checkpoint's names, with `rwkv7.` before them, and its shapes. flash-linear-attention's has other names
+and transposed low-rank maps, which are returned as views.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ EPS = {
 
 
 class HfFolder(NamedTuple):
-    """A model in a folder, as it was found."""
+    """Model in a folder."""
 
     layout: str  # official or fla
-    tensors: dict[str, Tensor]  # the checkpoint's, views of the mapped files
-    provenance: Provenance | None  # that came with them
-    notes: list[str]  # what the user should know
+    tensors: dict[str, Tensor]  # under the checkpoint's names, views of the mapped files
+    provenance: Provenance | None  # the record in the files' header
+    notes: list[str]  # messages for the user
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -52,7 +52,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def refuse_file_of_folder(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Raise UserError if one file of several of a folder is given alone, which its tensors' names tell."""
+    """Raise UserError if the names of a file's tensors tell that it is a part of a Hugging Face folder."""
     if any(name == FLA_SIGN or name.startswith(OFFICIAL) for name in names):
         raise UserError(
             f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
@@ -60,10 +60,10 @@ def refuse_file_of_folder(path: str | os.PathLike[str], names: Iterable[str]) ->
 
 
 def read_folder(path: str | os.PathLike[str]) -> HfFolder:
-    """Read the model in a folder; low-rank maps are transposed where the layout has them turned around.
+    """Read the model in a folder, with its low-rank maps as a checkpoint has them.
 
-    Raises UserError for a folder of another model, with a file missing, truncated or outside of it, and for
-    settings with which a checkpoint would compute something else.
+    Raises UserError for a folder of another model, for a file that is missing, truncated or outside of the
+    folder, and for settings with which a checkpoint would compute something else.
     """
     path = os.fspath(path)
     config = read_config(path)
@@ -95,14 +95,14 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def folder_files(path: str) -> list[str]:
-    """Name the files that decide what read_folder() gives, the weights last."""
+    """Name the files that read_folder() reads, the weights last."""
     return [
         name for name in (CONFIG, INDEX, VALUE_RESIDUAL_FILE) if os.path.exists(os.path.join(path, name))
     ] + weight_files(path)
 
 
 def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the official layout. The model says later which ones must be there."""
+    """Return the tensors of the official layout. The model checks later that none is missing."""
     for name, eps in EPS.items():
         if (found := config.get(name, eps)) != eps:
             raise UserError(
@@ -173,10 +173,10 @@ def restored(
 def _with_value_residual(
     path: str, tensors: dict[str, Tensor], provenance: Provenance | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Give block 0 its value residual back if the checkpoint had one; nothing reads it. Returns notes too."""
+    """Make block 0's value residual, which nothing reads, as the checkpoint had it; also returns notes."""
     if provenance is None:
         return tensors, []
-    if VALUE_RESIDUAL[0] not in provenance.entries:  # the official layout has one all the same
+    if VALUE_RESIDUAL[0] not in provenance.entries:  # the official layout always has one
         return {name: tensor for name, tensor in tensors.items() if name not in VALUE_RESIDUAL}, []
     if os.path.exists(os.path.join(path, VALUE_RESIDUAL_FILE)):
         return tensors | read_safetensors(os.path.join(path, VALUE_RESIDUAL_FILE))[0], []

@@ -10,15 +10,15 @@ from torch import Tensor
 from .tensor_map import LARGE, LOW_RANK, VECTOR, TensorMap
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-INDEX = "model.safetensors.index.json"  # which file of several has which tensor
-VALUE_RESIDUAL_FILE = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
+INDEX = "model.safetensors.index.json"  # maps each tensor to one of several files
+VALUE_RESIDUAL_FILE = "block_0_value_residual.safetensors"  # read only when a folder becomes a .pth again
 # the tokenizer and its chat template; older folders have the template in TOKENIZER_CONFIG
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-VOCABULARY = "rwkv_vocab_v20230424.txt"  # in World's format; rwkv7-hf has this name for every vocabulary
-OFFICIAL = "rwkv7."  # before the checkpoint's names, but not before head.weight
-PREFIX = "model.layers"  # in flash-linear-attention's layout
-FLA_SIGN = "model.embeddings.weight"  # is in that layout and in no other
-# by layout, what loads such a folder: the last line that a command prints
+VOCABULARY = "rwkv_vocab_v20230424.txt"  # in World's format; rwkv7-hf uses this name for every vocabulary
+OFFICIAL = "rwkv7."  # prefix in the official layout of every name but head.weight
+PREFIX = "model.layers"  # prefix of a block's tensors in flash-linear-attention's layout
+FLA_SIGN = "model.embeddings.weight"  # a tensor that only flash-linear-attention's layout has
+# layout -> how to load such a folder: the last line that a command prints
 LOADERS = {
     "official": (
         "loaded by: a transformers release with Rwkv7ForCausalLM; 5.25 lacks it. --layout fla is for rwkv7-hf"
@@ -33,7 +33,7 @@ def _norm(stored: str, name: str) -> list[TensorMap]:
 
 
 def _low_rank(name: str) -> list[TensorMap]:
-    """Map a low-rank map: two matrices, and a bias, which g has not."""
+    """Map a low-rank map: two matrices and, except for g, a bias."""
     stored = f"attn.{name}_lora.lora"
     matrices = [
         TensorMap(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
@@ -71,7 +71,7 @@ LAYER_TENSORS = [
 
 
 def table(n_layer: int) -> list[TensorMap]:
-    """Build flash-linear-attention's whole table; block 0 has no value residual, because nothing reads it."""
+    """Build flash-linear-attention's whole table; block 0 has no value residual there: nothing reads it."""
     layers = [mapped.at(i, PREFIX) for i in range(n_layer) for mapped in LAYER_TENSORS]
     return OUTSIDE + [mapped for mapped in layers if not mapped.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
 

@@ -1,11 +1,11 @@
 """hf://OWNER/NAME[/FILE][@REVISION] -> a local path, by the package huggingface_hub.
 
-A program calls local_path() on what its user typed, before anything else reads it; what comes after that sees
-a local path. A name that stands in a file is never asked for here.
+A program calls local_path() on its user's arguments first, so that all other code sees local paths. Names
+inside files are never downloaded.
 
 Cache, token, endpoint and offline mode are huggingface_hub's (HF_HOME, HF_TOKEN, HF_ENDPOINT,
-HF_HUB_OFFLINE). Its second version begins a download anew after each start of the program. So the bytes are
-fetched here, into the place that the cache has for them, and a later start goes on from what has arrived.
+HF_HUB_OFFLINE). Version 2 of huggingface_hub restarts an interrupted download from zero. So this module
+downloads the bytes itself, into huggingface_hub's cache, and continues a partial file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_
 from .weight_files import weight_map
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter
-# what is read of a folder, or belongs to one that is merged; code never is
+DESCRIPTIONS = ("config.json", "adapter_config.json")  # configuration of a model's folder, of an adapter's
+# types of the files to download for a folder; never code
 READ = (".json", ".txt", ".jinja", ".model", ".safetensors")
 SHOWN = 20  # files in an error
 CHUNK = 1 << 20  # bytes
@@ -43,10 +43,10 @@ def local_path(text: str, repo_type: str = MODEL) -> str:
 
 
 def pin(name: HubName, shown: bool = True) -> HubName:
-    """Complete the name with its file and the commit that its revision is now.
+    """Complete the name with its file, and with the commit that its revision is now.
 
-    A folder with config.json and safetensors stays without a file. If the hub can't be reached, the cache
-    answers, which `shown` says on stderr.
+    A name stays without a file if it is a folder with config.json and safetensors. If the hub can't be
+    reached, the cache answers; with `shown` a note on stderr says so.
     """
     if name.file and name.has_commit:
         return name
@@ -76,7 +76,7 @@ def pin(name: HubName, shown: bool = True) -> HubName:
 
 
 def fetch(name: HubName, shown: bool = True) -> Fetched:
-    """Download what pin() named and return its local path. Of several processes one has its bar `shown`."""
+    """Download a name that pin() returned, and return its local path. `shown`: with a bar, in one process."""
     hub = _package(name)
     with explained(name):
         if name.file:
@@ -85,14 +85,14 @@ def fetch(name: HubName, shown: bool = True) -> Fetched:
         if not _is_whole(folder):
             info = hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, revision=name.revision)
             names = [one.rfilename for one in info.siblings if "/" not in one.rfilename]
-            # the weights last: where they all are, everything is
+            # the weights last: if all of them are in the cache, the folder is complete
             for file in sorted(filter(_is_read, names), key=lambda file: (file.endswith(READ[-1]), file)):
                 _file(hub, name.at(name.revision, file), shown)
         return Fetched(folder, str(name))
 
 
 def _package(name: HubName) -> Any:
-    """Import huggingface_hub, only when a name is there to be asked for."""
+    """Import huggingface_hub, only when a name must be looked up."""
     try:
         importlib.import_module("huggingface_hub.file_download")
         importlib.import_module("huggingface_hub.errors")
@@ -135,7 +135,7 @@ def _metadata(hub: Any, name: HubName) -> Any:
 
 
 def _require_hub(hub: Any, name: HubName, commit: str | None, *paths: str | None) -> None:
-    """Raise UserError for an answer that no hub gives: without a commit, or with a name outside the cache."""
+    """Raise UserError for an answer without a commit, or with a file name that leaves the cache's folder."""
     if not COMMIT.fullmatch(commit or "") or not all(
         path and ".." not in path.split("/") and re.fullmatch(r"[^/\\\0][^\\\0]*", path) for path in paths
     ):
@@ -156,7 +156,7 @@ def _storage(hub: Any, name: HubName) -> str:
 
 
 def _keep_revision(hub: Any, name: HubName, commit: str) -> None:
-    """Record in the cache which commit a revision was, for a later start without the hub."""
+    """Record a revision's commit in the cache, for a later start without the hub."""
     if name.has_commit:
         return
     path = os.path.join(_storage(hub, name), "refs", name.revision or "main")
@@ -166,7 +166,7 @@ def _keep_revision(hub: Any, name: HubName, commit: str) -> None:
 
 
 def _from_cache(hub: Any, name: HubName) -> HubName | None:
-    """Do what pin() does with the cache alone; None if it lacks a part."""
+    """Complete a name as pin() does, from the cache alone; None if the cache lacks a part."""
     storage, commit = _storage(hub, name), name.revision
     if not name.has_commit:
         try:
@@ -204,12 +204,12 @@ def _file(hub: Any, name: HubName, shown: bool) -> str:
     if os.path.isfile(file):
         return file
     _complete(hub, name, shown)
-    # it finds the bytes, and gives them their name in the cache
+    # hf_hub_download() finds the bytes in the cache and links the file's name to them
     return hub.hf_hub_download(name.repo, name.file, repo_type=name.repo_type, revision=name.revision)
 
 
 class _Counted:
-    """File that moves a bar as it is written."""
+    """File that counts the written bytes in a bar."""
 
     def __init__(self, file: Any, bar: Progress):
         self.file, self.bar = file, bar
@@ -221,7 +221,7 @@ class _Counted:
 
 
 def _complete(hub: Any, name: HubName, shown: bool) -> None:
-    """Download the bytes of a file into the cache, going on from those that it has.
+    """Download a file's bytes into the cache, continuing a partial download.
 
     Other processes wait for the one that downloads.
     """
@@ -232,9 +232,9 @@ def _complete(hub: Any, name: HubName, shown: bool) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     headers = hub.utils.build_hf_headers()
     if urlsplit(meta.location).netloc != urlsplit(_address(hub, name)).netloc:
-        headers.pop("authorization", None)  # a token is for the hub, not for where it keeps large files
-    headers["Accept-Encoding"] = "identity"  # or the sizes would be of something else
-    partial = f"{blob}.incomplete"  # the name that huggingface_hub gave it before version 2
+        headers.pop("authorization", None)  # the token is for the hub, not for its storage of large files
+    headers["Accept-Encoding"] = "identity"  # otherwise sizes would be those of compressed bytes
+    partial = f"{blob}.incomplete"  # huggingface_hub's name for a partial file before version 2
     with hub.utils.WeakFileLock(lock):
         if os.path.exists(blob):
             return
@@ -267,7 +267,7 @@ def _quiet(hub: Any) -> Iterator[None]:
 
 
 def _require_room(hub: Any, name: HubName, size: int) -> None:
-    """Raise UserError if the disk of the cache has less than `size` bytes free."""
+    """Raise UserError if the cache's disk has fewer than `size` bytes free."""
     cache = hub.constants.HF_HUB_CACHE
     if (free := shutil.disk_usage(cache).free) < size:
         raise UserError(
@@ -277,7 +277,7 @@ def _require_room(hub: Any, name: HubName, size: int) -> None:
 
 
 def _check_sum(name: HubName, path: str, etag: str, shown: bool) -> None:
-    """Compare a file with the hash that the hub gave. Raises UserError, and deletes it, if they differ."""
+    """Compare a file with the hub's hash. If they differ, delete the file and raise UserError."""
     if not SHA256.fullmatch(etag):
         return
     digest = hashlib.sha256()
@@ -292,7 +292,7 @@ def _check_sum(name: HubName, path: str, etag: str, shown: bool) -> None:
 
 @contextlib.contextmanager
 def explained(name: HubName) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the block into a UserError of one sentence."""
+    """Turn exceptions of huggingface_hub inside the block into UserErrors of one sentence."""
     try:
         yield
     except UserError:
@@ -343,7 +343,7 @@ def _reason(name: HubName, error: Exception) -> str:
 
 
 def _asked(question: Callable[[], list[str]]) -> list[str]:
-    """Ask the hub for more to say in an error; nothing if it does not answer."""
+    """Ask the hub for the names that an error lists; [] if it does not answer."""
     with contextlib.suppress(Exception):
         return question()
     return []
@@ -361,7 +361,8 @@ def _files(hub: Any, name: HubName) -> list[str]:
 
 def _is_unreachable(error: Exception) -> bool:
     """Tell whether the hub was not asked, did not answer, or can't answer now."""
-    # requests or httpx, as huggingface_hub has it; its own errors are of answers
+    # the package that the error comes from: requests or httpx fail to connect; huggingface_hub's own errors
+    # are about answers
     package = type(error).__module__.partition(".")[0]
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if package == "huggingface_hub" and not isinstance(error, ConnectionError):
@@ -372,9 +373,9 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def why_unreachable(name: HubName) -> str:
-    """Say why the hub can't be asked for a repository now, or "". It asks once.
+    """Say why the hub can't be asked for a repository now, or "", after one attempt.
 
-    Some packages would ask six times, with seconds between.
+    Some packages try six times, seconds apart.
     """
     hub = _package(name)
     try:

@@ -12,7 +12,7 @@ HUB = "hf://"
 MODEL, DATA = "model", "dataset"  # huggingface_hub's names of the kinds of repositories
 PREFIXES = {"models/": MODEL, "datasets/": DATA}
 FORM = "hf://OWNER/NAME/FILE@REVISION, of which /FILE and @REVISION may be absent"
-ADDRESS = re.compile(  # of a file's page, or of the file
+ADDRESS = re.compile(  # a web address of a file or of its page
     r"https?://(?:huggingface\.co|hf\.co)/(datasets/)?([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/([^?#]+)"
 )
 SUFFIXES = (".pth", ".safetensors", ".gguf", ".bin", ".pt")
@@ -21,7 +21,7 @@ REFERENCE = re.compile(r"refs/(pr|convert)/[^/]+")  # a revision with slashes th
 
 
 class Fetched(str):
-    """Local path of a file from the hub. `name` is how a record names it: hf://...@COMMIT."""
+    """Local path of a file from the hub. `name`: its name in records, hf://...@COMMIT."""
 
     name: str
 
@@ -35,19 +35,19 @@ class Fetched(str):
 
 
 def recorded(value: Any) -> Any:
-    """Return a setting as records keep it: name and commit of what came from the hub, else the value."""
+    """Return a setting for a record: a file from the hub as its name with the commit, else the value."""
     return value.name if isinstance(value, Fetched) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """Name of the hub, taken apart. Without a file it is the repository, or the folder that it is."""
+    """Name of the hub, parsed into its parts. Without a file it names the repository as a folder."""
 
     repo: str
     file: str = ""
     revision: str = ""
     repo_type: str = MODEL
-    prefix: str = ""  # models/ or datasets/, where it was typed
+    prefix: str = ""  # models/ or datasets/, if the user typed it
 
     def __str__(self) -> str:
         file, revision = self.file and f"/{self.file}", self.revision and f"@{self.revision}"
@@ -55,7 +55,7 @@ class HubName:
 
     @property
     def has_commit(self) -> bool:
-        """Tell whether the revision is a commit, which never changes, and no branch or tag."""
+        """Tell whether the revision is a commit, which never changes, rather than a branch or tag."""
         return bool(COMMIT.fullmatch(self.revision))
 
     @property
@@ -64,17 +64,17 @@ class HubName:
         return "data set" if self.repo_type == DATA else "model repository"
 
     def at(self, commit: str, file: str | None = None) -> HubName:
-        """Copy the name at a commit, and perhaps of another file."""
+        """Copy the name with this commit and, if given, another file."""
         return dataclasses.replace(self, revision=commit, file=self.file if file is None else file)
 
 
 def is_hub_name(text: str) -> bool:
-    """Tell whether a text is meant as a name of the hub; parse() says whether it is one."""
+    """Tell whether a text is meant as a name of the hub; parse() checks it."""
     return text.startswith(HUB)
 
 
 def of_address(text: str) -> HubName | None:
-    """Return the name of the file whose address in a browser this is."""
+    """Convert a file's address in a browser into its name; None for other texts."""
     match = ADDRESS.match(text)
     if not match:
         return None
@@ -98,7 +98,7 @@ def hint(path: str) -> str:
 
 
 def parse(text: str, repo_type: str = MODEL) -> HubName:
-    """Take a name apart, or raise UserError; `repo_type` is that of a name without models/ or datasets/.
+    """Parse a name, or raise UserError; `repo_type`: the type of a name without models/ or datasets/.
 
     huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
     """
@@ -117,7 +117,7 @@ def parse(text: str, repo_type: str = MODEL) -> HubName:
         file, at, revision = file.rpartition("@") if "@" in file else (file, "", "")
     parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
     fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
-    places = [*parts, *(revision.split("/") if at else ())]  # the cache has a folder or a file for each
+    places = [*parts, *(revision.split("/") if at else ())]  # names of folders and files in the cache
     inside = all(
         part not in ("", ".", "..") and "\\" not in part and part.isprintable() and len(part) < 256
         for part in places

@@ -1,8 +1,8 @@
 """Checkpoint identity: one digest over all tensor bytes, which adapters, merged files and runs record.
 
-fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
-cache folder, by size, times and inode of the file, or of every file of a Hugging Face folder. Since it is of
-tensors under RWKV's names, a model has the same one in all forms that keep shapes and values.
+fingerprint() reads all bytes, 1.3 GB/s a core. It is computed once per file and remembered in the user's
+cache folder, by size, times and inode of the file, or of every file of a Hugging Face folder. Because it
+hashes tensors under RWKV's names, all forms of a model with equal shapes and values have the same one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for that
-REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
-SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
+DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for sha256
+REMEMBERED = 1 << 24  # bytes; the digest of a file of this size or more is remembered
+SETTLED = 2_000_000_000  # ns since the last change; a younger file could change again without a new time
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
-    """Hash names, shapes, dtypes and all bytes, in no order of the names: "blake2b:" and 64 hex digits."""
+    """Hash names, shapes, dtypes and all bytes, whatever the order of names: "blake2b:" and 64 hex digits."""
     names = sorted(tensors)
     digest = hashlib.blake2b(digest_size=32)
     digests = _in_threads(_digest_of, [tensors[name] for name in names])
@@ -62,14 +62,14 @@ def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Itera
     try:
         yield from pool.map(work, tensors)
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing more is begun
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C start no further tensor
 
 
 class Identity:
-    """Identity of a checkpoint's tensors. Digests are computed when they are asked for.
+    """Identity of a checkpoint's tensors. The digest is computed at its first use.
 
-    `path` is their file, "" for none. Without `tensors` they are read from it again, in the state that it has
-    now. Of several processes that compute the same one has `shown`: a bar.
+    path: the tensors' file, "" for none. Without `tensors` they are read from the file again, which must not
+    have changed since. shown: show a bar, in one of several processes.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Identity:
         if self.given is not None:
             return self.given
         tensors = read_tensors(self.path, any_folder=True)
-        # a new name or other rights do not change the content, though the last of the facts
+        # without the last of FACTS, which also changes with the file's name and permissions
         now = file_facts(self.path)
         if any(now[i::FACTS] != self.state[i::FACTS] for i in range(FACTS - 1)):
             raise UserError(f"{self.path} is another file than the one that was read; start again")
@@ -141,7 +141,7 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
         value = compute()
         changed = max(state[1::FACTS] + state[3::FACTS])
         if file_facts(path) == state and time.time_ns() - changed > SETTLED:
-            # a full disk: what is half written is not JSON, and the next reader ignores it
+            # if the disk is full, the truncated text is no JSON, and the next reader ignores it
             with contextlib.suppress(OSError):
                 file.truncate(0)
                 file.write(json.dumps({"file": place, "state": state, "fingerprint": value}).encode())

@@ -1,8 +1,8 @@
 """Files with mapped tensors: small ones are copied, large ones are watched while they are in use.
 
-A file that is replaced by a rename, as this package writes, stays what it was for everybody who has it
-mapped. A file that is written into, as by cp, changes the tensors. Where it gets shorter, a read behind its
-end is a signal that ends the process, SIGBUS.
+If a file is replaced by a rename, as this package writes, programs that have mapped it keep the old content.
+If a file is overwritten in place, as by cp, the tensors change. If it gets shorter, a read behind its end
+raises the signal SIGBUS, which ends the process.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SMALL = 1 << 26  # bytes up to which a file is copied
 
 
 class ChangedFile(UserError):
-    """A file that was written into while its tensors are in use: the program must end."""
+    """A file was overwritten while its tensors are in use: the program must end."""
 
 
 class _Mapped(NamedTuple):
-    """A mapped file. The descriptor stays with its content when another file gets its name."""
+    """A mapped file. The descriptor keeps the content when another file gets the name."""
 
     path: str
     descriptor: int
     size: int
-    time: int  # of the last change to its content, in ns
+    time: int  # when the content last changed, in ns
     storages: list[weakref.ref[UntypedStorage]]
 
     @property
@@ -42,10 +42,10 @@ class _Mapped(NamedTuple):
         return any(storage() is not None for storage in self.storages)
 
     def change(self) -> str:
-        """Say what happened to the content since then; "" for nothing."""
+        """Describe a change of the content since the mapping; "" if there is none."""
         try:
             now = os.fstat(self.descriptor)
-        except OSError as error:  # of a network's file that is gone
+        except OSError as error:  # such as a file on a network drive that is gone
             return f"can't be read any more ({error.strerror})"
         if now.st_size != self.size:
             return f"was overwritten while it is in use ({self.size:,} bytes, now {now.st_size:,})"
@@ -58,8 +58,8 @@ _mapped: list[_Mapped] = []
 def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that were just mapped from a file, as copies if the file is small.
 
-    A larger file is watched by check_mapped() as long as one of its tensors is in use. Copies of tensors that
-    share memory share theirs.
+    check_mapped() watches a larger file as long as one of its tensors is in use. Tensors that share memory
+    also share it as copies.
     """
     _forget_unused()
     storages = [storage for t in tensors.values() if _is_mapped(storage := t.untyped_storage())]
@@ -81,13 +81,13 @@ def _is_mapped(storage: UntypedStorage) -> bool:
 
 
 def change_of_mapped() -> str:
-    """Say what happened to a file that was written into while its tensors are in use; "" for nothing.
+    """Name a file that was overwritten while its tensors are in use, and the change; "" if there is none.
 
-    It costs a system call a file.
+    The check costs one system call for each file.
     """
     for file in tuple(_mapped):
         if change := file.change():
-            gc.collect()  # a model that nobody has any more may refer to itself
+            gc.collect()  # frees unused models with circular references, which keep tensors alive
             if file.is_used:
                 return _sentence(file, change)
             _forget_unused()
@@ -95,7 +95,7 @@ def change_of_mapped() -> str:
 
 
 def check_mapped() -> None:
-    """Raise ChangedFile for a file that was written into while its tensors are in use."""
+    """Raise ChangedFile for a file that was overwritten while its tensors are in use."""
     if change := change_of_mapped():
         raise ChangedFile(change)
 
@@ -116,9 +116,8 @@ def _forget_unused() -> None:
 
 @contextlib.contextmanager
 def naming_changed_files() -> Iterator[None]:
-    """Name the changed file when SIGBUS, by which a shorter mapped file ends a program, comes in the
-    block."""
-    number = getattr(signal, "SIGBUS", None)  # Windows has none, and lets nobody shorten a mapped file
+    """Print which file changed if SIGBUS, the signal for a shortened mapped file, comes in the block."""
+    number = getattr(signal, "SIGBUS", None)  # Windows has none: it refuses to shorten a mapped file
     if number is None:
         yield
         return
@@ -126,18 +125,18 @@ def naming_changed_files() -> Iterator[None]:
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     told = False
 
-    # from C: a handler of Python's own runs after the instruction, which has no end
+    # called from C: Python runs its own handlers after the instruction, but that one never ends
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def answer(_) -> None:
         nonlocal told
-        if told:  # by another thread: the instruction is tried again until the process has ended
+        if told:  # another thread reports the error; this one retries until the process ends
             return
         told = True
         for file in _mapped:
             if change := file.change():
                 os.write(2, f"\nerror: {printable(_sentence(file, change))}\n".encode(errors="replace"))
                 os._exit(2)
-        set_handler(number, None)  # it has another reason
+        set_handler(number, None)  # no mapped file changed, so let the signal end the process
         signal.raise_signal(number)
 
     before = set_handler(number, ctypes.cast(answer, ctypes.c_void_p))

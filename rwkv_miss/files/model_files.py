@@ -1,7 +1,7 @@
-"""Model files in every form: the one way in which all programs read a base or a merged file.
+"""Model files in every form: all programs read a base or a merged file by this module.
 
-The forms are a .pth, one that a trainer has wrapped, a safetensors file, and a Hugging Face folder in either
-layout. All are mapped, and have RWKV's names afterwards: a model has the same fingerprint in each.
+The forms are a .pth, a trainer's file with the tensors inside, a safetensors file, and a Hugging Face folder
+in either layout. All are mapped, and get RWKV's names, so that a model has the same fingerprint in each form.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .safetensors_io import is_safetensors, read_header, read_safetensors
 from .weight_files import of_all, read_weights
 from .wrapped import contained, is_model, plain_names
 
-FACTS = 4  # file_facts() has for each file: its size, time, inode, and the time of any change
+FACTS = 4  # numbers of file_facts() for each file: size, time of the content, inode, time of any change
 
 
 class ModelFile(NamedTuple):
-    """A file or folder, as it was found."""
+    """Content of a model's file or folder."""
 
-    tensors: dict[str, Tensor]  # mapped, under RWKV's names where it is an RWKV
-    metadata: dict[str, Any] | None  # what this package said of it; None where it said nothing
-    notes: list[str]  # what the user should know
-    provenance: Provenance | None = None  # of an export, the checkpoint that it was made from
+    tensors: dict[str, Tensor]  # mapped, under RWKV's names if the model is an RWKV
+    metadata: dict[str, Any] | None  # written by this package; None if there are none
+    notes: list[str]  # messages for the user
+    provenance: Provenance | None = None  # record of the checkpoint that an export was made from
 
 
-# readings in reading_once(), with file_facts() before each; None outside of it
+# inside reading_once(): (path, any_folder) -> (file_facts() before the reading, the content); None outside
 _kept: dict[tuple[str, bool], tuple[list[int], ModelFile]] | None = None
 
 
@@ -50,18 +50,18 @@ def reading_once() -> Iterator[None]:
 
 
 def forget_readings() -> None:
-    """Keep no readings any more: a model takes their tensors, and may change them."""
+    """Forget the kept files, because a model takes their tensors and may change them."""
     global _kept
     _kept = None
 
 
 def read_model(path: str | os.PathLike[str], any_folder: bool = False) -> ModelFile:
-    """Read the model at `path`. Models that are no RWKV, and adapters, keep their names.
+    """Read the model at `path`. Tensors of other models, and of adapters, keep their names.
 
     any_folder: also read a folder of another model.
 
-    Raises UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
-    architecture, a model inside a larger one, a folder of another model or with a file missing.
+    Raises UserError for a damaged or foreign file, a pickle that asks for code, a newer architecture, a model
+    inside a larger one, and a folder of another model or with a missing file.
     """
     if _kept is None or not is_file_or_folder(path):
         return _read_model(path, any_folder)
@@ -94,7 +94,7 @@ def read_tensors(path: str | os.PathLike[str], any_folder: bool = False) -> dict
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Read the metadata of a model, without its tensors."""
     if os.path.isdir(path):
-        read_config(path)  # which names a folder without one
+        read_config(path)  # its error says that the folder has no configuration
         header = read_header(weight_paths(path)[-1])
     elif is_safetensors(path):
         header = read_header(path)
@@ -128,7 +128,7 @@ def _as_recorded(
     provenance: Provenance | None,
     notes: list[str],
 ) -> ModelFile:
-    """Put the tensors in the order and shapes of the checkpoint that was exported, where that is known."""
+    """Restore the order and shapes of the exported checkpoint, if its record is there."""
     if provenance is None:
         return ModelFile(dict(tensors), None, notes)
     provenance.check(tensors, path)
@@ -142,18 +142,18 @@ def is_file_or_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def weight_paths(path: str | os.PathLike[str]) -> list[str]:
-    """List the files that decide what read_model() gives, the weights last: one, or those of a folder."""
+    """List the files that read_model() reads, one or a folder's, the weights last."""
     if not os.path.isdir(path):
         return [os.fspath(path)]
     return [os.path.join(path, name) for name in folder_files(os.fspath(path))]
 
 
 def file_facts(path: str | os.PathLike[str]) -> list[int]:
-    """Return FACTS of a file, or of each file of a folder: one of them changes with a file."""
+    """Return the FACTS numbers of a file, or of each file of a folder: they change whenever the file does."""
     stats = map(os.stat, weight_paths(path))
     return [fact for f in stats for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
-    """Return the name that records give a file or a folder: the last part of its path."""
+    """Return the name of a file or a folder in records: the last part of its path."""
     return os.path.basename(os.path.abspath(path))

@@ -25,14 +25,14 @@ def user_cache(name: str) -> Path:
 
 
 def refuse_inputs(out: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
-    """Raise UserError if `out` is one of the inputs, by whatever name."""
+    """Raise UserError if `out` is the same file as an input, also under another path."""
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input; choose another name")
 
 
 def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
-    """Raise UserError unless a file of `size` bytes can be made at `path`: call it before long work."""
+    """Raise UserError unless a file of `size` bytes can be made at `path`; for the start of long work."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(
@@ -51,9 +51,9 @@ def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
 
 @contextlib.contextmanager
 def _tidy() -> Iterator[None]:
-    """Let a SIGTERM raise SystemExit inside the block, so that what is half written is removed."""
+    """Let a SIGTERM raise SystemExit inside the block, so that unfinished files are removed."""
     here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # somebody else answers it
+    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # another handler is set
         yield
         return
 
@@ -69,12 +69,13 @@ def _tidy() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "") -> Iterator[BinaryIO]:
-    """Open a new file under a temporary name; it becomes `path` when the block ends and it is on the disk.
+    """Open a file under a temporary name; when the block ends and it is on the disk, it is renamed to `path`.
 
-    What was there before stays until then, and after any failure. Raises UserError where it can't be written,
-    `size` bytes are not free, or the disk runs full.
+    An older file at `path` stays until then, and after any failure. Raises UserError if `path` can't be
+    written, `size` bytes are not free, or the disk runs full.
 
-    The temporary name is random, as others may write the same file. A given `temporary` is overwritten.
+    The temporary name is random, because other processes may write the same file. A given `temporary` is
+    overwritten.
     """
     require_writable(path, size)
     place = os.path.realpath(path)  # the file behind a link is replaced, not the link
@@ -118,24 +119,24 @@ def write_json(path: str | os.PathLike[str], content: dict) -> None:
 
 
 def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
-    """Raise UserError unless a folder of these files can be made at `out`.
+    """Raise UserError unless a folder with these files can be made at `out`.
 
-    Nothing may be there, or a folder with no other files, which is replaced.
+    Either nothing is at `out`, or a folder without other files, which is replaced.
     """
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file, expected the name of a folder to write")
     others = sorted(set(os.listdir(out)) - set(names)) if os.path.isdir(out) else []
     if others:
-        beside = f" beside the files that would be written, {', '.join(names)}" if names else ""
-        raise UserError(f"{out} holds {listed(others, 1)}{beside}; choose another name, or empty the folder")
+        but = f", and only {', '.join(names)} may be there" if names else ""
+        raise UserError(f"{out} holds {listed(others, 1)}{but}; choose another name, or empty the folder")
     require_writable(f"{os.path.realpath(out)}.tmp")
 
 
 @_tidy()
 def write_folder(out: str | os.PathLike[str], writers: dict[str, Callable[[str], None]]) -> None:
-    """Write a folder of files, each made by a function of its path. It appears when all are complete.
+    """Write a folder; each file is written by a function of its path. The folder appears when complete.
 
-    It replaces a folder that has no other files (check_folder). After a failure the folder is as before.
+    An older folder without other files (check_folder) is replaced. After a failure the old one is unchanged.
     """
     check_folder(out, list(writers))
     out = os.path.realpath(out)

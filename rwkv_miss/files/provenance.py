@@ -1,7 +1,7 @@
-"""Provenance: an export's record of its checkpoint, so that the way back gives the same file.
+"""Provenance: an export's record of its checkpoint, so that the same file can be made from the export.
 
-It has the names in their order, dtypes, shapes, and the metadata. It is one JSON text under KEY: in the
-header of safetensors, and among the keys of GGUF.
+The record has the names in their order, dtypes, shapes, and the metadata. It is one JSON text under KEY, in
+the header of safetensors, or among the keys of GGUF.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ WITHIN = {
     torch.float16: (torch.float32, torch.float64),
 }
 
-# of a dimension; without a bound, numbers of thousands of digits take hours to multiply
+# largest dimension: multiplying numbers with thousands of digits takes hours
 LARGEST_SIZE = 1 << 40
 
 
 def check_dtypes(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise UserError for a model with tensors of other dtypes than FLOATS."""
+    """Raise UserError for a tensor whose dtype is not one of FLOATS."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """Record of a checkpoint: `entries` in its order; `metadata` as read_metadata() gives them."""
+    """Record of a checkpoint: `entries` in the file's order, and read_metadata()'s `metadata`."""
 
     entries: dict[str, Entry]
     metadata: dict[str, Any] | None
@@ -70,7 +70,7 @@ class Provenance(NamedTuple):
 
     @staticmethod
     def parse(text: str, path: str | os.PathLike[str]) -> Provenance:
-        """Read what text() wrote. Raises UserError for anything else."""
+        """Parse a record that text() wrote. Raises UserError for anything else."""
         try:
             record = json.loads(text)
             entries = {}
@@ -91,7 +91,7 @@ class Provenance(NamedTuple):
         return Provenance.parse(texts[KEY], path) if KEY in texts else None
 
     def check(self, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-        """Raise UserError unless the tensors are the record's, up to their shapes and dtypes."""
+        """Raise UserError unless the tensors have the record's names and sizes; shapes, dtypes may differ."""
         if missing := sorted(self.entries.keys() ^ tensors.keys()):
             raise UserError(
                 f"{path} is damaged: {missing[0]} is either in the file or in its {KEY}, not in both"

@@ -1,4 +1,4 @@
-"""safetensors files: read by the package of that name, written as a stream, for which it has no function."""
+"""safetensors files: read by the package of that name, and written as a stream, which the package can't."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     try:
         head = first_bytes(path, 9)
     except UserError:
-        return False  # whoever reads it next says why
+        return False  # the next reader of the file reports the error
     return len(head) == 9 and head[8:] == b"{" and head[:4] != b"PK\x03\x04"
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors, those of a large file mapped, and the texts in its header.
+    """Read the tensors, mapped if the file is large, and the texts in the header.
 
-    Raises UserError for a damaged file, or without the package.
+    Raises UserError for a damaged file, or if the package is absent.
     """
     with _opened(path) as file:
         tensors = keep(path, {name: file.get_tensor(name) for name in file.keys()})
@@ -61,7 +61,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a safetensors file; what goes wrong in the block is a UserError."""
+    """Open a safetensors file; errors inside the block become UserErrors."""
     refuse_stand_in(path)
     try:
         import safetensors
@@ -84,8 +84,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sort names: the wide tensors first, so that each is aligned; then by name, so that a copy is the same
-    file."""
+    """Sort names: larger dtypes first, so that each tensor is aligned; then by name, so that the same tensors
+    give the same file."""
     return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
 
 
@@ -98,7 +98,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors bit for bit, or in another dtype, whole or not at all, with texts in the header.
 
-    values: (name, tensor) in file_order(), where `tensors` have only shapes and dtypes.
+    values: (name, tensor) in file_order(), if `tensors` have shapes and dtypes alone.
 
     Raises UserError for a dtype that the format lacks.
     """

@@ -1,7 +1,7 @@
-"""Names of the tensors in a Hugging Face folder, in the model that is made of it.
+"""Names of a Hugging Face folder's tensors, matched with their names in the loaded model.
 
-A folder has RWKV's names behind a prefix, or flash-linear-attention's; or lacks the prefix of a class; or has
-names that transformers changes as it loads.
+A folder has RWKV's names with a prefix, or flash-linear-attention's names; or its names lack the prefix of a
+class; or transformers changes the names while it loads them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 from .hf_names import FLA_SIGN, OFFICIAL, table
 
-STACKED = [("MergeModulelist", 0)]  # transformers' step that makes one tensor of all experts
-RESHAPED = ("same", "flat", "wide", "heads")  # forms with the checkpoint's values in their order
+STACKED = [("MergeModulelist", 0)]  # transformers' step that stacks all experts in one tensor
+RESHAPED = ("same", "flat", "wide", "heads")  # forms that keep the checkpoint's values in their order
 
 
-class Stored(NamedTuple):
-    """Names of the folder's tensors that make up one of the model.
+class StoredNames(NamedTuple):
+    """Names of the folder's tensors that make up one tensor of the model.
 
-    experts: of a stack of matrices, for each the tensors with its rows, by their order.
+    experts: for a stack of matrices, number of the expert -> place among its rows -> name.
     """
 
     names: list[str]
@@ -34,12 +34,12 @@ def find_stored(
     stored: Sequence[str],
     wanted: Collection[str],
     tied: Mapping[str, str] | None = None,
-) -> dict[str, Stored]:
-    """Find tensors of a model among a folder's names, by all ways that two may differ: those that are there.
+) -> dict[str, StoredNames]:
+    """Map wanted names of a model's tensors -> a folder's names, in every way that the names may differ.
 
-    tied: another name of a tensor -> its name; one of them is enough.
+    Names that are not found are left out. tied: another name of a tensor -> its name; one of both is enough.
     """
-    best: dict[str, Stored] = {}
+    best: dict[str, StoredNames] = {}
     tied = tied or {}
     for names in _tables(base, stored):
         for rename in _renamings(wanted, names):
@@ -50,19 +50,19 @@ def find_stored(
     return best
 
 
-def _tables(base: str | os.PathLike[str], stored: Sequence[str]) -> Iterator[Mapping[str, Stored]]:
-    """Yield tables of the names that the folder's tensors may have in a model."""
-    yield {name: Stored([name]) for name in stored}
+def _tables(base: str | os.PathLike[str], stored: Sequence[str]) -> Iterator[Mapping[str, StoredNames]]:
+    """Yield tables: possible name in a model -> the folder's names."""
+    yield {name: StoredNames([name]) for name in stored}
     if FLA_SIGN in stored:
         layers = sum(name.endswith(".attn.r_k") for name in stored)
         maps = [m for m in table(layers) if m.form in RESHAPED and m.stored in stored]
-        yield {m.names[0]: Stored([m.stored]) for m in maps}
+        yield {m.names[0]: StoredNames([m.stored]) for m in maps}
     elif not any(name.startswith(OFFICIAL) for name in stored):
         yield _names_of_transformers(base, stored)
 
 
-def _renamings(wanted: Iterable[str], names: Mapping[str, Stored]) -> Iterator[Callable[[str], str]]:
-    """Yield the ways to find an adapter's names in a table: as they are, and with a prefix more or less."""
+def _renamings(wanted: Iterable[str], names: Mapping[str, StoredNames]) -> Iterator[Callable[[str], str]]:
+    """Yield functions from an adapter's names to a table's: unchanged, with a prefix added, or removed."""
     yield lambda name: name
     if first := next((name for name in wanted if name not in names), ""):
         ends = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
@@ -72,10 +72,10 @@ def _renamings(wanted: Iterable[str], names: Mapping[str, Stored]) -> Iterator[C
         yield lambda name: name if name in names else name.partition(".")[2]
 
 
-def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) -> Mapping[str, Stored]:
+def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) -> Mapping[str, StoredNames]:
     """Ask transformers for the names of the folder's tensors in a model.
 
-    {} where it is absent, or makes no model of the configuration. Code of the folder is never run.
+    {} if transformers is absent, or has no model for the configuration. Code of the folder is never run.
     """
     try:
         import transformers
@@ -95,11 +95,11 @@ def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) 
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     joining = [change for change in changes if not isinstance(change, WeightRenaming)]
-    names: dict[str, Stored] = {}
+    names: dict[str, StoredNames] = {}
     own = model.state_dict()
     for name in stored:
         live, pattern = rename_source_key(name, renamings, joining, model.base_model_prefix, own)
-        found = names.setdefault(live, Stored([], {}))
+        found = names.setdefault(live, StoredNames([], {}))
         found.names.append(name)
         if place := pattern and _expert(name, pattern, joining):
             index, order = place
@@ -108,9 +108,9 @@ def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) 
 
 
 def _expert(name: str, pattern: str, joining: list[Any]) -> tuple[int, int] | None:
-    """Return the number of a stored expert, and its place among the tensors that are its rows.
+    """Return the number of a stored expert, and the tensor's place among the expert's rows.
 
-    None for what transformers joins in another way.
+    None for tensors that transformers joins in another way.
     """
     joined = next(change for change in joining if pattern in change.source_patterns)
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in joined.operations]

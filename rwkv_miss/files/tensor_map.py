@@ -1,6 +1,6 @@
-"""Maps between the tensors of another form and a checkpoint's. A table of them serves both directions.
+"""Maps between a checkpoint's tensors and another format's. One table of them serves both directions.
 
-Shapes are as torch has them.
+Shapes are torch's.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 LARGE, LOW_RANK, VECTOR = "large matrix", "low-rank map", "vector"
-VALUE_RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]  # RWKV-7's, which nothing reads in block 0
+VALUE_RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]  # RWKV-7 tensors that nothing reads in block 0
 
 
-class Form(NamedTuple):
+class TensorForm(NamedTuple):
     """Conversion of the checkpoint's tensors to a stored one and back, up to shapes (C) and (1, 1, C)."""
 
     store: Callable[[list[Tensor]], Tensor]
-    restore: Callable[[Tensor, int], list[Tensor]]  # given the head size too
+    restore: Callable[[Tensor, int], list[Tensor]]  # arguments: the stored tensor and the head size
 
 
 FORMS = {
-    "same": Form(lambda t: t[0], lambda t, size: [t]),
-    "flat": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(1, 1, -1)]),
-    "wide": Form(lambda t: t[0].reshape(1, 1, -1), lambda t, size: [t.reshape(1, 1, -1)]),
-    "heads": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(-1, size)]),
-    # x @ w in the checkpoint, a linear's weight elsewhere
-    "transposed": Form(lambda t: t[0].transpose(-1, -2), lambda t, size: [t.transpose(-1, -2)]),
-    "fused": Form(
+    "same": TensorForm(lambda t: t[0], lambda t, size: [t]),
+    "flat": TensorForm(lambda t: t[0].flatten(), lambda t, size: [t.reshape(1, 1, -1)]),
+    "wide": TensorForm(lambda t: t[0].reshape(1, 1, -1), lambda t, size: [t.reshape(1, 1, -1)]),
+    "heads": TensorForm(lambda t: t[0].flatten(), lambda t, size: [t.reshape(-1, size)]),
+    # the checkpoint computes x @ w; the other format has a linear's weight, w transposed
+    "transposed": TensorForm(lambda t: t[0].transpose(-1, -2), lambda t, size: [t.transpose(-1, -2)]),
+    "fused": TensorForm(
         lambda t: torch.stack([part.reshape(1, 1, -1) for part in t]),
         lambda t, size: list(t.reshape(len(t), 1, 1, -1)),
     ),
@@ -39,9 +39,9 @@ FORMS = {
 class TensorMap(NamedTuple):
     """Stored tensor, and the checkpoint's tensors in it."""
 
-    stored: str  # its name
-    names: tuple[str, ...]  # of the checkpoint's tensors
-    form: str  # of FORMS
+    stored: str  # name of the stored tensor
+    names: tuple[str, ...]  # names of the checkpoint's tensors
+    form: str  # key in FORMS
     kind: str  # LARGE, LOW_RANK or VECTOR
 
     def at(self, layer: int, prefix: str) -> TensorMap:

@@ -1,6 +1,6 @@
 """Checks of files from strangers, before and after they are read.
 
-SECURITY.md says what they mean for the user.
+SECURITY.md explains them to users.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .hub_names import hint
 LARGEST_INDEX = 1 << 22
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 READ_AT_ONCE = 1 << 18  # bytes
-NEWEST_PROTOCOL = 3  # of a pickle that torch.load(weights_only=True) reads
-# names that a pickle of plain tensors uses; some others that torch allows allocate whatever the file says
+NEWEST_PROTOCOL = 3  # newest protocol of pickle that torch.load(weights_only=True) reads
+# names that a pickle of plain tensors uses; torch allows more, some of which allocate as much as a file says
 PLAIN = re.compile(
     r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage"
     r" UntypedStorage|"
@@ -33,7 +33,7 @@ PLAIN = re.compile(
 )
 NUMBERS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE"}  # codes of a pickle
 NUMBERS_IN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# what zipfile raises for a damaged archive
+# exceptions of zipfile for a damaged archive
 DAMAGE = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, RuntimeError)
 # in a file of torch < 1.6: magic number, protocol, machine types, the tensors, the keys of their storages
 LEGACY_PICKLES = 5
@@ -42,7 +42,7 @@ LEGACY_PICKLES = 5
 def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
     """Read the first bytes of a file; a path that can't be read is refused here."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        # a pipe can be read once, and opening one may wait for ever
+        # a pipe can be read only once, and opening it may wait for ever
         raise UserError(f"{path} is no regular file")
     try:
         with open(path, "rb") as file:
@@ -57,7 +57,7 @@ def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
 
 
 def refuse_stand_in(path: str | os.PathLike[str]) -> None:
-    """Raise UserError for what a download or a clone left in the place of a file of tensors."""
+    """Raise UserError for a web page or a Git LFS pointer in the place of a file with tensors."""
     head = first_bytes(path, 256).lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):
         raise UserError(
@@ -73,10 +73,10 @@ def refuse_stand_in(path: str | os.PathLike[str]) -> None:
 
 def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     """Open a checkpoint's zip archive. Raises UserError for
-    - a truncated one,
-    - compressed records: torch never writes them, and would map them as if they were not,
+    - a truncated archive,
+    - compressed records: torch never writes them, and would map the compressed bytes as numbers,
     - an index so large that unpickling it could fill the memory,
-    - records that overlap: summing them up takes for ever.
+    - records that overlap: reading them all would take for ever.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -112,7 +112,7 @@ def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
     """Raise UserError if a checkpoint's pickles ask for anything but plain tensors, or hold a tuple twice.
 
-    A tuple that holds another twice, and so on, is small, but hashing or printing it takes for ever.
+    A tuple that holds another one twice, at many levels, is a small file, but hashing it takes for ever.
     """
     try:
         if not zipped:
@@ -137,8 +137,8 @@ def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
 
 
 def _check_pickle(path, stream: io.BytesIO) -> None:
-    tuples, tuple_is_last = set(), False  # places in the pickle's memo
-    numbers = 0  # codes of numbers just before, up to as many as a tuple's code takes
+    tuples, tuple_is_last = set(), False  # places of tuples in the pickle's memo
+    numbers = 0  # number codes directly before this code, up to the most that a tuple's code takes
     for code, argument, _ in pickletools.genops(stream):
         if code.name == "PROTO" and argument > NEWEST_PROTOCOL:
             raise UserError(
@@ -163,7 +163,7 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
                 f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of"
                 " dense tensors"
             )
-        # of numbers alone, as the betas that an optimizer's groups share, a tuple can't grow
+        # a tuple of numbers alone, such as an optimizer's betas, can't grow and may be repeated
         of_numbers = 0 < NUMBERS_IN.get(code.name, 0) <= numbers
         of_others = code.name.startswith("TUPLE") and not of_numbers
         tuple_is_last = of_others or "PUT" in code.name and tuple_is_last
@@ -197,9 +197,9 @@ def json_object(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
 
 
 def check_sums(path: str | os.PathLike[str]) -> None:
-    """Raise UserError unless every record of a checkpoint has its recorded checksum. It reads the whole file.
+    """Raise UserError unless every record of a checkpoint has its recorded checksum; reads the whole file.
 
-    Files of torch < 1.6 have none.
+    Files of torch < 1.6 have no checksums.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -214,10 +214,7 @@ def check_sums(path: str | os.PathLike[str]) -> None:
 
 
 def check_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for tensors that are not plain numbers in this file.
-
-    These are sparse, quantised or complex ones, and shapes that claim more than is there.
-    """
+    """Raise UserError for sparse, quantised or complex tensors, and shapes larger than the file's data."""
     together = 0
     for name, tensor in tensors.items():
         plain = (

@@ -1,6 +1,6 @@
-"""Weights of a Hugging Face folder of any model: one safetensors file, or those that an index names.
+"""Weights of a Hugging Face folder of any model: one safetensors file, or several that an index names.
 
-A folder of the same form is written from the tensors in their order, one in memory at a time.
+A folder with the same files is written from the tensors in their order, one in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .output import check_folder, require_writable, write_folder, write_json, wr
 from .safetensors_io import read_safetensors, write_safetensors
 from .untrusted import read_json
 
-# endings of files with weights, which a folder made from another one does not share with it
+# endings of files with weights, which write_like() does not copy
 WEIGHT_ENDINGS = (
     *(".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json"),
 )
@@ -29,9 +29,9 @@ Files = Mapping[str, Mapping[str, Tensor]]  # file of weights -> its tensors by 
 
 
 def weight_files(path: str) -> list[str]:
-    """Name the files with the weights: the one file, or those that an index names, all in this folder.
+    """Name the files with the weights: the one file, or those that the index names, all in this folder.
 
-    Raises UserError for no such file, and for an index that names anything else.
+    Raises UserError if there is no such file, and for an index that names files elsewhere.
     """
     if os.path.lexists(os.path.join(path, WEIGHTS)):
         return [WEIGHTS]
@@ -84,8 +84,8 @@ def of_all(files: Files) -> dict[str, Tensor]:
 
 
 def check_new_folder(out: str | os.PathLike[str], size: int = 0) -> None:
-    """Raise UserError unless a new folder of `size` bytes can be made at `out`: nothing or an empty one is
-    there."""
+    """Raise UserError unless a new folder of `size` bytes can be made at `out`, where nothing or an empty
+    folder may be."""
     check_folder(out, [])
     require_writable(f"{os.path.realpath(out)}.tmp", size)
 

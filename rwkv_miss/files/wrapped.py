@@ -1,7 +1,7 @@
 """Model files of trainers and of larger models: the plain tensors inside, and notes about the rest.
 
-A trainer's file has the tensors in a dict beside epoch numbers and the optimizer's state, or has prefixes
-before their names. Both are taken off. A model that is one part of a larger one is not guessed at.
+A trainer's file has the tensors in a dict within the file's dict, next to epoch numbers and the optimizer's
+state, or has prefixes before their names. Both are taken off. A model inside a larger one is an error.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import UserError, listed, printable
 from .hf_names import OFFICIAL
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers put tensors
 PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
-PART = "rwkv."  # before the names of a language model inside a larger one
+PART = "rwkv."  # prefix of a language model's names inside a larger model
 PLAIN = re.compile(r"(emb|head)\.weight|ln_out\.(weight|bias)|blocks\.\d+\..+")
 SHOWN = 4  # names in a note
 
@@ -38,8 +38,8 @@ def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[
         )
     note = f"{path}: the tensors are those under {inside[0]!r}"
     names = [printable(key) if isinstance(key, str) else type(key).__name__ for key in loaded]
-    if beside := [name for name in names if name != inside[0]]:
-        note += f"; left out: {listed(beside, SHOWN)}"
+    if left_out := [name for name in names if name != inside[0]]:
+        note += f"; left out: {listed(left_out, SHOWN)}"
     return loaded[inside[0]], [note]
 
 
@@ -51,9 +51,9 @@ def _has_tensors(value: Any) -> bool:
 def plain_names(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Return (the tensors under RWKV's names, notes). Other models and adapters keep theirs.
+    """Return (the tensors under RWKV's names, notes). Other models and adapters keep their names.
 
-    Raises UserError for two tensors of one name, and for a model inside a larger one.
+    Raises UserError for two tensors with one name, and for a model inside a larger one.
     """
     names = {name: without_prefixes(name) for name in tensors}
     if not is_model(names.values()):
@@ -72,7 +72,7 @@ def plain_names(
 def renamed(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, Tensor]:
-    """Rename the tensors of a file. Raises UserError for two tensors of one name."""
+    """Rename the tensors of a file. Raises UserError for two tensors with one name."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (short := rename(name)) in result:
@@ -85,8 +85,7 @@ def renamed(
 
 
 def is_model(names: Iterable[str]) -> bool:
-    """Tell whether these are all names of an RWKV, of any version, and not another model's or an
-    adapter's."""
+    """Tell whether these are the names of an RWKV of any version, not of another model or an adapter."""
     names = set(names)
     return "emb.weight" in names and any(name.startswith("blocks.0.") for name in names)
 
@@ -94,7 +93,7 @@ def is_model(names: Iterable[str]) -> bool:
 def without_prefixes(name: str, part: str = PART) -> str:
     """Strip the prefixes of trainers, also nested, and of the official Hugging Face layout from a name.
 
-    The name stays if the rest is neither RWKV's nor that of a `part` of a larger model.
+    The name stays if the rest is neither an RWKV's name nor begins with `part`.
     """
     rest = name
     while not (PLAIN.fullmatch(rest) or rest.startswith(part)):
