@@ -94,7 +94,7 @@ def read_tensors(path: str | os.PathLike[str], any_folder: bool = False) -> dict
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Read the metadata of a model, without its tensors."""
     if os.path.isdir(path):
-        read_config(path)  # its error says that the folder has no configuration
+        read_config(path)  # for its error if the folder has no configuration
         header = read_header(weight_paths(path)[-1])
     elif is_safetensors(path):
         header = read_header(path)

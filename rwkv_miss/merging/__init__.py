@@ -1,4 +1,4 @@
 """Base + adapters -> merged file, and back: merge, rounding losses, unmerge, diff, and their commands.
 
-Imports all of the package; only the package's command imports it.
+These modules import the whole package; only its command imports them.
 """

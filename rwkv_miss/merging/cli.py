@@ -27,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
     merge = commands.add_parser("merge", help="write base model + adapters, a .pth or a Hugging Face folder")
-    # the other names are those of RWKV-PEFT's merge scripts
+    # the second names of flags are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
     add_adapters(merge, required=True)
     add_hints(merge)
@@ -105,12 +105,12 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
         type=weights,
         help=f"factors of the adapters, in their order, such as 0.7,-0.3; default: {default}",
     )
-    # else argparse takes -0.5,1 for a flag
+    # without this pattern argparse takes -0.5,1 for a flag
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
 
 
 def add_hints(parser: Parser) -> None:
-    """Add the flags about what an adapter of another project leaves open; hints() reads them."""
+    """Add the flags for facts that another project's adapter does not state; hints() reads them."""
     parser.add_argument(
         "--origin",
         default="",
@@ -164,7 +164,7 @@ def show(report: Any, args: argparse.Namespace) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    # one core writes while the others make the next tensor
+    # one core writes a tensor while the others compute the next one
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     show(
         merge_file(

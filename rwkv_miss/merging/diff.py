@@ -2,9 +2,9 @@
 
 `rwkv-miss diff A.pth B.pth --rank r --out adapter.pth`
 
-For a matrix dW = B - A and shards S_j of its columns the nearest D, in the sense of least squares, has the
-means of the shards: D[j, o] is the mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over
-j of |S_j| ||D_j||^2, which needs no second look at the matrix.
+For a matrix dW = B - A and shards S_j of its columns, the D nearest in the sense of least squares consists of
+means: D[j, o] is the mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over j of
+|S_j| ||D_j||^2, which is computed without reading the matrix again.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ ENTRIES_AT_ONCE = 1 << 20  # entries of a matrix in float64 at once
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Tensor that differs: ||B - A|| and ||A||.
+    """Norms of a tensor that differs: ||B - A|| and ||A||.
 
-    A linear also has `explained`, the adapter's share of ||B - A||^2, and `random`, r / in, that share for a
-    random matrix.
+    A linear also has `explained`, the share of ||B - A||^2 that the adapter reproduces, and `random`, r / in,
+    the same share for a random matrix.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Difference:
 class DiffReport:
     """Result of diff_files(): linears with their shares, and other tensors that differ.
 
-    whole: those of the other tensors that the file has.
+    whole: the other tensors that the adapter's file has.
     """
 
     a: str
@@ -134,12 +134,12 @@ def diff_files(
     """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
 
     targets: names as in inject(); None: all linears of the paper. Only linears that differ are adapted.
-    whole: other tensors that differ are in the file as they are in `b`, with all others of their parts
-    (methods/whole_tensors.py). Else they are left out.
+    whole: write other tensors that differ, as in `b`, with all tensors of their parts
+    (methods/whole_tensors.py). Without it they are left out.
 
-    Where `b` has another dtype, what counts is its difference from `a` rounded to that. Raises UserError for
-    other keys or shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; nothing
-    is left of a file that was begun.
+    If `b` has another dtype, `a` is rounded to it before the comparison. Raises UserError for other keys or
+    shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; no unfinished file is
+    left.
     """
     check_output(out, (a, b), ADAPTER_FORMAT)
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
@@ -187,7 +187,7 @@ def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> d
 def _what_differs(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], targets: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Return (the linears among the targets that differ, the keys of all other tensors that do)."""
+    """Return (the linears among the targets that differ, the keys of all other tensors that differ)."""
     candidates = find_targets(first, targets)
     different = [key for key in second if key not in first or not _same(first[key], second[key])]
     linears = [name for name in candidates if f"{name}.weight" in different]
@@ -215,11 +215,11 @@ def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[
 
 
 def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tokenizer, end of document and template from two files' metadata; the second's come first.
+    """Return tokenizer, end of document and template from the second file's metadata, else the first's.
 
-    The BOS is the second's alone: a file without one was trained without one.
+    The BOS is taken from the second alone: a file without a BOS was trained without one.
     """
-    source = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
+    source = second if second.get("tokenizer") else first  # so that the end of document fits the tokenizer
     return {
         "tokenizer": source.get("tokenizer"),
         "eod": source.get("eod"),
@@ -229,7 +229,7 @@ def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """Raise UserError that names the first keys, or the shape, that two checkpoints do not share.
+    """Raise UserError that names the first keys, or the shape, in which two checkpoints differ.
 
     The second may add initial states.
     """
@@ -250,9 +250,9 @@ def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 
 
 def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
-    """Find the linears of the targets, as inject() does, among a checkpoint's matrices.
+    """Find the linears that the targets select among a checkpoint's matrices, as inject() does.
 
-    Raises UserError for one that matches nothing.
+    Raises UserError for a target that matches nothing.
     """
     names = [
         key.removesuffix(".weight")
@@ -299,7 +299,7 @@ def _finite(found: Difference) -> Difference:
 def nearest(
     name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool
 ) -> tuple[Tensor, Difference]:
-    """Find the D (rank, out) fp32 nearest to second - first, (out, in), in float64, and how near it is."""
+    """Compute in float64 the D (rank, out) nearest to second - first, (out, in), and its error; D is fp32."""
     out, width = first.shape
     counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()
     D = torch.empty(rank, out)

@@ -1,4 +1,4 @@
-"""Merge of an adapter into the model in memory, with the sums and the one rounding of a merged file."""
+"""Merge of an adapter into the model in memory, with the same sums and single rounding as a merged file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .rounding import round_to
 def merge(model: nn.Module, keep_base: bool = True) -> None:
     """Merge the model's adapter into its weights, in place, each rounded once to its own dtype.
 
-    The merged weights are those of merge_file(), bit for bit, but for PiSSA, whose base is rounded in memory.
-    Whole tensors have the base's dtype. Layers answer at the base's cost. A forward in training is a
-    UserError, because no gradient would reach the adapter; save_adapter() still writes it.
+    The merged weights are merge_file()'s, bit for bit, except with PiSSA, whose base is rounded in memory.
+    Whole tensors have the base's dtype. A forward costs what the base's costs. A forward in training is a
+    UserError, because no gradient would reach the adapter; save_adapter() still writes the adapter.
 
-    keep_base: keep the base's weights, for unmerge(). Without them a merge takes the memory of one more
-    weight, and only unload() can follow.
+    keep_base: keep a copy of the base's weights, for unmerge(). With False a merge needs the memory of one
+    weight more, and afterwards only unload() is possible.
 
-    Raises UserError for weights that are quantised, sharded or on the meta device, and for a value that fp16
-    has no room for. With its base kept the model is as before then; else save_adapter() still writes the
-    adapter, and unload() is refused.
+    Raises UserError for weights that are quantised, sharded or on the meta device, and for a value beyond
+    fp16's range. With keep_base the model is unchanged after the error; without it save_adapter() still
+    works, and unload() is refused.
     """
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is not None:
@@ -47,7 +47,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
                 layer.put_matrix(merged)
                 layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
             injection.kept |= put_parameters(model, rounded)
-    except BaseException:  # an interrupted merge, too, would leave the adapter in a part of the layers
+    except BaseException:  # also for an interrupt: only some layers would be merged
         injection.half_merged = bool(injection.kept) and not keep_base
         if not injection.half_merged:
             unmerge(model)
@@ -55,7 +55,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
-    """Raise UserError for a tensor that this process can't replace by a merged one."""
+    """Raise UserError for a tensor that can't be merged in this process."""
     quantised = is_of_others(tensor) or not tensor.is_floating_point()
     elsewhere = is_sharded(tensor) or not tensor.numel()
     if quantised or elsewhere or tensor.is_meta:
@@ -66,7 +66,7 @@ def _check(name: str, tensor: torch.Tensor) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo merge(): the base's weights are back, bit for bit, and the adapter beside them."""
+    """Undo merge(): the base's weights are back, bit for bit, and the layers add the adapter again."""
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is None:
         raise UserError("the adapter is not merged; call merge(model) first")
@@ -85,17 +85,16 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module) -> nn.Module:
     """Take the adapter off: plain modules again, with the merged weights if it is merged, else the base's.
 
-    The base is as it was before inject(), bit for bit, with the same names and the same parameters trained.
-    PiSSA has changed the weights: of its base the last bits may differ. Tensors that were trained beside the
-    adapter stay trained where their first values were not kept (inject(train_parts=..., keep_first=True)).
-    Returns the model.
+    The base is as it was before inject(), bit for bit, with the same names and the same parameters trained;
+    with PiSSA, which changed the weights, the last bits may differ. Whole tensors keep their trained values
+    unless inject(train_parts=..., keep_first=True) kept the first ones. Returns the model.
     """
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.half_merged:
         raise UserError("merge(keep_base=False) failed amid the layers; load the base again")
     if injection.kept is None:
         for name, layer in layers.items():
-            if not is_of_others(layer.stored):  # whose module is there again, with its own weight
+            if not is_of_others(layer.stored):  # another package's module is back with its own weight
                 _check(layer.key(name), layer.stored)
         with renewing(layers.values()):
             for layer in layers.values():

@@ -1,6 +1,6 @@
 """Sum of adapters on the tensors of a base: W + sum of w_i delta_i(W) in fp32.
 
-Every delta is that of the base's weight.
+Every delta is computed from the base's weight, not from a sum.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..methods.whole_tensors import PARTS
 from ..targets import View, views_of
 from .rounding import Scratch
 
-LARGEST_WEIGHT = 1e30  # of an adapter; beyond it nothing is left in fp32
+LARGEST_WEIGHT = 1e30  # largest factor of an adapter; a larger one overflows fp32
 RECORDED = ("tokenizer", "eod", "template")  # metadata that readers of a merged file use
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows(View):
-    """Tensor with some rows of a linear's matrix, as a file has the experts that a model has stacked.
+    """Tensor with some rows of a linear's matrix, such as one file's part of a stack of experts.
 
-    first: its first row in the matrix. total: rows of the matrix.
+    first: the place of the tensor's first row in the matrix. total: number of the matrix's rows.
     """
 
     first: int = 0
@@ -45,16 +45,17 @@ class Rows(View):
 class Member:
     """Adapter file, and the factor of its change.
 
-    The change is delta(W) of a linear's weight, T - base of a whole tensor T.
+    The change is delta(W) for a linear's weight, T - base for a whole tensor T.
     """
 
     path: str
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     weight: float = 1.0
-    notes: Sequence[str] = ()  # for the user, about reading the file
-    places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names in the base that differ
-    rows: Mapping[tuple[str, int], list[View]] = dataclasses.field(default_factory=dict)  # of stacked experts
+    notes: Sequence[str] = ()  # messages for the user about reading the file
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> another name in the base
+    # (key of a stack, number of an expert) -> the base's tensors with the expert's rows
+    rows: Mapping[tuple[str, int], list[View]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:
@@ -71,7 +72,7 @@ class Member:
 
     @functools.cached_property
     def views(self) -> list[tuple[str, View]]:
-        """Pair the name of each linear with its part of a weight of the base, or with several."""
+        """Pair each linear's name with its part of a weight of the base; an expert may have several parts."""
         pairs = []
         for name, view in views_of(self.metadata).items():
             own = dataclasses.replace(view, key=self.places.get(view.key, view.key))
@@ -88,7 +89,7 @@ class Member:
 
     @functools.cached_property
     def whole(self) -> dict[str, Tensor]:
-        """Return the tensors that the file has as a whole."""
+        """Return the whole tensors of the file, by their names in the base."""
         shared = tuple(f"shared.{name}" for name in self.method.shared)
         linears = set(self.metadata["linears"])
 
@@ -102,7 +103,7 @@ class Member:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Map another name of a whole tensor -> its name in the file. A base may have either, or both."""
+        """Map other name of a whole tensor -> its name in the file. A base may have one of them, or both."""
         return self.metadata["tied"]
 
     @functools.cached_property
@@ -141,7 +142,7 @@ class Member:
         for name, view in self.views:
             shape = _matrix(view, base[view.key]).shape
             try:
-                with torch.device("meta"):  # shapes alone: no byte is written yet
+                with torch.device("meta"):  # check shapes without values, before anything is written
                     method, options = self.method_at(name)
                     own = layer_tensors(method, name, shape, self.owned)
                     layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
@@ -190,16 +191,16 @@ class Member:
 
     @torch.no_grad()
     def merge_into(self, key: str, weight: Tensor) -> None:
-        """Add the changes of a weight of the base to it, fp32."""
+        """Add the adapter's changes to a weight of the base, in place, fp32."""
         for view, layer in self.layers(key, weight):
-            layer.add_delta_to(layer.weight)  # which are the weight's own numbers, or a transposed copy
+            layer.add_delta_to(layer.weight)  # layer.weight is `weight` itself, or a transposed copy
             if isinstance(view, Rows):
                 weight.add_(layer.weight[view.first :][: len(weight)])
             elif view.transposed:
                 view.of(weight).copy_(layer.weight)
 
     def layers(self, key: str, weight: Tensor) -> Iterator[tuple[View, AdapterLinear]]:
-        """Make the adapted linears of a weight of the base, fp32."""
+        """Make the adapted linears whose matrices are in this weight of the base, fp32."""
         for name, view in self.by_weight[key].items():
             matrix = _matrix(view, weight).contiguous()
             method, options = self.method_at(name)
@@ -208,9 +209,9 @@ class Member:
 
     @torch.no_grad()
     def delta(self, key: str, weight: Tensor, out: Tensor, fast: bool = True) -> Tensor:
-        """Compute the change of a weight into `out`, fp32. weight: the base's, fp32.
+        """Compute the change of the base's `weight`, fp32, into `out`, fp32.
 
-        fast: as a merge does, which for MiSS is 7 times as fast as the method's delta().
+        fast: use add_delta_to(), as a merge does, which for MiSS is 7 times as fast as delta().
         """
         out.zero_()
         for view, layer in self.layers(key, weight):
@@ -219,7 +220,7 @@ class Member:
             elif not fast or layer.low_rank() is None or view.transposed:
                 view.of(out).copy_(layer.delta())
             else:
-                layer.add_delta_to(view.of(out))  # the same for any weight
+                layer.add_delta_to(view.of(out))  # adds to zeros; this method's change ignores the weight
         return out
 
     def record(self) -> dict[str, Any]:
@@ -235,7 +236,7 @@ class Member:
 
 
 def _matrix(view: View, weight: Tensor) -> Tensor:
-    """Return a linear's matrix of a weight of the base; of a part of its rows zeros, which are the others."""
+    """Return a linear's matrix in a weight of the base; all zeros for Rows, whose weight is only a part."""
     if isinstance(view, Rows):
         return weight.new_zeros(view.total, weight.shape[1])
     return view.of(weight)
@@ -258,11 +259,11 @@ class Combination:
         ]
 
     def changed(self, base: Iterable[str]) -> list[str]:
-        """Return the keys of the base whose values change."""
+        """Return those keys of the base whose values change."""
         return [key for key in base if any(m.changes(key) for m in self.members)]
 
     def added(self, base: Iterable[str]) -> list[str]:
-        """Return the keys that the base does not have, such as initial states."""
+        """Return the adapters' keys that the base lacks, such as initial states."""
         base = set(base)
         other_names: set[str] = set()
         for m in self.members:
@@ -285,9 +286,9 @@ class Combination:
 
     @torch.no_grad()
     def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
-        """Compute sum of w_i delta_i, fp32, for a tensor that some adapter changes as the weight of a linear.
+        """Compute sum of w_i delta_i, fp32, for a linear's weight that some adapter changes.
 
-        weight: the base's, fp32.
+        weight: the base's weight, fp32.
         """
         total = None
         for m in self.members:
@@ -306,7 +307,7 @@ class Combination:
     def merged(self, key: str, base: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
         """Compute one tensor of the base with its changes, before rounding.
 
-        It is in `out` or in the scratch memory, fp32, or as it is in an adapter's file.
+        The result is fp32, in `out` or in the scratch memory, or else an adapter's own tensor.
         """
         concerned = [m for m in self.members if m.changes(key)]
         alone = [m.weight for m in concerned] == [1]
@@ -322,7 +323,7 @@ class Combination:
         return weight
 
     def added_value(self, key: str) -> Tensor:
-        """Compute a tensor that the base lacks: the sum of w_i T_i, fp32, or as an adapter's file has it."""
+        """Compute a tensor that the base lacks: the sum of w_i T_i, fp32, or an adapter's own tensor."""
         values = [(m.whole[key], m.weight) for m in self.members if key in m.whole]
         if [weight for _, weight in values] == [1]:
             return values[0][0]
@@ -337,12 +338,12 @@ def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
 
 
 def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
-    """Read an adapter file of this project, or, by the name of its format, one of another project.
+    """Read an adapter file in the format `name`; None: one that is not recognised, for its error.
 
-    Raises UserError for all else, and if neither the file nor the hints tell enough.
+    Raises UserError for a file that is no adapter, or if a fact is missing from both the file and the hints.
     """
     if name in (None, "native"):
-        return Adapter(*read_adapter(source.path))  # which says what else it is
+        return Adapter(*read_adapter(source.path))  # for its error, which names the file's real format
     adapter = FORMATS[name].read(source, hints.only(FORMATS[name].hints))
     return dataclasses.replace(
         adapter, notes=[f"{source.path} is read as {name}: {adapter.metadata['method']}", *adapter.notes]
@@ -354,10 +355,10 @@ def read_members(
     weights: Sequence[float] | None = None,
     hints: Hints = NO_HINTS,
 ) -> list[Member]:
-    """Read adapter files with their factors, 1 each by default; `hints` are for those of other projects.
+    """Read adapter files with their factors, 1 each by default; `hints` are for other projects' files.
 
-    Raises UserError for a file that is no adapter or holds NaN, a factor that is no number, and another
-    number of factors than of files.
+    Raises UserError for a file that is no adapter or holds NaN, a factor that is no number, and if there are
+    more or fewer factors than files.
     """
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
@@ -373,7 +374,7 @@ def read_members(
             )
     sources = [open_source(path) for path in paths]
     forms = [format_of(source) for source in sources]
-    useful: set[str] = set()  # hints that one of the files can use
+    useful: set[str] = set()  # hints that at least one file uses
     for name in forms:
         useful.update(FORMATS[name].hints if name else ())
     for path, name in zip(paths, forms):
@@ -407,10 +408,10 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tokenizer, end of document, template and BOS: the adapters' records, else the base's.
+    """Return tokenizer, end of document, template and BOS from the adapters' metadata, else the base's.
 
     An adapter without a BOS was trained without one, whatever the base records. Raises UserError
-    where two adapters contradict each other.
+    if two adapters contradict each other.
     """
     record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
@@ -424,14 +425,14 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
         if pairs:
             record[name] = pairs[0][0]
         elif name == "eod" and record["tokenizer"] != base.get("tokenizer"):
-            record[name] = None  # the base's belongs to another tokenizer
+            record[name] = None  # the base's value belongs to another tokenizer
         else:
             record[name] = base.get(name)
     return record
 
 
 def _common_bos(members: Sequence[Member]) -> list[int]:
-    """Return the ids that the adapters' documents began with; an adapter that does not say has none."""
+    """Return the ids that the adapters' documents began with; [] for an adapter without that record."""
     first, *others = members
     bos = first.metadata.get("bos") or []
     for other in others:

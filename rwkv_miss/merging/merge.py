@@ -1,6 +1,6 @@
 """Merge of a base and adapters into a `.pth` or a folder, tensor by tensor: fp32 addition and one rounding.
 
-Everything else is byte for byte as it was.
+All other tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 class MergeReport:
     """Result of merge_file().
 
-    record: the metadata of the merged file. choice: why --dtype auto chose the dtype, "" without it.
+    record: the metadata of the merged file. choice: the reason of --dtype auto for its choice, else "".
     """
 
     out: str
@@ -57,11 +57,11 @@ class MergeReport:
     parts: list[str] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=lambda: [1.0])
     choice: str = ""
-    read: list[str] = dataclasses.field(default_factory=list)  # notes of the reading
+    read: list[str] = dataclasses.field(default_factory=list)  # notes about reading the files
 
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """Return the lines for the user: a sentence, a table of the layers that lost most, notes and
-        warnings.
+        """Return the lines for the user: a sentence, a table of the layers with the largest losses, notes
+        and warnings.
 
         shown_rows: rows of the table; None: all.
         """
@@ -135,7 +135,7 @@ class MergeReport:
         }
 
     def _adapters(self) -> list[dict[str, Any]]:
-        """Return the record's adapters, with their weights."""
+        """Return the merged adapters from the record, with their weights."""
         fields = "adapter_fingerprint", "method", "options", "train_parts", "step"
         found = []
         for entry, weight in zip(merged_adapters(self.record), self.weights):
@@ -144,7 +144,7 @@ class MergeReport:
 
 
 class _Merger:
-    """Maker of the merged tensors, with an account of what rounding took."""
+    """Maker of the merged tensors, which also sums up the rounding losses."""
 
     def __init__(self, adapters: Combination):
         self.adapters = adapters
@@ -153,9 +153,9 @@ class _Merger:
         self.turn = 0
 
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute one tensor of the merged file, in `dtype`, and account for its rounding.
+        """Compute one tensor of the merged file, in `dtype`, and record its rounding loss.
 
-        It is valid until the next but one is made.
+        The tensor's memory is used again by the second call after this one.
         """
         self.turn = 1 - self.turn
         out = self.scratch.get(f"out {self.turn}", base.shape, dtype)
@@ -168,7 +168,7 @@ class _Merger:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the named tensors of the merged file: the base's, and the adapters' new ones.
 
-        dtype: None keeps each tensor's own.
+        dtype: None keeps each tensor's dtype.
         """
         changed = set(self.adapters.changed(base))
         for key in names:
@@ -177,7 +177,7 @@ class _Merger:
 
 
 def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same items, each made by a second thread while the one before it is being written."""
+    """Yield the items; a second thread makes each while the previous one is being written."""
     with ThreadPoolExecutor(1) as worker:
         coming = worker.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -197,23 +197,23 @@ def merge_file(
 ) -> MergeReport:
     """Merge adapter files into a base and write `out`, with the base's keys, shapes and order.
 
-    Of a base that is a Hugging Face folder, of any model, `out` is such a folder, with the same files, or a
-    .pth if it is named so.
+    If the base is a Hugging Face folder, of any model, `out` is a folder with the same files, or a .pth if it
+    is named so.
 
     Several adapters give
-    - W + sum of w_i delta_i(W) for an adapted linear, every delta being that of the base's weight,
+    - W + sum of w_i delta_i(W) for an adapted linear, where every delta is computed from the base's weight,
     - base + sum of w_i (T_i - base) for a tensor trained as a whole,
     - sum of w_i state_i for an initial state, which comes last in the file as `blocks.i.att.time_state`.
 
-    weights: w_i, 1 each by default. They may be negative, and may scale one adapter.
+    weights: w_i, 1 each by default; negative ones, and one for a single adapter, are allowed.
     hints: for adapters of other projects, as in convert().
-    dtype: "base" keeps every tensor's; "bf16", "fp16", "fp32" convert the whole file. "auto" is base unless
-    that would lose more than 5 % of the update, then fp16, and fp32 if that is not enough.
-    shown: a bar on stderr where it takes long.
+    dtype: "base" keeps every tensor's; "bf16", "fp16", "fp32" convert the whole file. "auto" keeps the base's
+    unless it would lose more than 5 % of the update; then it takes fp16, or fp32 if fp16 loses as much.
+    shown: show a bar on stderr in long work.
 
-    Raises UserError before anything is written: a file that is no adapter, shapes that do not fit, adapters
-    of different tokenizers, ends of document or templates; unless `force`, another base than an adapter's,
-    and a second merge of the same adapter.
+    Raises UserError before anything is written: for a file that is no adapter, shapes that do not fit,
+    adapters with different tokenizers, ends of document or templates; unless `force`, also for another base
+    than an adapter's, and a second merge of the same adapter.
     """
     started = time.perf_counter()
     if dtype not in ("base", "auto", *DTYPE_NAMES):
@@ -271,7 +271,7 @@ def merge_file(
 
 
 def _refuse_quantised(base: str | os.PathLike[str], adapters: list[Any], out: str | os.PathLike[str]) -> None:
-    """Raise UserError for a folder of weights that are quantised."""
+    """Raise UserError for a folder with quantised weights."""
     if how := is_folder(base) and read_config(os.fspath(base)).get("quantization_config"):
         method = how.get("quant_method") if isinstance(how, dict) else how
         given = " ".join(f"--adapter {path}" for path in adapters)
@@ -283,7 +283,7 @@ def _refuse_quantised(base: str | os.PathLike[str], adapters: list[Any], out: st
 
 
 def _refuse_new_tensors(base: str | os.PathLike[str], names: list[str]) -> None:
-    """Raise UserError for tensors that a folder of an RWKV has no place for, or has in another form."""
+    """Raise UserError for new tensors in an RWKV's folder that lacks them, or stores them in another form."""
     if names:
         raise UserError(
             f"{listed(names, 2)} can't be put into {base}, whose layout has no such tensors or has them in"
@@ -294,7 +294,7 @@ def _refuse_new_tensors(base: str | os.PathLike[str], names: list[str]) -> None:
 def _forms(
     files: Mapping[str, Mapping[str, Tensor]], adapters: Combination, dtype: torch.dtype | None
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors that each file of a merged folder gets, as shapes and dtypes alone."""
+    """Return the tensors of each file of a merged folder, without values: only shapes and dtypes."""
     forms = {file: dict(tensors) for file, tensors in files.items()}
     new = adapters.added(list(of_all(files)))
     forms[list(forms)[-1]] |= {name: adapters.added_value(name) for name in new}
@@ -313,7 +313,7 @@ def _provenance(
     dtype: torch.dtype | None,
     record: dict[str, Any],
 ) -> Provenance:
-    """Build what a merged folder says of itself: the record, and of an RWKV the checkpoint's tensors."""
+    """Build the metadata of a merged folder: the record, and for an RWKV also the checkpoint's tensors."""
     if not is_model(tensors):
         return Provenance({}, record)
     entries = (Provenance.found(header, base) or Provenance.of(tensors, None)).entries
@@ -342,7 +342,7 @@ def _report(
 
 
 def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
-    """Raise UserError if the base is a merge of this adapter already. before: the base's metadata."""
+    """Raise UserError if this adapter is already merged into the base. before: the base's metadata."""
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     if adapter.fingerprint in earlier:
         raise UserError(
@@ -352,7 +352,7 @@ def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], a
 
 
 def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """Return the bytes of a tensor in a file of this dtype; integers, and all with None, keep their own."""
+    """Return a tensor's bytes in a file with this dtype; integers, and all tensors if None, keep theirs."""
     return tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
@@ -371,7 +371,7 @@ def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _note_of_form(base: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Note that the merged file is a .pth, if the base is none."""
+    """Note that the merged file is a .pth, if the base is in another form."""
     if not (os.path.isdir(base) or is_safetensors(base) or read_model(base).notes):
         return []
     names = "RWKV's names" if is_model(tensors) else f"the base's names, such as {next(iter(tensors))}"
@@ -379,7 +379,7 @@ def _note_of_form(base: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
-    """Build the metadata of the merged file: the facts for its readers, and its adapters."""
+    """Build the metadata of the merged file: facts for programs that read it, and its adapters."""
     head = {"format": MERGED_FORMAT, "base": name_of(base), "base_fingerprint": base_fingerprint}
     common = common_record(members, before)
     if len(members) == 1:
@@ -402,7 +402,7 @@ def _dtypes(tensors: dict[str, Tensor], adapters: Combination, chosen: torch.dty
 
 
 def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[torch.dtype | None, str]:
-    """Choose for --dtype auto: None (the base's own), fp16 or fp32, and why."""
+    """Choose the dtype for --dtype auto: None (the base's), fp16 or fp32; returns the reason, too."""
     tried = []
     if not adapters.changed(tensors):
         return None, ""
@@ -430,7 +430,7 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
     """Refuse a base that is not the adapter's, and say which sizes differ.
 
-    Another width never fits, also with `force`.
+    A base with another width is refused even with `force`.
     """
     differs, misfit = "", False
     metadata = adapter.metadata
@@ -443,7 +443,7 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
                 "; one of the two has no value residual in block 0, which nothing reads and which"
                 " flash-linear-attention's folders lack: if all else is the same, --force is right"
             )
-        # a MiSS adapter does not know the input width of its linears, so the shapes alone would let this pass
+        # MiSS's tensors do not contain their linears' input width, so shapes alone would not show a misfit
         misfit = any(
             getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
         )

@@ -1,6 +1,6 @@
 """Places of an adapter's tensors in a Hugging Face folder, whose names may differ from the model's.
 
-An adapter has the names of the model in memory; files/stored_names.py finds those of the folder.
+An adapter has the names of the loaded model; files/stored_names.py finds the names in the folder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from ..files.stored_names import find_stored
 from ..targets import View
 from .members import Member, Rows
 
-WITH_HEAD = r"(LMHeadModel|For(CausalLM|MaskedLM|ConditionalGeneration))\b"  # names of classes
+WITH_HEAD = r"(LMHeadModel|For(CausalLM|MaskedLM|ConditionalGeneration))\b"  # classes of models with a head
 
 
 def placed(
     base: str | os.PathLike[str], stored: Mapping[str, Tensor], members: Sequence[Member]
 ) -> list[Member]:
-    """Give every member the places of its tensors among the stored ones of a folder.
+    """Give every member the places of its tensors among a folder's stored tensors.
 
-    Raises UserError for a tensor of a linear without a place, and for one that is stored in other parts than
-    experts.
+    Raises UserError for a linear's tensor that the folder lacks, or stores in parts that are not experts.
     """
     found = [_placed(base, stored, m) for m in members]
     for m in found:
@@ -36,15 +35,15 @@ def placed(
 
 
 def _refuse_tied(base: str | os.PathLike[str], stored: Mapping[str, Tensor], m: Member) -> None:
-    """Raise UserError for an adapted embedding of tokens whose weight is the head's as well.
+    """Raise UserError for an adapted token embedding whose weight is also the head's.
 
-    An embedding of tokens has a row for each token of the vocabulary; one of positions has not.
+    A token embedding has one row for each token of the vocabulary; a position embedding has not.
     """
     config = read_config(os.fspath(base))
     text = config.get("text_config")
     parts = [part for part in (config, text) if isinstance(part, dict)]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    # transformers leaves the field out where it is true
+    # transformers omits the field if it is true
     tied = any(said) if said else not any(name.endswith("head.weight") for name in stored)
     has_head = re.search(WITH_HEAD, str(config.get("architectures")))
     vocabulary = [part["vocab_size"] for part in parts if "vocab_size" in part]

@@ -1,7 +1,4 @@
-"""Rounding losses of a merge, tensor by tensor.
-
-They are measured while the tensors are in the cache anyway.
-"""
+"""Rounding losses of a merge, tensor by tensor, measured in the same pass that rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ..errors import UserError
 from ..files.checkpoint import blocks, is_finite
 
 LOSS_LIMIT = 0.05  # share of the update that rounding may take before the user is warned
-TABLE_ROWS = 5  # unless --layers asks for all
+TABLE_ROWS = 5  # rows of a table without --layers
 
 
 def percent(share: float) -> str:
@@ -25,7 +22,7 @@ def percent(share: float) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """View the elements as integers of their size: comparing those is 3 times as fast as comparing bf16."""
+    """View the elements as integers of equal size, which are compared 3 times as fast as bf16."""
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
@@ -33,9 +30,9 @@ def bits(tensor: Tensor) -> Tensor:
 class Layer:
     """Rounding loss of one changed tensor.
 
-    update, error: squared norms of the update, and of the part that the rounded file lacks. changing,
-    unchanged: the number of entries that should change, and of those that rounding left as they were. All are
-    without the entries that are infinite or NaN in the base, `broken` in number.
+    update, error: squared norms of the update, and of the part that rounding lost. changing: number of
+    entries that should change. unchanged: number of these that rounding left as they were. broken: number of
+    entries that are infinite or NaN in the base, which the other fields leave out.
     """
 
     name: str
@@ -49,8 +46,8 @@ class Layer:
     def lost(self) -> float:
         """Compute ||(round(W + dW) - round(W)) - dW|| / ||dW||; 0 if dW is 0.
 
-        Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32
-        base written as bf16), the rounding of W itself is no loss of the update and is left out.
+        If the output's dtype holds W exactly, this is the rounding error of W + dW. If not (an fp32 base
+        written as bf16), the rounding of W itself is no loss of the update and is left out.
         """
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
@@ -91,11 +88,11 @@ class Rounding:
         return self.total.lost
 
     def worst(self) -> list[Layer]:
-        """Sort the layers, those that lost most first."""
+        """Sort the layers, the largest loss first."""
         return sorted(self.layers, key=lambda layer: -layer.lost)
 
     def table(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """Return lines for people: the worst `shown_rows` layers (None: all), if anything was lost."""
+        """Return a table of the `shown_rows` layers (None: all) with the largest losses; [] if none."""
         worst = self.worst()[:shown_rows]
         if not worst or not worst[0].lost:
             return []
@@ -109,16 +106,13 @@ class Rounding:
 
 
 class Scratch:
-    """Memory that is reused by name.
-
-    Getting new pages from the system takes as long as the arithmetic.
-    """
+    """Memory that is reused by name, because getting new pages from the system takes as long as the sums."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return uninitialised, contiguous memory."""
+        """Return a contiguous tensor with arbitrary values."""
         size = shape.numel() * dtype.itemsize
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers.pop(name, None)  # freed first, so that both are never in memory
@@ -129,7 +123,7 @@ class Scratch:
 def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, scratch: Scratch) -> Layer:
     """Round `merged` into `out`, and measure the loss against the base's tensor, in one pass over them.
 
-    An entry should change if it changes in fp32. Raises UserError for a value that fp16 has no room for.
+    An entry should change if it changes in fp32. Raises UserError for a value beyond fp16's range.
     """
     update = error = 0.0
     changing = moved = broken = 0
@@ -140,7 +134,7 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         change, missing = (scratch.get(part, before.shape) for part in ("change", "missing"))
         torch.sub(after, change.copy_(before), out=change)
         missing.copy_(kept).sub_(after)
-        # the base is rounded, too, and that loss is not the update's
+        # compare with the rounded base, because the base's own rounding is no loss of the update
         if before.dtype != kept.dtype:
             same = before.to(kept.dtype)
             missing += before - same
@@ -161,16 +155,16 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         error += float(missing.dot(missing))
         difference = bits(scratch.get("moved", kept.shape, kept.dtype))
         moved += int(torch.sub(bits(kept), bits(before), out=difference).count_nonzero())
-        ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()
+        ones = change.sign_()  # the sum of its squares counts the changes, faster than count_nonzero()
         changing += int(ones.dot(ones))
-    # where a -0 became 0, moved counts one too many
+    # `moved` also counts entries that only went from -0 to 0
     return Layer(name, update, error, changing, max(changing - moved, 0), broken)
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
     """Raise UserError for a value beyond fp16's range.
 
-    A value that was infinite or NaN before may stay.
+    Values that were infinite or NaN before are allowed.
     """
     if (
         rounded.dtype == torch.float16
@@ -183,9 +177,9 @@ def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
 
 
 def round_to(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a tensor of the file to the file's dtype; integers stay.
+    """Convert a tensor to the file's dtype; integers stay.
 
-    Raises UserError for a value that fp16 has no room for.
+    Raises UserError for a value beyond fp16's range.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor

@@ -22,18 +22,17 @@ from .merge import read_base
 from .places import placed
 from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 
-# share of the largest value by which sums of fp32 products may differ between machines, with a few bits to
-# spare
+# allowed difference of sums of fp32 products between machines, as a share of the largest value
 SUMS = 2.0**-21
 
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """Tensor that differs from the base's, by its key.
+    """Tensor that differs from the base's.
 
-    entries, and how many of them are `differing` from the base. distance: ||merged - base|| / ||base||.
-    apart: entries that are not the merge's, bit for bit; None without adapters. not_undone: entries that
-    would not be the base's again if the change were subtracted from them.
+    name: its key. entries, differing: number of all entries, and of those that differ from the base.
+    distance: ||merged - base|| / ||base||. apart: number of entries that differ from the merge's in a bit;
+    None without adapters. not_undone: number of entries that subtracting the change does not restore.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Changed:
 class MergeCheck:
     """Result of check_merge().
 
-    problems: why it is no such merge. rounding: the losses of the adapters' changes.
+    problems: reasons why the file is not the merge. rounding: rounding losses of the adapters' changes.
     """
 
     base: str
@@ -66,7 +65,7 @@ class MergeCheck:
 
     @property
     def not_undone(self) -> float:
-        """Return the share of the changed tensors' entries that a subtraction would not bring back."""
+        """Return the share of the changed tensors' entries that subtracting the change does not restore."""
         return sum(c.not_undone for c in self.changed) / max(1, sum(c.entries for c in self.changed))
 
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
@@ -94,7 +93,7 @@ class MergeCheck:
         return lines
 
     def _merge_lines(self, shown_rows: int | None) -> list[str]:
-        """Name the merged adapters, and what rounding took."""
+        """Name the merged adapters and their rounding losses."""
         names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
         apart = sum(c.apart or 0 for c in self.changed)
         exact = "bit for bit"
@@ -109,7 +108,7 @@ class MergeCheck:
         ]
 
     def _table_of_changed(self, shown_rows: int | None) -> list[str]:
-        """Return the tensors that are furthest from the base's."""
+        """Return a table of the tensors that are furthest from the base's."""
         worst = sorted(self.changed, key=lambda c: -c.distance)[:shown_rows]
         width = max(len(c.name) for c in worst)
         return [
@@ -150,17 +149,17 @@ def check_merge(
     weights: Sequence[float] | None = None,
     hints: Hints = NO_HINTS,
 ) -> MergeCheck:
-    """Compare two files tensor by tensor, mapped: which tensors differ, and whether that is a merge.
+    """Compare two mapped files tensor by tensor: find the ones that differ, and check that they are a merge.
 
-    Tensors that no adapter changes must be the base's, bit for bit, up to the rounding to the merged file's
-    dtype. With adapters the others must be what merge_file() writes; `hints` are as there. The weights are by
-    default what the merged file records, else 1; the order is the recorded one.
+    Tensors that no adapter changes must equal the base's, bit for bit, after rounding to the merged file's
+    dtype. With adapters the other tensors must equal merge_file()'s; `hints` are as there. The weights are by
+    default those that the merged file records, else 1; the order is the recorded one.
 
-    What is wrong is in `problems`. A UserError is for files that cannot be compared at all: no model, no
-    adapter, an adapter that does not fit the base.
+    Differences are listed in `problems`. Raises UserError for files that can't be compared at all: no model,
+    no adapter, an adapter that does not fit the base.
 
-    Equal bits are required where the merge's sum and W + delta() agree to the bit. Products of matrices may
-    have sums in another order on other machines. There every entry must be within half a step of the file's
+    Equal bits are required where the merge's sum and W + delta() agree to the bit. Sums of matrix products
+    may have another order on another machine; then every entry must be within half a step of the file's
     dtype.
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
@@ -172,8 +171,8 @@ def check_merge(
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)
-    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors))
-    check.problems += _of_the_names(tensors, found, combination)
+    check.problems += _false_claims(check, record, recorded, Identity(base, tensors))
+    check.problems += _problems_of_layout(tensors, found, combination)
     scratch = Scratch()
     for key, tensor in tensors.items():
         if key in found and found[key].shape == tensor.shape and _writable(tensor.dtype, found[key].dtype):
@@ -189,18 +188,18 @@ def check_merge(
 
 
 def _as_recorded(members: list[Member], recorded: Mapping[str, Any], own_weights: bool) -> list[Member]:
-    """Sort the adapters as in the merged file's record, and take its weights unless they are given."""
+    """Sort the adapters as in the merged file's record; own_weights: take their weights from it, too."""
     if own_weights:
         members = [dataclasses.replace(m, weight=_number(recorded.get(m.fingerprint, 1))) for m in members]
     places = {name: place for place, name in enumerate(recorded)}
-    # a sum in another order is rounded otherwise
+    # sorted, because a sum in another order rounds differently
     return sorted(members, key=lambda m: places.get(m.fingerprint, len(places)))
 
 
 def _check_tensor(
     check: MergeCheck, key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> None:
-    """Add the findings about one tensor of the base to the check."""
+    """Compare one tensor of the base, and add the result to the check."""
     name = combination.name(key)
     if name != key or key in combination.whole:
         layer, changed, problem = _expected(key, base, found, combination, scratch)
@@ -229,10 +228,10 @@ def _number(weight: Any) -> float:
     return float(weight)
 
 
-def _of_the_record(
+def _false_claims(
     check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Identity
 ) -> list[str]:
-    """Return the claims of the merged file's metadata that are not true."""
+    """Return a problem for each claim of the merged file's metadata that is not true."""
     problems = []
     fingerprint = record.get("base_fingerprint")
     if fingerprint is not None and base.fingerprint != str(fingerprint):
@@ -252,10 +251,10 @@ def _of_the_record(
     return problems
 
 
-def _of_the_names(
+def _problems_of_layout(
     base: Mapping[str, Tensor], found: Mapping[str, Tensor], combination: Combination
 ) -> list[str]:
-    """Return problems with keys, shapes and dtypes that a merge does not write."""
+    """Return a problem for each key, shape and dtype that a merge would not write."""
     added = set(combination.added(base)) if combination.members else {key for key in found if is_state(key)}
     problems = [f"{key} of the base is missing" for key in base if key not in found]
     problems += [
@@ -281,14 +280,14 @@ def _of_the_names(
 
 
 def _writable(base: torch.dtype, merged: torch.dtype) -> bool:
-    """Tell whether a merge turns the one dtype into the other."""
+    """Tell whether a merge can turn the base's dtype into the merged one."""
     return (
         base == merged or base.is_floating_point and merged in (torch.bfloat16, torch.float16, torch.float32)
     )
 
 
 def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
-    """Compare a tensor with the base's in the same dtype."""
+    """Compare a tensor with the base's, rounded to the tensor's dtype."""
     differing, distance = 0, 0.0
     for before, kept in zip(blocks(base), blocks(found)):
         before = before.to(kept.dtype)
@@ -303,7 +302,7 @@ def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
 def _expected(
     key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> tuple[Layer, Changed, str]:
-    """Compare a changed tensor with what the merge writes; returns its rounding loss, and what is wrong.
+    """Compare a changed tensor with the merge's; returns (rounding loss, comparison, problem or "").
 
     The loss is computed from delta() and the files.
     """
@@ -333,8 +332,9 @@ def _expected(
 class _Sums:
     """Comparison of a file's tensor with the merge's sum and with W + delta(), block by block.
 
-    apart: entries whose bits differ from the merge's. excess: their largest distance from W + delta(), in
-    units of what rounding explains. gap: the largest difference of the two sums. size: the largest value.
+    apart: number of entries whose bits differ from the merge's. excess: their largest distance from
+    W + delta(), in units of the possible rounding error. gap: the largest difference of the two sums. size:
+    the largest value.
     """
 
     apart: int = 0
@@ -343,7 +343,7 @@ class _Sums:
     size: float = 0.0
 
     def add(self, base: Tensor, merged: Tensor, delta: Tensor, kept: Tensor) -> None:
-        """Add one block: all fp32 but `kept`, the file's."""
+        """Add one block: the file's is `kept`, in its dtype; all others are fp32."""
         by_definition = base + delta
         self.gap = max(self.gap, float((by_definition - merged).abs().max()))
         self.size = max(self.size, float(by_definition.abs().max()))
@@ -356,7 +356,7 @@ class _Sums:
             self.excess = max(self.excess, float(away.nan_to_num(math.inf).max()))
 
     def problem(self, key: str, found: Tensor, exact: bool) -> str:
-        """Say what is wrong with the tensor, "" for nothing. exact: it is the same on every machine."""
+        """Describe the tensor's problem, or return "". exact: its sum is the same on every machine."""
         if self.apart and (exact or self.excess > 1):
             problem = f"{key} is not what the merge writes in {self.apart:,} of {found.numel():,} entries"
             if self.excess > 1:
@@ -386,7 +386,7 @@ def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute half the distance between neighbouring numbers of a dtype at float64 values.
 
-    One rounding changes a value by at most that.
+    One rounding changes a value by at most this half.
     """
     facts = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=facts.smallest_normal))

@@ -20,8 +20,8 @@ TRAINED = ("lora_A", "lora_E", "lora_B")
 class Options(ScaledOptions):
     """Options of AdaLoRA.
 
-    rank: the mean rank of the linears after the last pruning; with `rank_map` the ranks are summed up. The
-    factor is alpha / init_rank.
+    rank: the mean rank of the linears after the last pruning. With `rank_map` the sum of all ranks counts.
+    The factor of B A is alpha / init_rank.
     """
 
     init_rank: int = option(0, "rank of each linear at first, at most its smaller width. 0: 1.5 r")
@@ -94,14 +94,14 @@ class AdaLoraLinear(LoraLinear):
 
     P and Q start as N(0, 0.02), the singular values E at zero; all are fp32.
 
-    Every delta_t steps the singular values of the least important triplets become zero, over all linears
-    alike. Importance: s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity |w dL/dw|
-    times its smoothed uncertainty (equations 8 to 11). Pruned triplets are trained on and may come back until
+    Every delta_t steps the singular values of the least important triplets among all linears become zero.
+    Importance: s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity |w dL/dw| times
+    its smoothed uncertainty (equations 8 to 11). Pruned triplets are still trained and may come back until
     the last pruning.
 
     A pruning sets `offset` (r) to E and does not write to E: ZeRO and loss scaling keep copies of a
-    parameter, which would write it back. All ranks see the same reduced gradients, so each computes the same
-    offsets and averages. The file has E and offset; only a run's checkpoint keeps the averages.
+    parameter, which would overwrite the zeros. All processes see the same reduced gradients, so each computes
+    the same offsets and averages. The file has E and offset; only a run's checkpoint keeps the averages.
     """
 
     about = About(
@@ -112,7 +112,7 @@ class AdaLoraLinear(LoraLinear):
         "2303.10512",
     )
     Options = Options
-    default_lr = 5e-4  # the paper's for MNLI and CoLA (table 8), the lowest there: P, Q and E begin small
+    default_lr = 5e-4  # the paper's lowest rate, for MNLI and CoLA (table 8): P, Q and E begin small
 
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)
@@ -149,14 +149,14 @@ class AdaLoraLinear(LoraLinear):
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
         """Compute orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears.
 
-        The authors' code and HF peft take the mean, too.
+        The authors' code and HF peft also take the mean.
         """
         options = layers[0].options
         if not options.orth:
             return None
         terms = []
         for layer in layers:
-            # not by attribute: ZeRO-3 would keep them whole until the step is over
+            # not by attribute, which would make ZeRO-3 keep them whole until the step is over
             A, _, B = layer.trained().values()
             with gather([A, B]):
                 # copies: the parameters may be shared out again when the backward comes

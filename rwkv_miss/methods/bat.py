@@ -38,8 +38,8 @@ class Options(adapter.Options):
 class BatLinear(AdapterLinear):
     """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, with D = `bat` (out / r, r, r).
 
-    With the order "row" it is D[b], and D is (in / r, r, r). D is fp32 and starts at zero. r out numbers, as
-    MiSS has at the same rank; r in with the order "row".
+    With the order "row" it is D[b], and D is (in / r, r, r). D is fp32 and starts at zero. It has r out
+    numbers, as MiSS's D of the same rank; r in with the order "row".
     """
 
     about = About(

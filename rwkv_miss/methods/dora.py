@@ -17,18 +17,17 @@ from .lora import LoraLinear, Options
 class DoraLinear(LoraLinear):
     """W + dW = m V / ||V|| row by row, V = W + scale B A, with LoRA's A and B and m = `magnitude` (out).
 
-    m is fp32 and starts as the norms of W's rows. The gradient takes ||V|| for a constant (section 4.3). It
-    follows without V: ||w||^2 + 2 scale <w, b A> + scale^2 ||b A||^2 for the rows w of W and b of B. Where
-    the base is quantised afterwards, ||w||^2 is still that of the file.
+    m is fp32 and starts as the norms of W's rows. The gradient takes ||V|| for a constant (section 4.3). The
+    norms are computed without V: ||w||^2 + 2 scale <w, b A> + scale^2 ||b A||^2 for the rows w of W and b of
+    B. If the base is quantised afterwards, ||w||^2 is still the file's.
 
-    The backward keeps what LoRA keeps, and x V^T. Dropout is that of A's input, as in LoRA; the norms are
-    without it.
+    The backward keeps LoRA's tensors, and x V^T. Dropout acts on A's input, as in LoRA, and not on the norms.
     """
 
     about = About(
         "DoRA", "m (W + s B A) / norm - W, row by row", "r (d + k) + d", "B 0, m the norms", "2402.09353"
     )
-    # default_lr is LoRA's: A and B begin as there, with the same gradients
+    # default_lr is LoRA's: A and B begin as LoRA's do, with the same gradients
 
     def setup(self, options: Options) -> None:
         super().setup(options)
@@ -65,7 +64,7 @@ class DoraLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         x = autocast(x)
         with without_autocast(x.device):
-            # before the product: a compiler with dynamic shapes can't have `scale` in an operator first
+            # before the product: torch.compile with dynamic shapes fails if an operator sees `scale` first
             factor = self.magnitude / self._norms(x.dtype)
         return times_columns(self.lora_forward(x, None), factor, self.bias)
 

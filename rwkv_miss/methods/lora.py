@@ -19,8 +19,8 @@ from ..functional import lora_linear
 class ScaledOptions(adapter.Options):
     """Options of all methods with factors A and B; rank: r.
 
-    A linear of rank_map keeps the factor alpha / r of the others; with rslora it keeps their alpha. rslora
-    keeps the size of the activations when r grows. Its alpha of 16 is the same factor at rank 64.
+    A linear of rank_map keeps the factor alpha / r of the others; with rslora it keeps their alpha. With
+    rslora the activations do not change size when r grows; its alpha of 16 is the same factor at rank 64.
     """
 
     alpha: float = option(
@@ -47,18 +47,18 @@ class ScaledOptions(adapter.Options):
         super().__post_init__()
         if self.alpha < 0:
             raise UserError(f"alpha {self.alpha} must not be negative (0: the method's own)")
-        # frozen, and recorded as it is used
+        # resolve alpha 0 now, so that the used value is recorded; the dataclass is frozen
         object.__setattr__(self, "alpha", self.alpha or self.own_alpha())
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
 
     def own_alpha(self) -> float:
-        """Return the value of alpha 0."""
+        """Return the alpha that the option's value 0 stands for."""
         return 16.0 if self.rslora else 2.0 * self.first_rank
 
     @property
     def first_rank(self) -> int:
-        """Return the rank at the start, which the factor is about."""
+        """Return the rank at the start, by which alpha is divided."""
         return self.rank
 
     @property
@@ -123,10 +123,10 @@ class LoraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """Estimate it for B and A. By B alone, whose inputs A x have a size of 1 / sqrt(3), it would be alpha
-        / sqrt(3); runs of 600 steps collapse at that rate (docs/worklog.md).
+        """Estimate the reach of B and A together. B alone, with inputs A x of size 1 / sqrt(3), would give
+        alpha / sqrt(3), a rate at which runs of 600 steps collapse (docs/worklog.md).
 
-        A method with another published rate than LoRA's reaches less or more in proportion.
+        For a method with another published rate than LoRA's the reach is changed in proportion.
         """
         return options.scale * options.first_rank * LoraLinear.default_lr / cls.default_lr
 
@@ -151,7 +151,7 @@ class LoraLinear(AdapterLinear):
 
     def lora_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x (W + scale B A)^T + bias, in training with dropout before A."""
-        # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
+        # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run repeat it
         seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
         return lora_linear(x, self.matrix, bias, *self.factors(), self.scale, self.dropout, seed)
 

@@ -6,8 +6,8 @@
 W (out, in) is frozen. D (r, out) is trained and starts at zero. r is the rank of dW at most. Where r does not
 divide `in`, some shards have one column less.
 
-These are the shards of the paper's code and of every released file. Its equations 2 and 3 sum neighbouring
-columns: layout "contiguous" in miss_variants.py, which has all that the options ask for beyond plain MiSS.
+The paper's code and every released file have these shards. The paper's equations 2 and 3 sum neighbouring
+columns: layout "contiguous" in miss_variants.py, which implements all options beyond plain MiSS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MissLinear(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         check_rank(options.rank, "input", self.in_features)
-        self.shard_rank = options.rank  # what makes its input may sum the shards, too
+        self.shard_rank = options.rank  # read by the function that makes the input and can sum its shards
         self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.stored.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class MissLinear(AdapterLinear):
         shared: dict[str, Tensor],
         target: Target | None = None,
     ) -> AdapterLinear:
-        """Make a plain layer, or one of the variant that the options ask for."""
+        """Make a plain MiSS layer, or the variant for the options."""
         variant = variant_of(options)
         if variant is not None:
             return variant.wrap(weight, bias, options, shared, target)

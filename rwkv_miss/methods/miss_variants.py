@@ -1,7 +1,7 @@
 """Variants of MiSS (miss.py): other shards of the input, a trained magnitude, shards of outputs.
 
-In general dW = D^T P. The rows of P are the shards: P[j, i] says how column i counts in shard j. Plain MiSS
-has ones and zeros there.
+In general dW = D^T P. The rows of P are the shards: P[j, i] is the factor of column i in shard j, 0 or 1 for
+plain MiSS.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ VARIANTS = ("layout", "shards", "scale", "mini_r", "magnitude", "expand")  # opt
 class Options(adapter.Options):
     """Options of MiSS. The defaults are plain MiSS. rank: the number r of shards, from 1 to the input width.
 
-    With balanced shards the row of D for the mean of all inputs is the last one. It belongs to the sum of all
-    columns / sqrt(in), so `scale` leaves it alone. `expand` goes with none of the others.
+    With balanced shards the last row of D is for the mean of all inputs, the sum of all columns / sqrt(in),
+    which `scale` does not multiply. `expand` can't be combined with the other variants.
     """
 
     layout: str = option(
@@ -73,7 +73,7 @@ class Options(adapter.Options):
 
 
 def beyond_plain(options: Options, *allowed: str) -> str:
-    """Return the first of VARIANTS that is not plain MiSS's, as "scale=sqrt"; "" for none but the allowed."""
+    """Return the first option beyond plain MiSS that is not allowed, as "scale=sqrt"; "" if there is none."""
     for name in VARIANTS:
         if name not in allowed and (value := getattr(options, name)) != getattr(Options, name):
             return f"{name}={value}"
@@ -90,7 +90,7 @@ def variant_of(options: Options) -> type[AdapterLinear] | None:
 
 
 def check_rank(rank: int, side: str, width: int) -> None:
-    """Raise UserError for a rank beyond the width of the side, "input" or "output", that has the shards."""
+    """Raise UserError for a rank beyond the width of the side with the shards, "input" or "output"."""
     if rank > width:
         raise UserError(f"rank {rank} does not fit MiSS: it must be from 1 to the {side} width, {width}")
 
@@ -166,7 +166,7 @@ class MissWithMagnitude(ShardedMiss):
 
     m starts as the norms of W's rows.
 
-    The gradient takes the norms for constants, as DoRA's does. They follow in O(r out), without V, from
+    The gradient takes the norms for constants, as DoRA's does. They are computed in O(r out), without V, from
     ||w||^2, W P^T, and the diagonal and the last row of P P^T, which prepare() derives.
     """
 
@@ -176,7 +176,7 @@ class MissWithMagnitude(ShardedMiss):
         self.magnitude = nn.Parameter(torch.ones(out, device=device))
         self.register_buffer("squares", torch.zeros(out, device=device), persistent=False)  # ||w||^2
         self.register_buffer("folded", torch.zeros(shards, out, device=device), persistent=False)  # (W P^T)^T
-        # of P P^T: its diagonal, and its last row
+        # the diagonal of P P^T, and its last row
         self.register_buffer("counts", torch.zeros(shards, 1, device=device), persistent=False)
         self.register_buffer("cross", torch.zeros(shards, device=device), persistent=False)
         self.register_load_state_dict_post_hook(prepare_again)
@@ -208,7 +208,7 @@ class MissWithMagnitude(ShardedMiss):
 
     def _norms(self) -> Tensor:
         """Compute ||V|| row by row, (out)."""
-        if self.stored.requires_grad:  # it moves with every step
+        if self.stored.requires_grad:  # a trained weight changes with every step
             with torch.no_grad():
                 self.prepare()
         D = self._columns().detach()

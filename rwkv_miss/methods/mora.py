@@ -18,11 +18,11 @@ from ..functional import add_expanded_, miss_linear, shard_index
 class MoraLinear(AdapterLinear):
     """dW[o, i] = M[i mod q, o mod q] with M = `mora` (q, q), fp32, zero at the start.
 
-    q = floor(sqrt(rank (in + out))), so that q^2 is LoRA's count at this rank. MiSS's, r out, is reached at
-    rank r out / (in + out).
+    q = floor(sqrt(rank (in + out))), so that q^2 is LoRA's number of parameters at this rank. MiSS's number,
+    r out, needs rank r out / (in + out).
 
-    The paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and these
-    repeat over the outputs. It is MiSS of rank q with mini_r q.
+    This is the paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and
+    these repeat over the outputs, as in MiSS of rank q with mini_r q.
     """
 
     about = About(
@@ -33,7 +33,7 @@ class MoraLinear(AdapterLinear):
         "2405.12130",
     )
     Options = adapter.Options
-    default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
+    default_lr = 2e-5  # MiSS's: in both a step of Adam moves every entry of W by the learning rate
 
     def setup(self, options: adapter.Options) -> None:
         size = math.isqrt(options.rank * (self.in_features + self.out_features))

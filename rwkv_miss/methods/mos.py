@@ -17,7 +17,7 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 class Options(ScaledOptions):
     """Options of MoS. rank: r of every linear.
 
-    The ranks of the budget that are not private are in pools, from which all linears of a width draw.
+    Ranks of the budget that are not private are in pools that all linears of a width share.
     """
 
     budget: int = option(
@@ -49,11 +49,11 @@ class MosLinear(LoraLinear):
 
     A: every shared row is l shards of the pool `mos_A` (shards, in / l), at the places `mos_A_index` (r - p,
     l). The private rows are `mos_A_private` (p, in). A starts Kaiming uniform.
-    B: likewise its columns, from `mos_B` (shards, out / l) at places of their own, `mos_B_index`, and
-    `mos_B_private` (out, p). B starts at zero.
+    B: the same for its columns, with `mos_B` (shards, out / l), `mos_B_index` and `mos_B_private` (out, p).
+    B starts at zero.
 
-    The places are drawn once, every shard as often as the others, and are in the file. Where l does not
-    divide a width, the last shard is cut off. e (in + out) numbers a linear: MiSS's, R out, at
+    The places are drawn once, every shard equally often, and are in the file. Where l does not divide a
+    width, the last shard is cut off. A linear has e (in + out) numbers: as many as MiSS of rank R, R out, at
     e = R out / (in + out).
     """
 
@@ -65,7 +65,7 @@ class MosLinear(LoraLinear):
         "2410.00938",
     )
     Options = Options
-    # default_lr is LoRA's: every number is one of a LoRA's
+    # default_lr is LoRA's: every trained number is an entry of A or B
     shared = ("mos_A", "mos_B")
 
     @classmethod
@@ -89,7 +89,7 @@ class MosLinear(LoraLinear):
             width = widths[pool]
             pools[pool] = nn.Parameter(torch.zeros(count, -(-width // options.shards), device=device))
             if pool.startswith("mos_A"):
-                # kaiming_uniform_(a=sqrt(5)) of a whole row
+                # as kaiming_uniform_(a=sqrt(5)) for a whole row
                 nn.init.uniform_(pools[pool], -(width**-0.5), width**-0.5)
         return pools
 
@@ -132,7 +132,7 @@ class MosLinear(LoraLinear):
 
 
 def _places(pool: int, rank: int, shards: int, device) -> Tensor:
-    """Draw random places (rank, shards) in a pool, int64: each once before any is there twice."""
+    """Draw random places (rank, shards) in a pool, int64; none is drawn twice before all are drawn once."""
     times = -(-rank * shards // pool)
     return torch.cat([torch.randperm(pool, device=device) for _ in range(times)])[: rank * shards].view(
         rank, shards

@@ -1,4 +1,4 @@
-"""Operators of methods that are compared with MiSS, with the conventions of functional.py."""
+"""Autograd operators of the methods other than MiSS and LoRA, with the conventions of functional.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns the shards that are one longer, (N, shards, size + 1), and the others, (N, shards, size).
     """
-    size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod: tracing has no such thing
+    size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod, which can't be traced
     first, rest = y.split((longer * (size + 1), (rank - longer) * size), 1)
     return first.unflatten(1, (longer, size + 1)), rest.unflatten(1, (rank - longer, size))
 
@@ -96,7 +96,7 @@ class _VeraLinear(torch.autograd.Function):
             dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
             matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
             dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
-        # what every entry of B gives to the two vectors
+        # contribution of each entry of B to the gradients of the two vectors
         multiply = product if dy.dtype == B.dtype else product_exact
         by_entry = multiply(dy.t(), h.t()).to(B.dtype).mul_(B)
         return dx, *weight_gradients(ctx, dy, x, weight), None, None, b @ by_entry, by_entry @ d
@@ -125,7 +125,7 @@ def _bat_inputs(tokens: Tensor, D: Tensor) -> Tensor:
 def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
     """Compute W + dW (out, in) for D of (out / r, r, r); `change_only`: dW."""
     rank = D.shape[1]
-    blocks = weight.contiguous().view(len(D), -1, rank)  # a block: the rows of r outputs, in pieces of r
+    blocks = weight.contiguous().view(len(D), -1, rank)  # block: the rows of r outputs, cut into pieces of r
     changed = torch.bmm(blocks, D) if change_only else torch.baddbmm(blocks, blocks, D)
     changed.view(len(D), rank, -1, rank).add_(D.unsqueeze(2))
     return changed.view(weight.shape)
@@ -139,9 +139,9 @@ class _BatLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, D)
         tokens, matrix, D = flat_tokens(x), product_matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
         bias = product_bias(bias, x.dtype)
-        # in half precision a small product is not added to x or W: the sum would be rounded back to them
+        # in half precision a small product added to x or W would be lost in rounding
         half = x.dtype.itemsize < 4
-        if by_row:  # the I of (W + I) D adds the sum of all blocks of inputs to each block of outputs
+        if by_row:  # because of the I in (W + I) D each block of outputs gets the sum of all blocks of inputs
             moved = _bat_inputs(tokens, D)
             y = product(moved if half else tokens + moved, matrix, None if half else bias)
             add_expanded_(y, shard_sum(moved, D.shape[1]))
@@ -161,7 +161,7 @@ class _BatLinear(torch.autograd.Function):
         matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
         if ctx.by_row:
             dx = product(dy, matrix.t())
-            moved = dx.clone()  # gradient of the blocks after their multiplication
+            moved = dx.clone()  # gradient of the input blocks multiplied by D
             add_expanded_(moved, shard_sum(dy, rank))
             dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(tokens, D))
             dx += _bat_inputs(moved, D.transpose(1, 2))
@@ -190,11 +190,11 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row
     """Compute y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r,
     r).
 
-    `by_row`: they are (W[a, b] + I) D[b], D (in / r, r, r). Kept for the backward: x.
+    `by_row`: the blocks are (W[a, b] + I) D[b], D (in / r, r, r). Kept for the backward: x.
 
-    By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA.
-    By column W + dW is formed for each product, and the gradient of the whole weight with it: 1.5 times the
-    products of the frozen linear. In half precision both compute the product with dW apart, half a frozen
-    linear more.
+    By row dW is never formed: every block of inputs is first multiplied by its matrix, at the cost of a LoRA.
+    By column W + dW is formed for each product, and so is the gradient of the whole weight: 1.5 times the
+    products of the frozen linear. In half precision both orders compute the product with dW separately, which
+    costs half a frozen linear more.
     """
     return call(_BatLinear, x, weight, bias, D, by_row)

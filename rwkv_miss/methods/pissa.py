@@ -15,7 +15,7 @@ from ..quantised import is_of_others
 from . import lora
 from .lora import LoraLinear, check_rank
 
-# directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, 4.2: 5 or 10)
+# further directions of a randomised SVD, beyond the rank (Halko et al., arXiv 0909.4061, 4.2: 5 or 10)
 OVERSAMPLING = 10
 
 
@@ -23,8 +23,8 @@ OVERSAMPLING = 10
 class Options(lora.Options):
     """Options of LoRA, and niter. alpha 0 stands for the factor 1, as in the paper.
 
-    The SVD's random numbers come from torch's generator. At a width of 2048 the exact one takes 24 times as
-    long (1.8 s on one core), and more in wider layers.
+    The SVD's random numbers come from torch's generator. At a width of 2048 the exact SVD takes 24 times as
+    long (1.8 s on one core) as the randomised one; in wider layers the factor is larger.
     """
 
     niter: int = option(4, "subspace iterations of a randomised SVD; 0: the exact one, slow for wide layers")
@@ -62,10 +62,10 @@ class PissaLinear(LoraLinear):
     A = `lora_A` (r, in) and B = `lora_B` (out, r) start as A0 and B0, all fp32. The file keeps A0 and B0 as
     `initial_A` and `initial_B`; a merge needs nothing else.
 
-    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype. So a step
-    costs what LoRA's does. In bf16 and fp16 this residual is rounded, and a fresh adapter moves the output by
-    about the rounding error of W. A merge starts from the file's W and does not have it. Of a base that is
-    quantised afterwards the residual is quantised, not W (QPiSSA).
+    W - scale B0 A0 replaces the frozen weight, in new memory and in W's dtype, so that a step costs what
+    LoRA's does. In bf16 and fp16 this residual is rounded, and a fresh adapter moves the output by about the
+    rounding error of W. A merge starts from the file's W, without that error. If the base is quantised
+    afterwards, the residual is quantised, not W (QPiSSA).
     """
 
     about = About(
@@ -78,7 +78,7 @@ class PissaLinear(LoraLinear):
     Options = Options
     constants = ("initial_A", "initial_B")
     decays = False  # with A and B at zero the weight is W - B0 A0, not W
-    # the paper's, and the MiSS paper's (Table 7): A and B are large from the start
+    # as in the paper and in MiSS's paper (Table 7): A and B are large from the start
     default_lr = 2e-5
     step_reach = AdapterLinear.step_reach  # MiSS's: A and B both move, and begin as large as W
 
@@ -86,12 +86,12 @@ class PissaLinear(LoraLinear):
         check_rank(self, options.rank)
         super().setup(options)
         self.niter = options.niter
-        # zero: nothing has been taken out of the weight yet
+        # zeros, because nothing has been subtracted from the weight yet
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()))
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()))
 
     def start(self) -> None:
-        if not self.initial_B.any():  # a run that goes on has those of its start
+        if not self.initial_B.any():  # in a resumed run the initial factors are already loaded
             B, A = principal_part(self.base_weight(), len(self.lora_A), self.niter)
             self.initial_A.copy_(A / self.scale**0.5)
             self.initial_B.copy_(B / self.scale**0.5)
@@ -101,13 +101,13 @@ class PissaLinear(LoraLinear):
     def prepare(self) -> None:
         self._add_to_weight(-self.scale)
 
-    def revert(self) -> None:  # in half precision up to a rounding
+    def revert(self) -> None:  # in half precision not exact
         self._add_to_weight(self.scale)
 
     def _add_to_weight(self, factor: float) -> None:
         """Add factor B0 A0 to the frozen weight, computed in fp32, in new memory.
 
-        The old memory may be that of a file, or another model's.
+        The old memory may belong to a file or to another model.
         """
         if not self.initial_B.any():
             return
@@ -129,7 +129,7 @@ class PissaLinear(LoraLinear):
         )
 
     def delta(self) -> Tensor:
-        # B A - B0 A0, but exactly zero at the start
+        # B A - B0 A0, written so that it is exactly zero at the start
         return self.scale * (
             (self.lora_B - self.initial_B) @ self.lora_A + self.initial_B @ (self.lora_A - self.initial_A)
         )

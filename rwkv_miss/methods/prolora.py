@@ -41,10 +41,11 @@ class ProloraLinear(LoraLinear):
     A: `prolora_A0` (r - u, in / m) m times side by side, each copy rotated by (r - u) / m ranks more, and the
     unshared `prolora_A` (u, in). A starts Kaiming uniform, by the whole input width (the paper's rectified
     initialisation).
-    B: likewise `prolora_B0` (out / m, r - u), below each other, and `prolora_B` (out, u). B starts at zero.
+    B: likewise `prolora_B0` (out / m, r - u), copies below each other, and `prolora_B` (out, u). B starts at
+    zero.
 
-    Where m does not divide a width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers: MiSS's,
-    R out, at u + (r - u) / m = R out / (in + out).
+    Where m does not divide a width, the last copy is cut off. A linear has (u + (r - u) / m) (in + out)
+    numbers: as many as MiSS of rank R, R out, at u + (r - u) / m = R out / (in + out).
     """
 
     about = About(
@@ -55,7 +56,7 @@ class ProloraLinear(LoraLinear):
         "2402.16902",
     )
     Options = Options
-    # default_lr is LoRA's: it is LoRA with tied parts
+    # default_lr is LoRA's: PRoLoRA is LoRA with tied parts
 
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)
@@ -73,7 +74,7 @@ class ProloraLinear(LoraLinear):
             self.prolora_A, self.prolora_B = make(unshared, width), make(out, unshared)
             starting.append(self.prolora_A)
         for A in starting:
-            # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
+            # as kaiming_uniform_(a=sqrt(5)), but for the whole input width
             nn.init.uniform_(A, -(width**-0.5), width**-0.5)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""State tuning: it trains the WKV state that every document starts from, and nothing else."""
+"""State tuning: training of the WKV state that every document starts from, and of nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .whole_tensors import add_states, state_names, train_whole
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.NoOptions):
-    """Options of state tuning: none. A state has the size that the model gives it."""
+    """Options of state tuning: none. The model decides the size of a state."""
 
 
 @register("state")
@@ -30,7 +30,7 @@ class StateTuning(AdapterMethod):
 
     @classmethod
     def first_rate(cls, layers: int, width: int, options: Any) -> float:
-        """Return a constant: the WKV's output is normalised, so that sizes do not matter."""
+        """Return a constant: the WKV's output is normalised, so the model's sizes do not matter."""
         return 1.0
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Rows of the embedding and of the head for some tokens, trained beside any method.
+"""Training of some tokens' rows of the embedding and the head, together with any method.
 
-A token that a base never saw needs a row of its own in both, and no other row. The trained numbers are the
-change of these rows: `emb.token_rows` and `head.token_rows`, (tokens, C). The ids of the tokens are in the
-metadata of the adapter's file.
+A token that the base never saw needs its own row in both, and changes no other row. The trained numbers are
+the changes of these rows: `emb.token_rows` and `head.token_rows`, (tokens, C). The ids of the tokens are in
+the metadata of the adapter's file.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class TokenOptions(NoOptions):
 
 
 class TokenRows(AdapterLinear):
-    """dW = `token_rows` (n, C) fp32, zero at first, in the rows of n tokens, and zero in all others.
+    """dW = `token_rows` (n, C) fp32, zero at first, in the rows of n tokens, and zero in all other rows.
 
-    It is no method of its own (METHODS), as it stands beside one.
+    The class is not in METHODS, because it is used together with a method.
     """
 
     method = "token_rows"
@@ -69,7 +69,7 @@ class TokenRows(AdapterLinear):
         weight.index_add_(*self._place())
 
     def _place(self) -> tuple[int, Tensor, Tensor]:
-        """Return the axis of tokens in the matrix, their ids and the rows as they lie there."""
+        """Return the axis of tokens in the matrix, the ids, and the changes in the matrix's orientation."""
         return (1, self.ids, self.token_rows.t()) if self.is_lookup else (0, self.ids, self.token_rows)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class TokenRows(AdapterLinear):
             return y.index_add(-1, self.ids, change.to(y.dtype))
 
     def changed_rows(self, ids: Tensor) -> Tensor:
-        """Look the rows of tokens (...) up, with their changes: (..., C), at least fp32."""
+        """Look up the rows of tokens (...) with their changes: (..., C), at least fp32."""
         place = torch.searchsorted(self.ids, ids.contiguous()).clamp_(max=len(self.ids) - 1)
         is_changed = (self.ids[place] == ids).unsqueeze(-1)
         return self.plain_forward(ids) + F.embedding(place, self.token_rows) * is_changed

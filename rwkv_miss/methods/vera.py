@@ -28,7 +28,7 @@ class VeraLinear(AdapterLinear):
     Both are fp32, and b starts at zero. A = `vera_A` (r, largest in) and B = `vera_B` (largest out, r) are
     random and frozen. All linears share this pair, and use its first columns and rows.
 
-    out + r numbers a linear. No useful rank has as many as MiSS, r out.
+    A linear has out + r numbers. No useful rank has as many as MiSS, r out.
     """
 
     about = About(
@@ -39,7 +39,7 @@ class VeraLinear(AdapterLinear):
         "2310.11454",
     )
     Options = Options
-    # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
+    # the paper's for instruction tuning, ten times its LoRA's: the vectors scale random matrices
     default_lr = 4e-3
     shared = ("vera_A", "vera_B")
 
@@ -54,7 +54,7 @@ class VeraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """Return a number without a derivation: it gives half of the published rate for 32 layers."""
+        """Return a number chosen to give half of the published rate for 32 layers; it is not derived."""
         return 5.0
 
     def setup(self, options: Options) -> None:

@@ -1,13 +1,14 @@
-"""Parts of an RWKV model that are trained as whole tensors beside an adapter: emb, head, ln, time and state.
+"""Parts of an RWKV model that are trained as whole tensors, with or without an adapter: emb, head, ln, time
+and state.
 
-`time` is what RWKV-6 calls time_*: the token-shift mixes, the decay and the bonus of the current token, of
-time mix and channel mix, the low-rank maps of mixes and decay included. RWKV-7 has x_* in their place, w0 w1
-w2 for the decay and r_k for the bonus, and the rest of what shapes its recurrence: the in-context learning
-rate a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. Its g1 and g2 are not among them, because the
-gate of RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
+`time` are the tensors time_* of RWKV-6: the token-shift mixes, the decay and the bonus of the current token,
+in time mix and channel mix, with the low-rank maps of mixes and decay. In RWKV-7 it is x_* for the mixes, w0
+w1 w2 for the decay, r_k for the bonus, and the other tensors of the recurrence: the in-context learning rate
+a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. g1 and g2 are not included, because the gate of
+RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
 
 `state` is the WKV state that every document starts from, `blocks.i.att.time_state` (H, N, N), [value, key]
-for both versions, as released state files have it. A layer that takes one has a slot of that name, which is
+for both versions, as in released state files. A layer that takes a state has a slot of that name, which is
 None until the state is trained or read from a file.
 """
 
@@ -33,7 +34,7 @@ PARTS = {
 
 
 def split_parts(text: str) -> list[str]:
-    """Split "ln,time" or "ln time" into ["ln", "time"], as PARTS are sorted. Raises UserError for others."""
+    """Split "ln,time" or "ln time" into ["ln", "time"], in PARTS's order. Raises UserError for others."""
     names = re.split(r"[,\s]+", text.strip()) if text.strip() else []
     for part in names:
         if part not in PARTS:
@@ -44,7 +45,7 @@ def split_parts(text: str) -> list[str]:
 def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
     """Select the tensors among `names` that belong to these parts, in their order.
 
-    Raises UserError for a part without any.
+    Raises UserError for a part that has none of them.
     """
     names = list(names)
     patterns = {part: re.compile(PARTS[part]) for part in parts}
@@ -57,7 +58,7 @@ def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
 
 
 def train_whole(model: nn.Module, name: str) -> None:
-    """Replace a parameter by a trainable one in fp32, or float64 where it has that."""
+    """Replace a parameter by a trainable one in fp32; a float64 parameter stays float64."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     p = getattr(owner, leaf)
@@ -65,12 +66,12 @@ def train_whole(model: nn.Module, name: str) -> None:
 
 
 def state_names(model: nn.Module) -> list[str]:
-    """Name the initial states that a model's layers take, whether they have one yet or not."""
+    """Name the initial states of all layers that take one, also those that do not exist yet."""
     return [f"{name}.time_state" for name, module in model.named_modules() if hasattr(module, "time_state")]
 
 
 def add_states(model: nn.Module) -> None:
-    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32.
+    """Add a frozen initial state of zeros, fp32, to every layer that takes one and has none.
 
     Outputs do not change.
     """
