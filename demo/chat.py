@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.chat")
 
 from src.common.startup import importing, naming_missing_packages

@@ -4,8 +4,8 @@ python -m demo.task sort --rows 5000 --out out/sort.jsonl --heldout 200 --heldou
 python -m demo.loop --load_model demo/rwkv7-reverse.pth --data_file out/sort.jsonl \\
     --eval_file out/held.jsonl --proj_dir out/loop --prompt "sort kitchen"
 
-Copy this file to try an idea. Its losses are those of train.py with the same flags. It leaves out what
-train.py adds: other losses, several GPUs, resume, quantised bases, long rows in chunks, reports.
+Copy this file to try an idea. Its losses equal train.py's with the same flags. train.py adds other losses,
+several GPUs, resume, quantised bases, long rows in chunks, and reports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import math
 import os
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.loop")
 
 from src.common.startup import importing
@@ -60,18 +60,18 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> list[float]:
     """Train, print, save, merge and ask. Return the loss of every step."""
-    # The device. Weights are bf16 on a GPU, and what MiSS trains is fp32 everywhere.
+    # The device. Weights are bf16 on a GPU; MiSS's trained numbers are fp32 everywhere.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    kernel, _ = ops.choose("auto", device.type)  # of WKV: native if it can be built, else torch
+    kernel, _ = ops.choose("auto", device.type)  # WKV kernel: native if it can be built, else torch
 
-    # The base, and MiSS beside every linear of its layers. All of the base is frozen.
+    # The base, with MiSS on every linear of its layers. The whole base is frozen.
     torch.manual_seed(args.random_seed)
     model = RWKV.load(args.load_model, dtype, device, kernel)
     print(rwkv_miss.inject(model, "miss", rank=args.rank).line())
     trained = [p for p in model.parameters() if p.requires_grad]
 
-    # Documents. Each has ids, and a weight for every id in the loss: 0 in a prompt, 1 in an answer.
+    # Documents. Each has token ids, and for every id a weight in the loss: 0 in a prompt, 1 in an answer.
     tokenizer = recorded_tokenizer("auto", "", model.arch.vocab_size, args.load_model)
     documents = load(args.data_file, Encoder(tokenizer)).documents(args.ctx_len)
     held_out = load(args.eval_file, Encoder(tokenizer)).documents(args.ctx_len)
@@ -85,7 +85,7 @@ def train(args: argparse.Namespace) -> list[float]:
         if step % args.eval_steps == 0:
             say(f"step {step}: validation loss {validation_loss(model, held_out, args):.4f}")
 
-        # The batch. Each pass over the data takes the rows in another order. In a batch they are by length.
+        # The batch, sorted by length. Each pass over the data takes the rows in another order.
         turn, place = divmod(step, math.ceil(len(rows) / args.micro_bsz))
         order = np.random.default_rng([args.random_seed, turn]).permutation(len(rows))
         chosen = order[place * args.micro_bsz : (place + 1) * args.micro_bsz]
@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> list[float]:
         losses.append(loss.item())
     print(f"step {args.epoch_steps}: validation loss {validation_loss(model, held_out, args):.4f}")
 
-    # The adapter holds what was trained. The merged file has the base's keys, shapes and dtypes.
+    # The adapter file holds the trained numbers. The merged file has the base's keys, shapes and dtypes.
     os.makedirs(args.proj_dir, exist_ok=True)
     adapter, merged = f"{args.proj_dir}/adapter.pth", f"{args.proj_dir}/merged.pth"
     rwkv_miss.save_adapter(model, adapter, step=args.epoch_steps, tokenizer=tokenizer.name)
@@ -116,14 +116,14 @@ def train(args: argparse.Namespace) -> list[float]:
 
 
 def batch_of(documents: Documents, rows: list[list[int]], device: torch.device) -> Batch:
-    """Return the tensors of these rows, each a list of document numbers, and `step_weight`, their weight."""
+    """Return the tensors of these rows, each a list of document numbers; step_weight: the sum of weights."""
     of_rows = [[documents[i] for i in row] for row in rows]
     weight = math.fsum(document.weight for row in of_rows for document in row)
     return collate(of_rows, weight).to(device)
 
 
 def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
-    """Return the weighted cross entropy, summed. `where` are the places whose next token is trained."""
+    """Return the weighted sum of cross entropies. `where` are the places whose next token is trained."""
     features, _ = model.features(batch.ids, None, batch.reset, batch.where)
     return model.loss(features, batch.targets, batch.weights)
 

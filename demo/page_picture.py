@@ -2,11 +2,12 @@
 
 python -m demo.page_picture [--run out/demo] [--base FILE] [--out docs/serving.png]
 
-docs/serving.png has the demo's base beside the adapter that it has trained. docs/serving-820.png and
-docs/serving-390.png have a conversation that the page imports, in the dark and on a phone: the demo's model
-can sort letters, and explain nothing.
+docs/serving.png shows the demo's base next to the adapter that the demo trained. docs/serving-820.png and
+docs/serving-390.png show an imported conversation, in the dark and on a phone, because the demo's model can
+only sort letters.
 
-It reads the files of demo/demo-training-miss.sh, starts demo.serve and a Chromium, and types questions.
+This program reads the files of demo/demo-training-miss.sh, starts demo.serve and a Chromium, and types
+questions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.page_picture")
 
 from src.common.startup import importing

@@ -2,8 +2,8 @@
 
 python -m demo.picture [--run out/demo] [--base FILE] [--out docs/demo.png]
 
-It reads the files of demo/demo-training-miss.sh, and answers the held-out questions with the base and with
-the merged file. It shows the first questions of the file that the base gets wrong.
+The program reads the files of demo/demo-training-miss.sh, and answers the held-out questions with the base
+and with the merged file. The picture shows the first questions that the base gets wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import os
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.picture")
 
 from src.common.startup import importing
@@ -44,7 +44,7 @@ MARGIN = 0.035
 
 
 def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, list[str]]:
-    """Return (questions, share that is right, answers) of a model file, as demo.accuracy has them."""
+    """Return (questions, share that is right, answers) of a model file, as demo.accuracy counts them."""
     network, tokenizer = load(model, precision="fp32")
     template = recorded_template("auto", tokenizer, model)
     bos = bos_ids("recorded", tokenizer, model)
@@ -80,7 +80,7 @@ def draw(
     draw_losses(figure.add_axes((0.665, 0.145, 1 - MARGIN - 0.665, 0.535)), losses, trained)
     canvas.draw()
     image = io.BytesIO()
-    # text and lines need few colours, and a palette makes the file a third as large
+    # quantised, because text and lines need few colours, and a palette makes the file a third as large
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64).save(image, "png", optimize=True)
     return image.getvalue()
 
@@ -88,11 +88,11 @@ def draw(
 def draw_answers(
     axes, rows: list[tuple[Question, str, str]], accuracies: tuple[float, float], questions: int
 ):
-    """Draw a row for each question, and above them the shares of all questions that are answered right."""
+    """Draw a row for each question, and above the rows the shares of all questions answered right."""
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     columns = (0.0, 0.455, 0.76)
-    top = 0.74  # where the rows begin
+    top = 0.74  # height at which the rows begin
     axes.text(0, 0.845, f"right answers to\n{questions} held-out questions", size=20, color=GREY, va="center")
     for x, title, share, colour in zip(columns[1:], ("before", "after"), accuracies, (WRONG, RIGHT)):
         axes.text(x, 1, title, size=24, color=GREY, va="top")

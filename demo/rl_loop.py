@@ -6,9 +6,9 @@ python -m demo.rl_loop --load_model demo/rwkv7-reverse.pth --data_file out/asked
     --eval_file out/held.jsonl --proj_dir out/rl_loop
 
 38 of the 100 held-out answers are right before, 99 after, in 26 s of CPU time (one seed, AMD EPYC, fp32).
-Copy this file to try an idea, and demo/loop.py for training on given answers. Its rewards and losses are
-those of train.py --loss grpo with the same flags. It leaves out what train.py adds: several steps on a draw,
-a KL, other rewards and their time limits, several GPUs, resume, reports.
+Copy this file to try an idea, and demo/loop.py for training on given answers. Its rewards and losses equal
+those of train.py --loss grpo with the same flags. train.py adds several steps on one set of rollouts, a KL,
+other rewards and their time limits, several GPUs, resume, and reports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Sequence
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.rl_loop")
 
 from src.common.startup import importing
@@ -74,12 +74,12 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> list[tuple[float, float]]:
     """Train, print, save and merge. Return (mean reward, loss) of every step."""
-    # The device. Weights are bf16 on a GPU, and what MiSS trains is fp32 everywhere.
+    # The device. Weights are bf16 on a GPU; MiSS's trained numbers are fp32 everywhere.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    kernel, _ = ops.choose("auto", device.type)  # of WKV: native if it can be built, else torch
+    kernel, _ = ops.choose("auto", device.type)  # WKV kernel: native if it can be built, else torch
 
-    # The base, and MiSS beside every linear of its layers. All of the base is frozen.
+    # The base, with MiSS on every linear of its layers. The whole base is frozen.
     torch.manual_seed(args.random_seed)
     model = RWKV.load(args.load_model, dtype, device, kernel)
     print(rwkv_miss.inject(model, "miss", rank=args.rank).line())
@@ -97,12 +97,12 @@ def train(args: argparse.Namespace) -> list[tuple[float, float]]:
         if step % args.eval_steps == 0:
             say(f"step {step}: reward of greedy answers {greedy_reward(model, held_out, encoder):.4f}")
 
-        # The questions of this step. Each pass over the data takes them in another order.
+        # The questions of this step. Each pass over the data takes the questions in another order.
         turn, place = divmod(step, math.ceil(len(questions) / args.micro_bsz))
         order = np.random.default_rng([args.random_seed, turn]).permutation(len(questions))
         asked = order[place * args.micro_bsz : (place + 1) * args.micro_bsz].tolist()
 
-        # Rollouts: a group of answers to each question, by the model as it is now.
+        # Rollouts: the current model draws a group of answers to each question.
         requests = [rollout(questions, i, step, encoder, args) for i in asked]
         groups = answered(model, encoder, requests)
 
@@ -130,7 +130,7 @@ def train(args: argparse.Namespace) -> list[tuple[float, float]]:
     reached = greedy_reward(model, held_out, encoder)
     print(f"step {args.epoch_steps}: reward of greedy answers {reached:.4f}")
 
-    # The adapter holds what was trained. The merged file has the base's keys, shapes and dtypes.
+    # The adapter file holds the trained numbers. The merged file has the base's keys, shapes and dtypes.
     os.makedirs(args.proj_dir, exist_ok=True)
     adapter, merged = f"{args.proj_dir}/adapter.pth", f"{args.proj_dir}/merged.pth"
     rwkv_miss.save_adapter(model, adapter, step=args.epoch_steps, tokenizer=tokenizer.name)
@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> list[tuple[float, float]]:
 def rollout(
     questions: Questions, place: int, step: int, encoder: Encoder, args: argparse.Namespace
 ) -> Request:
-    """Ask for a group of answers at temperature 1, whose ln p is the training's. Each draw has its seed."""
+    """Request a group of answers at temperature 1, so that ln p equals the training's; each has a seed."""
     seed = np.random.SeedSequence([args.random_seed, step, place]).generate_state(1, np.uint64)
     return Request(
         questions.prompts[place].tolist(),
@@ -150,13 +150,13 @@ def rollout(
         seed=int(seed[0]),
         stops=encoder.template.stops,
         n=args.group_size,
-        logprobs=0,  # of the drawn tokens alone
+        logprobs=0,  # only the drawn tokens' ln p, no alternatives
     )
 
 
 @torch.no_grad()
 def answered(model: RWKV, encoder: Encoder, requests: Sequence[Request]) -> list[Sequence[Answer]]:
-    """Return the answers to each request. They are rows of one engine."""
+    """Return the answers to each request, all drawn in one batch of an engine."""
     with contextlib.closing(for_training(model, sum(request.n for request in requests))) as decoder:
         engine = Engine(decoder, encoder.tokenizer)
         groups = [engine.submit(request) for request in requests]
@@ -166,7 +166,7 @@ def answered(model: RWKV, encoder: Encoder, requests: Sequence[Request]) -> list
 
 
 def reward(question: Question, answer: Answer, encoder: Encoder) -> float:
-    """Reward an answer that came to its end and equals the right one, word for word."""
+    """Reward an answer that ended by itself and equals the right one, word for word."""
     said = answer_text(answer.text, encoder.template, question.opening)
     return float(not answer.cut and said == question.answer)
 
@@ -177,8 +177,8 @@ def log_probs_of(group: Sequence[Answer]) -> list[np.ndarray]:
 
 
 def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
-    """Sum -w r A over tokens: r is p by its value before this step, so 1, and no clip takes part. w weighs
-    what the engine drew with another p than the training has."""
+    """Sum -w r A over tokens. r is p divided by p before this step, so 1, and nothing is clipped. w corrects
+    for tokens that the engine drew with another p than the training's."""
     log_probs = token_log_probs(model, batch, Chunks()).double()
     weight = (log_probs.detach() - batch.drawn.double()).exp().clamp(max=2.0)
     ratio = (log_probs - log_probs.detach()).exp()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.serve")
 
 from src.common.startup import importing, naming_missing_packages
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages(), naming_changed_files():
         args = parse(argv)
-        # these need the packages that check() has looked for
+        # imported here, because check() has now found the packages that they need
         if args.train:
             from src.studio.program import run
         else:

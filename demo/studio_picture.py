@@ -2,10 +2,10 @@
 
 python -m demo.studio_picture [--folder out] [--out docs/studio.png]
 
-docs/studio.png shows the newest run in the folder, with the curves of the others laid over it.
-docs/studio-390.png shows the rows of its data on a phone, in the dark.
+docs/studio.png shows the newest run in the folder, together with the curves of the other runs.
+docs/studio-390.png shows rows of the newest run's data on a phone, in the dark.
 
-It starts demo.serve and a Chromium. bash demo/demo-training-miss.sh makes a run in out/.
+This program starts demo.serve and a Chromium. bash demo/demo-training-miss.sh makes a run in out/.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m demo.studio_picture")
 
 from src.common.startup import importing
@@ -34,12 +34,12 @@ WIDE, PHONE = (
 
 
 def run_and_others(page: Page) -> bytes:
-    """Show the newest run with the curves of the others, and read the middle of them."""
+    """Show the newest run with the curves of the others, and point at the middle of the curves."""
     page.click("#run-list button >> nth=0")
     page.wait_for_selector("#curves svg")
     for box in page.locator("#run-list input:enabled").all():
         box.check()
-    # each run has a line in the legend, and the newest one has more if it is long or was evaluated
+    # each run has one line in the legend; the newest has more if it is long or was evaluated
     page.locator(".legend li").nth(page.locator("#run-list li").count() - 1).wait_for()
     page.evaluate("window.scrollTo(0, 0)")
     page.hover(".charts", position={"x": 320, "y": 120})
@@ -47,7 +47,7 @@ def run_and_others(page: Page) -> bytes:
 
 
 def rows_of_data(page: Page) -> bytes:
-    """Show what the newest run was trained on."""
+    """Show the rows that the newest run was trained on."""
     page.click("#show-runs")
     page.click("#run-list button >> nth=0")
     page.click("#data h2 button")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 TASKS = {"reverse": lambda letters: letters[::-1], "sort": lambda letters: "".join(sorted(letters))}
 LENGTHS = range(3, 8)
-FEWEST = 3  # letters, of which there are 17,576 strings
+FEWEST = 3  # letters; there are 17,576 strings of this length
 
 
 def rows(
@@ -38,14 +38,14 @@ def rows(
 
 
 def write(path: str, data: list[dict]) -> None:
-    """Write a line for each row. The folder is made if it does not exist."""
+    """Write one line for each row, and make the folder if it does not exist."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in data)
 
 
 def main() -> None:
-    # without its usage a mistake is one line
+    # usage is suppressed, so that an error is one line
     parser = argparse.ArgumentParser("python -m demo.task", argparse.SUPPRESS, __doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--rows", type=int, required=True)

@@ -1,4 +1,4 @@
 """Programs for people: they plan, show data, check, convert and evaluate.
 
-They import src and rwkv_miss, and no benchmark.
+They may import src and rwkv_miss, but no benchmark.
 """

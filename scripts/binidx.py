@@ -3,8 +3,8 @@
     python -m scripts.binidx OUT DATA...                     # writes OUT.bin and OUT.idx
     python -m scripts.binidx --to_jsonl OUT.jsonl DATA...    # {"text": ...} a line
 
-Every row ends with an end of document. train.py needs neither: it reads all formats as they
-are. A binidx file holds tokens but no loss mask, so everything in it is trained.
+Every row ends with an end of document. train.py does not need these files: it reads all formats directly.
+A binidx file holds tokens but no loss mask, so everything in it is trained.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.binidx")
 
 from src.common.startup import importing, naming_missing_packages
@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(args: argparse.Namespace) -> tuple[int, int]:
-    """Write the documents: (documents, tokens with ends of document). A UserError leaves nothing behind."""
+    """Write the documents: returns (documents, tokens with ends). After a UserError there is no file."""
     tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
-    # with this mask a row is always one document
+    # mask "all", because then a row is always one document
     encoder = Encoder(tokenizer, choose_template(args.template, args.tool_style, None, tokenizer), "all")
     count = tokens = 0
     try:
@@ -90,7 +90,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def without_weights(row: dict) -> dict:
-    """Drop the weights of a row's answers, which these files have no place for."""
+    """Drop the weights of a row's answers, which the written files can't hold."""
     if "messages" not in row:
         return row
     messages = [{name: v for name, v in message.items() if name != "weight"} for message in row["messages"]]
@@ -98,9 +98,9 @@ def without_weights(row: dict) -> dict:
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
-    """Read the records of several names.
+    """Read the records of several --data_file names.
 
-    Raises UserError for a weight: how often a run sees a record does not belong into the file that holds it.
+    Raises UserError for a name with a weight, which says how often a run sees a file and can't be written.
     """
     for name in data:
         for source in sources(fetch_data(name), reading):
@@ -121,7 +121,7 @@ class JsonlWriter:
         self.file = open(path + ".tmp", "w", encoding="utf-8")
 
     def add(self, ids) -> None:
-        """Add a document without its end. Raises UserError for one that no JSONL reader of ours takes."""
+        """Add a document without its end. Raises UserError for one that train.py can't read from JSONL."""
         decoded = self.tokenizer.decode(ids[: len(ids) - len(self.tokenizer.eod)].tolist())
         try:
             row = {"text": text(decoded, "as text")}

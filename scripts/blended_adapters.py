@@ -1,4 +1,4 @@
-"""Blended adapters: a base with weighted adapters as a live model, each with its own forward, none merged."""
+"""Blended adapters: a live model of a base and weighted adapters, each with its own forward, none merged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from src.model import RWKV
 class BlendedLinear(nn.Module):
     """y = V x + sum of w_i (f_i(x) - W x), with the forward f_i of each adapter's layer.
 
-    For one adapter of weight 1 it is f(x) itself. V is the base's weight W, unless another adapter has
-    trained it as a whole (`moved`).
+    For one adapter of weight 1, y is f(x). V is the base's weight W, unless another adapter has trained it as
+    a whole (`moved`).
     """
 
     def __init__(self, linear: nn.Linear, layers: list[tuple[AdapterLinear, float]], moved: bool):
@@ -50,7 +50,7 @@ class BlendedLinear(nn.Module):
 def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
     """Put adapters with their weights onto a model, in place; returns the changed linears by name.
 
-    The base that they name does not matter. Tensors T that were trained as a whole become base + sum of w_i
+    The adapters may name other bases. Tensors T that were trained as a whole become base + sum of w_i
     (T_i - base), in fp32 as in training. Raises UserError for adapters that do not fit.
     """
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
@@ -60,7 +60,7 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
         for name in m.metadata["linears"]:
             if not isinstance(modules.get(name), nn.Linear):
                 raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
-            # detached, because PiSSA gives its layer another weight
+            # detached, because a PiSSA layer replaces its weight
             _, layer = next(m.layers(f"{name}.weight", modules[name].weight.detach()))
             layer.eval()
             layer.prepare()
@@ -86,7 +86,7 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
 
 @torch.no_grad()
 def merge_blended(model: RWKV, blended: dict[str, BlendedLinear]) -> None:
-    """Make the linears of a blended model plain ones, of V + sum of w_i delta_i in fp32."""
+    """Replace the linears of a blended model by plain ones with weight V + sum of w_i delta_i, fp32."""
     for name, layer in blended.items():
         layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
         put_linears(model, {name: layer.linear})

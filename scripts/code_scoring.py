@@ -4,8 +4,8 @@ read_problems() makes the questions, CodeProblem.program() makes a program of an
 programs.
 
 Each program runs in a process of its own. A program that never ends, fills the memory, writes a large file or
-starts others cannot stop the evaluation. That is no sandbox: a program can read and delete the files of its
-user, and it can reach the network. Run them in a container.
+starts others cannot stop the evaluation. There is no sandbox: a program can read and delete its user's files,
+and use the network. Run the evaluation in a container.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 from src.evaluation.reward_functions import kill_group
 
-SECONDS = 10  # that a program may take, by the clock
-MEMORY = 2 << 30  # bytes of address space of a program
-FILE_SIZE = 1 << 24  # bytes of a file that a program writes
-PASSED = 77  # the exit code after the tests; a program that exits early has another
+SECONDS = 10  # most seconds of a program, by the clock
+MEMORY = 2 << 30  # most bytes of a program's address space
+FILE_SIZE = 1 << 24  # most bytes of a file that a program writes
+PASSED = 77  # exit code after the tests; a program that exits early has another code
 CODE_BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 RUNNER = f"""
 import os, resource, runpy, sys
@@ -48,10 +48,10 @@ os._exit({PASSED})
 
 @dataclasses.dataclass(frozen=True)
 class CodeProblem:
-    """Problem for the model, and the tests of its answer.
+    """Problem for the model, and the tests of an answer.
 
-    HumanEval gives the beginning of a function: `start` is its text, `name` its name. In MBPP both are empty,
-    because the answer is the whole program.
+    HumanEval gives the beginning of a function: `start` is this text, `name` the function's name. In MBPP
+    both are empty, because the answer is the whole program.
     """
 
     question: str
@@ -119,7 +119,7 @@ def _of_humaneval(where: str, row: dict[str, Any]) -> CodeProblem:
 def _of_mbpp(row: dict[str, Any]) -> CodeProblem:
     """Read a row of MBPP, or of its sanitized version, which has `prompt` and `test_imports`.
 
-    In MBPP itself they are `text` and `test_setup_code`.
+    MBPP itself has `text` and `test_setup_code` instead.
     """
     text = row.get("text") or row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
@@ -142,7 +142,7 @@ def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY
 
 
 def _passes(program: str, seconds: int, memory: int) -> bool:
-    # a child that has just been killed may still be writing
+    # ignore errors, because a child that was just killed may still be writing
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = pathlib.Path(folder, "program.py")
         path.write_text(program, encoding="utf-8", errors="replace")

@@ -3,7 +3,7 @@
     python -m scripts.doctor [--json] [--fat]
 
 Each line says ok, warn or missing. The exit code is 0 if training works here, with or without native kernels,
-else 1. Nothing is installed. Native kernels are built if there is a compiler, as training would do. With
+else 1. Nothing is installed. If there is a compiler, native kernels are built, as training would do. With
 --json stdout has one JSON object and nothing else.
 """
 
@@ -24,14 +24,14 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.doctor")
 
 from src.common.startup import importing
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "gpu"
-# other packages are imported by a training
+# package -> its use; a training imports all other packages
 OPTIONAL = {
     "deepspeed": "only --strategy deepspeed_stage_1, _2 and _3 need it",
     "tokenizers": "only --tokenizer FILE.json needs it",
@@ -58,7 +58,7 @@ def main() -> None:
     with importing():
         try:
             from rwkv_miss.errors import one_line_errors
-        except (ImportError, OSError):  # torch is missing or broken, and a check will say so
+        except (ImportError, OSError):  # torch is missing or broken; packages() reports it
             one_line_errors = contextlib.nullcontext
     with one_line_errors():
         examine_and_tell()
@@ -79,7 +79,7 @@ def examine_and_tell() -> None:
     as_json, checks = args.json, []
     if args.fat:
         build_all()
-    # output of the examined libraries would not be JSON
+    # stdout must be JSON alone, so the libraries' own output goes to stderr
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         for check in examine():
             checks.append(check)
@@ -163,7 +163,7 @@ def packages() -> Iterator[Check]:
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         name, minimum, system = re.match(r'([\w-]+)>=([\d.]+)(?:; sys_platform == "(\w+)")?', line).groups()
         if name == "ninja":
-            continue  # a ninja on PATH will do: see tools()
+            continue  # a ninja on PATH is enough: see tools()
         needed = name not in OPTIONAL
         fix = f'pip install "{name}>={minimum}"' + ("" if needed else f" ({OPTIONAL[name]})")
         try:
@@ -179,7 +179,7 @@ def packages() -> Iterator[Check]:
 
 
 def server() -> Check:
-    """Check what only demo.serve needs."""
+    """Check the packages that only demo.serve needs."""
     absent = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if absent:
         return Check("missing", "server", f"only demo.serve needs it: pip install {' '.join(absent)}")
@@ -207,7 +207,7 @@ def machine() -> Iterator[Check]:
 
 
 def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
-    """Check the free space where the folder is, or will be made."""
+    """Check the free space on the disk of a folder, which need not exist yet."""
     exists = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(exists).free / GIB
     writable = os.access(exists, os.W_OK)
@@ -284,7 +284,7 @@ def nvcc() -> Check:
 
 
 def build_all() -> None:
-    """Build the CUDA kernels for all architectures; it needs nvcc and no GPU."""
+    """Build the CUDA kernels for all architectures, which needs nvcc and no GPU."""
     from src.ops import build, toolchain
 
     try:
@@ -308,7 +308,7 @@ def first_line(*command: str) -> str:
 
 
 def kernels_of_gpus(torch) -> Iterator[Check]:
-    """Yield `kernels` for the first GPU of each kind: what is right on one may be wrong on another."""
+    """Yield kernels() for the first GPU of each kind: kernels may be right on one kind, wrong on another."""
     from src.ops import self_test
 
     kinds: set[str] = set()
@@ -321,7 +321,7 @@ def kernels_of_gpus(torch) -> Iterator[Check]:
 
 
 def kernels(device: str, where: str = "") -> Iterator[Check]:
-    """Yield whether the native kernels of a device are built and right, and what --wkv auto chooses there."""
+    """Yield whether a device's native kernels are built and right, and the choice of --wkv auto there."""
     from src import ops
     from src.ops import self_test
 
@@ -354,7 +354,7 @@ def records() -> list[dict]:
 
 
 def evidence() -> Iterator[Check]:
-    """Yield how far each CUDA kernel has been tried, here or elsewhere."""
+    """Yield a line for each CUDA kernel on where it was tested, here or on recorded machines."""
     from src.ops import build, toolchain
 
     compiled = (

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.evaluate")
 
 from src.common.startup import importing, naming_missing_packages
@@ -55,7 +55,7 @@ with importing():
     from src.model import RWKV, read_model_file
     from src.planning.base_model import check_reference
 
-DOUBTED = 16  # questions whose reference answers tell whether the tokenizer is the model's
+DOUBTED = 16  # questions whose reference answers are used to check that the tokenizer is the model's
 WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the limit
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_questions(args: argparse.Namespace) -> None:
     """Print how many answers are right."""
-    args.adapter = next(iter(args.adapter), None)  # check() has seen to it that there is no other
+    args.adapter = next(iter(args.adapter), None)  # check() has refused a second adapter
     asked = ask_model(args) if args.model else read_answered(args)
     flat = [answer for answers in asked.answers for answer in answers]
     cut = None
@@ -109,13 +109,13 @@ def evaluate_questions(args: argparse.Namespace) -> None:
 
 
 def evaluate_preferences(args: argparse.Namespace) -> None:
-    """Print how likely the model, or each of the adapters, finds the answers of pairs."""
+    """Print log probabilities of the answers of pairs by the model, or by each of the adapters."""
     args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     encoder = encoder_for(args)
     data = read_preferences(args.preferences, encoder, Reading.of(args))
     files = {path: path for path in args.adapter}
     adapters, _ = load_with(args.model, files, args.tokenizer, args.eod, precision=args.precision)
-    compared = beside_reference(args, data, adapters.model)
+    compared = compared_with_reference(args, data, adapters.model)
     rows = []
     for adapter in args.adapter or [None]:
         adapters.use([adapter] if adapter else [])
@@ -134,7 +134,7 @@ def evaluate_preferences(args: argparse.Namespace) -> None:
 
 
 def encoder_for(args: argparse.Namespace) -> Encoder:
-    """Make the encoder of the rows, as the adapters record it, else the model. No weight is read."""
+    """Make the encoder of the rows from the adapters' metadata, else the model's, without reading weights."""
     arch = Arch.detect(read_model_file(args.model))
     if args.reference:
         check_reference(args.reference, args.model, arch.vocab_size)
@@ -154,8 +154,8 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
     return next(iter(chosen.values()))
 
 
-def beside_reference(args: argparse.Namespace, data: Preferences, base: RWKV) -> Compared:
-    """Add ln p by the reference: another model, or the base without its adapters."""
+def compared_with_reference(args: argparse.Namespace, data: Preferences, base: RWKV) -> Compared:
+    """Add the answers' ln p by a reference: another model, or the base without adapters."""
     if args.reference:
         model, _ = load(args.reference, None, args.tokenizer, args.eod, precision=args.precision)
         return Compared.with_reference(data, model)
@@ -166,11 +166,11 @@ def beside_reference(args: argparse.Namespace, data: Preferences, base: RWKV) ->
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags. Raises UserError for those that do not go together, before a model is loaded."""
+    """Parse the flags. Raises UserError for flags that contradict each other, before a model is loaded."""
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
     add_flags(parser)
     args = parser.parse_args(argv)
-    if args.preset:  # its values are defaults, which given flags override
+    if args.preset:  # the preset's values become defaults, which given flags override
         parser.set_defaults(**PRESETS[args.preset])
         args = parser.parse_args(argv)
     check(args)
@@ -188,7 +188,8 @@ def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> 
 
 
 def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
-    """Print the score, after a line on what rewards could teach if each question has several answers."""
+    """Print the score, after the number of questions that rewards could learn from if they have several
+    answers."""
     count, samples = sum(map(sum, right)), len(right[0])
     if samples > 1:
         mixed = sum(0 < sum(row) < samples for row in right)
@@ -201,7 +202,7 @@ def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
 
 
 def name_local_files(args: argparse.Namespace) -> None:
-    """Make the flags name local files."""
+    """Replace names of files on the hub by local paths."""
     for name in ("questions", "preferences"):
         if given := getattr(args, name):
             setattr(args, name, fetch_data(given))
@@ -212,13 +213,13 @@ def name_local_files(args: argparse.Namespace) -> None:
 
 
 class Answered(NamedTuple):
-    """Questions with their answers, and the answers' limit of tokens and the ids of the BOS.
+    """Questions with their answers.
 
-    None: it is not known.
+    limit: most tokens of an answer. bos: ids before a prompt. None for each of these: not known.
     """
 
     questions: list[Question]
-    answers: list[list[SavedAnswer]]  # equally many to each question
+    answers: list[list[SavedAnswer]]  # each question has equally many
     limit: int | None
     bos: list[int] | None
 
@@ -262,8 +263,8 @@ def ask_model(args: argparse.Namespace) -> Answered:
 
 
 def about_files(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what decides the answers and is known before the model is read; a resumed evaluation needs
-    the same."""
+    """Return the settings that decide the answers, known before the model is read. A resumed evaluation must
+    have the same."""
     return {
         "model": Identity(args.model).fingerprint,
         "adapter": Identity(args.adapter).fingerprint if args.adapter else None,
@@ -274,7 +275,7 @@ def about_files(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_answered(args: argparse.Namespace) -> Answered:
-    """Read the questions, with the answers of --answers."""
+    """Read the questions, and their answers from the file --answers."""
     questions = questions_of(args, choose_template(args.template, args.tool_style, None, None))
     return Answered(questions, read_answers(args.answers, len(questions)), None, None)
 
@@ -291,9 +292,9 @@ def first_answers(
 
 
 def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn if they are many.
+    """Say how many of `count` answers reached the limit of tokens, and warn if that is a large share.
 
-    None: it is not known.
+    cut, limit: None if not known.
     """
     if cut is None:
         return
@@ -335,7 +336,7 @@ def judged(score: str, asked: Answered) -> list[list[bool]]:
 
 
 def results(score: str, asked: Answered) -> list[list[Hashable | None]] | None:
-    """Return the result of each answer to each question. None if there is no majority."""
+    """Return the result of each answer to each question; None if the score has no majority."""
     if score == "code" or len(asked.answers[0]) == 1:
         return None
     return [[SCORES[score].result(answer.text) for answer in answers] for answers in asked.answers]

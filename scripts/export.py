@@ -2,14 +2,14 @@
 
     python -m scripts.export --model merged.pth --out merged.gguf --to gguf
 
-gguf is for llama.cpp, which takes an adapter as well. hf is a folder for Hugging Face's transformers, RWKV-7
-only. safetensors is one file. ai00 is for Ai00 and web-rwkv, also of a tuned state. pth makes a checkpoint of
-the first three.
+gguf is for llama.cpp, also for an adapter alone. hf is a folder for Hugging Face's transformers, RWKV-7 only.
+safetensors is one file. ai00 is for Ai00 and web-rwkv, also for a tuned state. pth turns one of the first
+three into a checkpoint.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.export")
 
 from src.common.startup import importing, naming_missing_packages

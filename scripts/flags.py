@@ -9,7 +9,7 @@ import dataclasses
 import re
 import sys
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.flags")
 
 from src.common.startup import importing

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Check the CUDA kernels on this machine's GPU, and write docs/gpu/CARD-DATE.json.
-# It runs the tests that need a GPU, errors against float64, compute-sanitizer, and the benchmarks.
+# This script runs the tests that need a GPU, errors against float64, compute-sanitizer, and the benchmarks.
 # scripts/doctor.py reads the file and says what ran where. At the end a table for the README is printed.
 # It takes 10 minutes once .venv is made, the kernels' PTX was executed on the CPU, and the kernels are built. A
 # step that would take longer is stopped, and the file says so, with what was measured until then.
-# Usage: bash scripts/gpu_check.sh [RWKV_LM]     RWKV_LM: a checkout of RWKV-LM, to measure its kernels beside ours
+# Usage: bash scripts/gpu_check.sh [RWKV_LM]     RWKV_LM: a checkout of RWKV-LM, to compare its kernels with ours
 # Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU, or torch sees none.
 set -euo pipefail
 if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
@@ -17,7 +17,7 @@ source "$(dirname "$0")/setup.sh" gpu-check
 python -c 'from src.common.device import unseen_gpu; raise SystemExit(unseen_gpu() or None)' || exit 2
 find_nvcc
 
-# another project's kernels, which are measured beside ours where they can be had
+# other projects' kernels, to be compared with ours if they can be installed
 python -c 'import fla' 2>/dev/null || python -m pip install --quiet --editable ".[bench]" || true
 peers=() others=(compiled)
 ! python -c 'import fla' 2>/dev/null || { peers=(--peers); others=(fla compiled); }
@@ -51,23 +51,23 @@ step() {
 # What the card will run is executed on the CPU first. A kernel that fails below, and not here, fails on the card.
 card="$(python -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')"
 step ptx 300 python -m gpu_emulation.ptx --quick --arch "$card"
-# built here, so that no later step waits for the compiler
+# build the kernels now, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import self_test; status = self_test.status("cuda"); print(status); raise SystemExit(not status.passed)'
-# The limits below add up to less than 10 minutes. What nobody knows yet comes first: how fast it is.
+# The limits below add up to less than 10 minutes. Speeds come first, because they are not known yet.
 step training 60 python -m benchmarks.step --device cuda --n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024
-# in a step of its own: a compiler may take its time, or fail
+# a separate step, because torch.compile may take long, or fail
 step others 45 python -m benchmarks.step --device cuda --n_layer 24 --n_embd 2048 --micro_bsz 4 --ctx_len 1024 --rounds 3 --variants miss "${others[@]}"
-# as RWKV-LM publishes its own: 99,500 tokens a second on an RTX 5090
+# the model for which RWKV-LM publishes 99,500 tokens a second on an RTX 5090
 step published 30 python -m benchmarks.step --device cuda --n_layer 12 --n_embd 768 --micro_bsz 16 --ctx_len 512 --variants none
-# these shapes do not fit in memory token by token under autograd
+# without kernel "reference": token by token under autograd these shapes do not fit in memory
 step wkv 60 python -m benchmarks.ops wkv --device cuda --shapes 8,4096,2048 1,4096,2048 --kernels cuda cuda-exact torch --rounds 5 "${peers[@]}" "${rwkv_lm[@]}"
 step decode 50 python -m benchmarks.gpu_decode --layers 12 --rounds 3 --tokens 32 --rows 1 8 32
 step sizes 40 python -m benchmarks.sizes --ctx_len 4096
 step numerics 50 python -m benchmarks.gpu_numerics
 step tests 100 python -m pytest tests/test_gpu.py -m gpu -rs
-# our kernels only: a kernel's name has that of its file
+# check our kernels only, whose mangled names contain the name of their file
 ours="$(cd cuda && echo *.cu | sed 's/\.cu/_cu/g; s/ /|/g')"
-# no cache of memory: with it a write beyond a tensor could land in another tensor's memory, unseen
+# without torch's memory cache, in which a write beyond a tensor could hit another tensor unseen
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck initcheck synccheck; do
     if [ -n "$sanitizer" ]; then

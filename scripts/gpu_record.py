@@ -1,10 +1,10 @@
-"""Write what scripts/gpu_check.sh found to docs/gpu/CARD-DATE.json, and print a table of all such files.
+"""Write the results of scripts/gpu_check.sh to docs/gpu/CARD-DATE.json, and print a table of all such files.
 
     python -m scripts.gpu_record FOLDER
     python -m scripts.gpu_record --table
 
-FOLDER has two files for each step: its output in NAME; in NAME.code its exit code, its seconds, and the
-seconds that it was given. The table is Markdown, for the README.
+FOLDER has two files for each step: NAME has its output; NAME.code has its exit code, its seconds, and its
+time limit in seconds. The table is Markdown, for the README.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import re
 import statistics
 import sys
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.gpu_record")
 
 from .doctor import RECORDS, ROOT, records, run
 
 BENCHMARKS = ("wkv", "training", "others", "published", "decode", "sizes")
-PREDICTIONS = ROOT / "benchmarks" / "gpu_predictions.json"  # by benchmarks.gpu_budget --predict
+PREDICTIONS = ROOT / "benchmarks" / "gpu_predictions.json"  # made by benchmarks.gpu_budget --predict
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STOPPED = (124, 137)  # exit codes of `timeout`
-# names of ncu's metrics, as they begin, and the names here
+# beginning of an ncu metric's name -> its name in the record
 METRICS = {
     "gpu__time_duration": "us",
     "dram__throughput": "dram_percent",
@@ -90,7 +90,7 @@ def write_record(folder: pathlib.Path) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{table(records())}\n\nwrote {path}: {'; '.join(record['failures']) or 'all passed'}")
     print("\n".join(ratios(record["others"])))
-    # without a name or password that stands in it
+    # without a user name or password, which the address may contain
     address = re.sub("//[^/]*@", "//", run("git", "remote", "get-url", "origin").strip())
     print(
         f"send {path} and the table above, also if something failed: as an issue or a pull request at"
@@ -106,7 +106,7 @@ def problem(name: str, code: int, limit: int) -> str:
 
 
 def last_line(text: str, having: str = "") -> str:
-    """Find the last line with a word in it, without the === that tools put around."""
+    """Find the last line that has a letter and contains `having`, without surrounding ===."""
     return next(
         (line.strip("= ") for line in reversed(text.splitlines()) if having in line and line.strip()),
         "no verdict",
@@ -114,12 +114,12 @@ def last_line(text: str, having: str = "") -> str:
 
 
 def verdict(text: str) -> str:
-    """Find what a sanitizer says, or why it did not run."""
+    """Find a sanitizer's verdict, or the reason why it did not run."""
     return last_line(text, "not run" if text.startswith("not run") else "SUMMARY")
 
 
 def last_json(text: str) -> dict:
-    """Read the last whole line of JSON. A benchmark that was stopped may have written half of one."""
+    """Read the last complete line of JSON, as a stopped benchmark may have written half a line."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             with contextlib.suppress(json.JSONDecodeError):
@@ -130,7 +130,7 @@ def last_json(text: str) -> dict:
 def kernel_figures(text: str) -> dict[str, dict[str, float]]:
     """Read kernel -> medians of its launches from ncu's CSV.
 
-    They are microseconds, and in percent the shares of the memory's bandwidth and of the tensor cores' time.
+    Figures are microseconds, and percentages of the memory's bandwidth and of the tensor cores' time.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -154,7 +154,7 @@ def kernel_figures(text: str) -> dict[str, dict[str, float]]:
 
 
 def short_name(mangled: str) -> str:
-    """Return "wkv7_chunked scan" for a mangled name, which has the name of its file, a hash, and its own."""
+    """Return "wkv7_chunked scan" for a mangled name, which holds file name, hash and function name."""
     match = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
     if not match:
         return mangled
@@ -162,12 +162,12 @@ def short_name(mangled: str) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """Write a row for each card and date: what passed, the worst errors, and speed. "" without runs."""
+    """Write a row for each card and date: failures, the worst errors, and speed. "" without runs."""
     if not runs:
         return ""
     lines = [
         "| card | checked | worst error, fp32 / bf16 | WKV-7, (8, 4096, 32, 64) | step, 24 x 2048, MiSS"
-        " | beside peft's MiSS | step, 12 x 768, all trained (RWKV-LM on an RTX 5090: 99,500 tokens/s)"
+        " | peft's MiSS by comparison | step, 12 x 768, all trained (RWKV-LM on an RTX 5090: 99,500 tokens/s)"
         " | chat, 12 x 2048 |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -202,7 +202,7 @@ def figures_of(record: dict) -> list[str]:
 
 
 def ratios(others: dict) -> list[str]:
-    """Say for other kernels how long a step of the same model takes beside ours."""
+    """Say how long a step of the same model takes with other kernels, compared with ours."""
     rows = others.get("rows", {})
     named = {"fla": "flash-linear-attention's WKV", "compiled": "plain torch with torch.compile"}
     return [
@@ -217,7 +217,7 @@ def seconds_of(record: dict, step: str, variant: str) -> float | None:
 
 
 def speed_of(record: dict, step: str, variant: str) -> str:
-    """Write a step's time and speed, beside the speed that gpu_budget predicts for the card."""
+    """Write a step's time and speed, and the ratio to the speed that gpu_budget predicts for the card."""
     if not (seconds := seconds_of(record, step, variant)):
         return "-"
     speed = record[step]["micro_bsz"] * record[step]["ctx_len"] / seconds

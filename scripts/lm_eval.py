@@ -2,8 +2,8 @@
 
     python -m scripts.lm_eval --model m.pth --tasks lambada_openai,piqa
 
-It needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache. The task
-lambada_local reads --data_file instead.
+Install the extra lm-eval first. The harness reads its data sets from the Hugging Face hub or its cache. The
+task lambada_local reads --data_file instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.lm_eval")
 
 from src.common.startup import importing, naming_missing_packages
@@ -85,7 +85,7 @@ def numbers_of(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def protocol(bos: tuple[int, ...]) -> str:
-    """Describe the beginning of every text."""
+    """Describe the tokens at the beginning of every text."""
     if not bos:
         return "none; a text with nothing before it is scored after the end of a document"
     return f"{list(bos)} + text" + (", BlinkDL's protocol" if bos == (0,) else "")
@@ -138,7 +138,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def needed(data_file: str | None) -> str:
-    """Return the file. Raises UserError without one."""
+    """Return the file. Raises UserError if none was given."""
     if data_file is None:
         raise UserError('task lambada_local needs --data_file, LAMBADA\'s rows as {"text": ...}')
     return data_file
@@ -166,12 +166,12 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
     local = {name: Lambada(fetch_data(needed(args.data_file))) for name in names if name == Lambada.NAME}
     manager = TaskManager(include_path=args.include_path, include_defaults=False)
     if not {*names} <= {*local, *manager.all_tasks}:
-        # the harness's own tasks are looked through, which takes seconds
+        # the harness searches its own tasks, which takes seconds
         manager = TaskManager(include_path=args.include_path)
     tasks = [local.get(name) or known(name, manager) for name in names]
     try:
         loaded = manager.load(tasks)["tasks"]
-    except Exception as error:  # no network, no such data set: datasets raises many kinds
+    except Exception as error:  # no network, no such data set: datasets raises many types
         first_line, *_ = str(error).strip().splitlines() or [""]
         raise UserError(f"the harness can't load the tasks: {type(error).__name__}: {first_line}") from None
     for name, task in loaded.items():

@@ -5,8 +5,8 @@
 
 Every rate trains the same model from the same start, with the same batches and its own whole schedule. Then
 its loss on held-out documents is measured. Table and curves go to lr_sweep.json and lr_sweep.png in
---proj_dir, `out` where it is not given; a run in that folder stays as it is. The last line is the command
-that trains at the best rate.
+--proj_dir (default: out); a run in that folder is not changed. The last line is the command that trains at
+the best rate.
 
 Exit code 0: there is a best rate. 1: no rate is better than not training. 2: the settings are wrong.
 """
@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.lr_sweep")
 
 from src.common.startup import importing, naming_missing_packages
@@ -52,8 +52,8 @@ with importing():
 
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
-STEPS = 600  # short trainings prefer rates that are too high for a run
-FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the chosen rate: the rates of the sweep
+STEPS = 600  # shorter trainings prefer rates that are too high for a run
+FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # rates of the sweep, times --lr_init or the chosen rate
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -88,13 +88,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def check(ours: argparse.Namespace, config: Config) -> None:
-    """Check the rules that a run does not have."""
+    """Check the rules for a sweep, in addition to a run's."""
     ours.rates = read_rates(ours.rates)
     if ours.steps < 0:
         raise UserError(f"--steps {ours.steps}: must not be negative")
     if ours.setting == "state_lr" and config.state_learning_rate is None:
         raise UserError(
-            "--setting state_lr is for --train_parts state, the initial state beside an adapter; all else"
+            "--setting state_lr is for --train_parts state, an initial state with an adapter; all else"
             " learns at lr_init"
         )
     if config.world > 1:
@@ -126,7 +126,7 @@ def read_rates(text: str) -> list[float]:
 
 
 def grid(centre: float) -> list[float]:
-    """Return the rates of a sweep without given ones."""
+    """Return the rates of a sweep without --rates."""
     return [float(f"{factor * centre:.2g}") for factor in FACTORS]
 
 
@@ -136,10 +136,10 @@ def main() -> None:
 
 
 def sweep(ours: argparse.Namespace, given: Config) -> int:
-    """Train at every rate, print and write the results; returns 0 if one is worth it, else 1."""
-    given = fetch_inputs(given)  # the command names the commits of the hub's files
+    """Train at every rate, print and write the results; returns 0 if a rate beats no training, else 1."""
+    given = fetch_inputs(given)  # so that the printed command names the commits of the hub's files
     require_folder(given.proj_dir)
-    # one process from the run's start, whatever the run will have
+    # one process from a new start, whatever the run will use
     alone = dataclasses.replace(given, strategy="auto", resume="none")
     plan = prepare(alone, for_run=False)
     if not plan.data.held_out:
@@ -229,8 +229,7 @@ def line(trial: Trial, before: float) -> str:
 
 
 def verdict(trial: Trial, before: float) -> str:
-    """Say what is wrong with a training: it diverged, or it only made the held-out loss worse; "" for
-    nothing."""
+    """Say whether a training diverged, or only made the held-out loss worse; "" for neither."""
     if trial.deciding_loss is None:
         return f"diverged: not finite after {counted(len(trial.losses), 'step')}"
     if trial.deciding_loss < before:
@@ -282,7 +281,7 @@ def conclude(
 
 
 def notes(best: Trial, given: Config, done: list[Trial], shortened: int) -> Iterator[str]:
-    """Tell what to know of the best rate and of its command."""
+    """Yield caveats: the best rate is at the edge, the trainings were shortened, the folder holds a run."""
     for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
         if best is end:
             beyond = further(best.rate, step)
@@ -296,7 +295,7 @@ def notes(best: Trial, given: Config, done: list[Trial], shortened: int) -> Iter
 
 
 def holds_run(config: Config) -> bool:
-    """Tell whether train.py would refuse to begin a run in the folder."""
+    """Tell whether train.py would refuse to start a run in the folder."""
     files = (output_path(config.proj_dir, config.peft), os.path.join(config.proj_dir, BEST))
     return any(map(os.path.exists, files)) or bool(
         list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
@@ -304,7 +303,7 @@ def holds_run(config: Config) -> bool:
 
 
 def finite(value):
-    """Replace what JSON has no number for by None."""
+    """Replace NaN and infinity, which JSON lacks, by None, also inside dicts and lists."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -313,12 +312,12 @@ def finite(value):
 
 
 def further(rate: float, direction: int) -> str:
-    """List the rate and three more of the grid's spacing beyond it."""
+    """List the rate and three rates beyond it, in the spacing of FACTORS."""
     return ",".join(f"{rate * 10 ** (direction * i / 2):.2g}" for i in range(4))
 
 
 def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
-    """Draw a PNG: the losses at the end over the rates, and every training's running mean over its steps."""
+    """Draw a PNG: the final losses over the rates, and every training's running mean over its steps."""
     figure = Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2)
     ended = [trial for trial in done if trial.deciding_loss is not None]

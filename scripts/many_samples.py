@@ -1,4 +1,4 @@
-"""Scores of several answers to each question: pass@k, and the answer that most of them give."""
+"""Scores of several answers to each question: pass@k, and the most frequent answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Hashable, Sequence
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
-    """Compute the chance that at least one of k out of `answers` answers, `right` of them right, is right.
+    """Compute the chance that k answers, out of `answers` of which `right` are right, include a right one.
 
-    Averaged over the questions it is the unbiased estimate of arXiv 2107.03374, equation 1.
+    The mean over the questions is the unbiased estimate of arXiv 2107.03374, equation 1.
     """
     return 1 - math.comb(answers - right, k) / math.comb(answers, k)
 
@@ -23,14 +23,14 @@ def counts_to_report(answers: int) -> list[int]:
 
 
 def most_frequent(results: Sequence[Hashable | None]) -> int | None:
-    """Find the first answer with the most frequent result; of equally frequent ones the first seen counts.
+    """Find the first answer with the most frequent result; of equally frequent results the first seen wins.
 
-    An answer with the result None has no vote. Without a vote it returns None.
+    An answer with the result None has no vote. Without any vote the function returns None.
     """
     votes = Counter(result for result in results if result is not None)
     if not votes:
         return None
-    # the first of the largest counts, in the order in which they were seen
+    # max() returns the first of equal counts, and the counts are in the order of the answers
     winner = max(votes, key=votes.__getitem__)
     return results.index(winner)
 
@@ -40,7 +40,7 @@ class Scores:
     """Figures of an evaluation."""
 
     pass_at: dict[int, float]  # k -> mean of pass@k; pass@1 is the share of right answers
-    majority: float | None  # share of questions whose most frequent answer is right; None: not asked for
+    majority: float | None  # share of questions whose most frequent answer is right; None: not counted
 
     @property
     def accuracy(self) -> float:
@@ -62,9 +62,9 @@ class Scores:
 def scores_of(
     right: Sequence[Sequence[bool]], results: Sequence[Sequence[Hashable | None]] | None = None
 ) -> Scores:
-    """Score questions with equally many answers each, by whether these are right, and by their results.
+    """Score questions that all have the same number of answers; right: whether each answer is right.
 
-    Without `results` there is no majority: programs, for example, have no normal form.
+    Without `results` there is no majority: programs, for example, have no normal form to compare.
     """
     answers = len(right[0])
     pass_at = {

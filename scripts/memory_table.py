@@ -2,9 +2,9 @@
 
     python -m scripts.memory_table [--cpu | --moments | --scaling]
 
-Without a flag: the table of docs/memory.md for one GPU. --cpu: its table for a CPU. --moments: its table of a
-whole model with AdamW's moments in fp32 and in 8 bits. --scaling: the table of docs/scaling.md, for several
-GPUs under DeepSpeed.
+Without a flag: the table of docs/memory.md for one GPU. --cpu: that page's table for a CPU. --moments: that
+page's table for full training with AdamW's moments in fp32 and in 8 bits. --scaling: the table of
+docs/scaling.md, for several GPUs under DeepSpeed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Sequence
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.memory_table")
 
 from src.common.startup import importing
@@ -82,7 +82,7 @@ def recomputed(runs: Sequence[tuple[str, str, int, str]], name: str, n_layer: in
     row of 1024 tokens at a time."""
     arch = default_arch(7, n_layer, n_embd)
     run = ("cuda", "bf16", ROW, ROW)
-    columns, steps = [], {}  # a step takes the same under every strategy
+    columns, steps = [], {}  # steps: counted once, because a step is the same under every strategy
     for method, strategy, gpus, optimizer in runs:
         kind = {"peft": method, "strategy": strategy, "devices": gpus, "optimizer": optimizer}
         config = Config(micro_bsz=1, grad_cp=1, **kind)
@@ -92,8 +92,8 @@ def recomputed(runs: Sequence[tuple[str, str, int, str]], name: str, n_layer: in
 
 
 def row(name: str, n_layer: int, n_embd: int) -> str:
-    """Write a model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time,
-    layers kept or recomputed; and beside an nf4 base."""
+    """Write a model's row: GiB on one GPU with MiSS r=64, one row of 1024 tokens at a time, on a bf16 base
+    with layers kept or recomputed, and on an nf4 base."""
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config().adapter).injection.trainable
     kept, *others = (
@@ -109,8 +109,7 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
 
 
 def cpu_row(name: str, n_layer: int, n_embd: int) -> str:
-    """Write a model's row: GiB on a CPU with MiSS r=64 beside an fp32 base, one row of 1024 tokens at a
-    time."""
+    """Write a model's row: GiB on a CPU with MiSS r=64 on an fp32 base, one row of 1024 tokens at a time."""
     arch = default_arch(7, n_layer, n_embd)
     columns = [
         sum(memory_parts(arch, Config(micro_bsz=1, **run), "cpu", "cpu", "fp32", ROW, ROW).values())

@@ -2,14 +2,14 @@
 
     python -m scripts.methods_table [--options]
 
-Without a flag: what each method changes, trains and starts with. --options: the options of the methods.
+Without a flag: each method's change, trained numbers and start. --options: the options of the methods.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.methods_table")
 
 from src.common.startup import importing
@@ -38,7 +38,7 @@ def method_rows() -> list[list[str]]:
 
 
 def option_rows() -> list[list[str]]:
-    """List every option once, with all methods that have the same one. Ranks are explained elsewhere."""
+    """List every option once, with all methods that have it. Ranks are explained elsewhere on the page."""
     of: dict[tuple[str, str, str], list[str]] = {}
     for name in in_order():
         for field in dataclasses.fields(METHODS[name].Options):
@@ -50,7 +50,7 @@ def option_rows() -> list[list[str]]:
 
 
 def in_order() -> list[str]:
-    """List the methods' names, the default's first."""
+    """List the methods' names, the default method first."""
     return sorted(METHODS, key=lambda name: (name != "miss", name))
 
 

@@ -1,9 +1,9 @@
-"""Say what a run needs and how long it takes, before anything is loaded.
+"""Print a run's memory and time, before anything is loaded.
 
     python -m scripts.plan --load_model base.pth --data_file data.jsonl --accelerator gpu --memory 24GB
 
-It takes the flags of train.py. Sizes come from the checkpoint's header. The data is tokenised, and a training
-step is counted on tensors without memory. With --json the last line is JSON.
+All flags of train.py are accepted. Sizes come from the checkpoint's header. The data is tokenised, and a
+training step is counted on tensors without memory. With --json the last line is JSON.
 
 Exit code 0: the run fits. 1: it does not fit, and the cheapest change that makes it fit is named. 2: the
 settings are wrong.
@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.plan")
 
 from src.common.startup import Start, importing, naming_missing_packages
@@ -51,7 +51,7 @@ OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse (this program's own flags with its start, the run's settings)."""
+    """Parse the command line; returns (this program's own flags, the run's settings)."""
     start = Start.of_process()
     parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the plan alone")
@@ -102,7 +102,7 @@ def plan(ours: argparse.Namespace, config: Config) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Needs of a run. `fix`: the flags that make it fit, {} if it does, None if none is known."""
+    """Needs of a run. `fix`: the flags that make it fit; {} if it fits already, None if no fix is known."""
 
     plan: Plan
     model: RWKV  # on the meta device
@@ -131,11 +131,13 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
     with Progress("counting the memory of a step"):
         fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and typed.is_automatic("ctx_len"):
-        fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
+        fix["ctx_len"] = config.ctx_len  # with chunks an automatic ctx_len would be longer, without a bound
     with Progress("timing this machine"):
         speed = find_speed(ours, plan)
         model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
-    if not (ours.tokens_per_second or ours.metrics):  # the speed of another run or machine
+    if not (
+        ours.tokens_per_second or ours.metrics
+    ):  # a given speed may be another machine's, whose loading time is not known
         cost = cost.with_loading(ours.start.loading(starts_others(config)))
     return Needs(plan, model, memory_of(config), fix, speed, cost)
 
@@ -166,7 +168,7 @@ def shown(found: Needs) -> list[str]:
         *plan_text.chosen(plan),
         *(f"warning    {line}" for line in warnings),
         f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}",
-        # less than a byte is nothing
+        # without parts of less than a byte, which are rounding errors
         *(f"           {name:<12} {size_text(size):>10}" for name, size in found.memory.items() if size >= 1),
         f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
         f" which {USABLE:.0%} count",
@@ -177,7 +179,7 @@ def shown(found: Needs) -> list[str]:
 
 
 def for_machines(found: Needs) -> dict[str, object]:
-    """Return what --json prints."""
+    """Return the plan for --json."""
     parameters = list(found.model.parameters())
     total = sum(p.numel() for p in parameters)
     config = found.plan.settings
@@ -224,7 +226,7 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
 
 
 def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
-    """Find the speed of the whole run: as given, as recorded, or measured."""
+    """Find the speed of the whole run: given by a flag, recorded in --metrics, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
@@ -235,7 +237,7 @@ def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
 
 
 def recorded_speed(path: str) -> float:
-    """Read the median speed of a run's steps; the first one warms up."""
+    """Read the median speed of a run's steps, without the first, which is slower."""
     try:
         with open(path, encoding="utf-8") as file:
             return statistics.median([json.loads(line)["tokens_per_second"] for line in file][1:])
@@ -248,10 +250,10 @@ def recorded_speed(path: str) -> float:
 def describe_time(cost: Cost, speed: Speed) -> str:
     if not speed.tokens:
         return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
-    beside = "".join(f", {time} of {part}" for part, time in cost.parts.items())
+    parts = "".join(f", {time} of {part}" for part, time in cost.parts.items())
     return (
         f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"
-        f" {speed.tokens:,.0f} tokens/s{beside} ({'; '.join(filter(None, (speed.source, cost.provided)))})"
+        f" {speed.tokens:,.0f} tokens/s{parts} ({'; '.join(filter(None, (speed.source, cost.provided)))})"
     )
 
 

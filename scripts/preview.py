@@ -6,9 +6,9 @@ Without --data_file it shows a small conversation in the form of --template, or 
 
     python -m scripts.preview [--template NAME] [--tool_style NAME]
 
-Green is trained, yellow with a weight below 1, magenta with one above; neighbouring tokens differ in shade.
-Without colours « and » enclose what is trained, and a weight other than 1 follows: «so»×0.1. All rows are
-read and checked, and nothing is written.
+Trained tokens are green, yellow with a weight below 1, magenta with a weight above 1; neighbouring tokens
+differ in shade. Without colours « and » enclose trained text, and a weight other than 1 follows: «so»×0.1.
+All rows are read and checked, and nothing is written.
 
 Exit code 0: done. 1: with --strict, something was found. 2: the settings are wrong.
 """
@@ -23,7 +23,7 @@ import os
 import sys
 import time
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.preview")
 
 from src.common.startup import importing, naming_missing_packages
@@ -62,12 +62,12 @@ with importing():
     from src.sources.documents import mask_text
 
 OWN = ("samples", "plain", "json", "strict")
-SHOWN_WEIGHTS = 6  # of more different weights only the range is shown
+SHOWN_WEIGHTS = 6  # if there are more different weights, only their range is shown
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Parse (this program's own flags, the run's settings)."""
+    """Parse the command line; returns (this program's own flags, the run's settings)."""
     parser = flag_parser("python -m scripts.preview", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the preview alone")
     own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """Load the run's tokenizer; World without a model that says otherwise."""
+    """Load the run's tokenizer; World if no model names another."""
     if config.load_model:
         return recorded_tokenizer(
             config.tokenizer,
@@ -111,7 +111,7 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
-    """Read everything: findings, the kinds of files, and the rows that can be used."""
+    """Read all data: returns the findings, the report on the files, and the rows that can be used."""
     reading, report = Reading.of(config), Report("skip")
     lint = Lint(encoder, longest_uncut(config.settled().ctx_len, config.chunk_ctx), reading.rows)
     loaded = Loaded(config.data_file, encoder, [], [], [], reading.rows)
@@ -151,7 +151,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
 
 
 def statistics(config: Config, loaded: Loaded, documents: Examples) -> dict:
-    """Compute figures about the data, by name."""
+    """Compute figures about the data: name -> number."""
     lengths = np.concatenate([np.diff(tokens.ends, prepend=0) for tokens in loaded.files])
     weights = weights_of(loaded.files)
     inputs = (documents.lengths - 1).tolist()
@@ -204,7 +204,7 @@ def overview(
     if not isinstance(documents, Preferences):
         trained = mask_text(config.loss_mask, config.think_weight, config.prompt_weight)
     lines = [
-        *report.source_lines(),  # lint has the bad rows
+        *report.source_lines(),  # bad rows are among the findings
         (
             f"template   {encoder.template.name}, loss on {trained}; tokenizer"
             f" {encoder.tokenizer.name}{guessed(config)}; {describe_bos(encoder.bos)}"
@@ -236,7 +236,7 @@ def overview(
 
 
 def guessed(config: Config) -> str:
-    """Tell what is assumed if no model says which tokenizer and form it has."""
+    """Name the tokenizer and template that are assumed because no model names them."""
     if config.load_model or config.tokenizer != "auto":
         return ""
     return " (a guess; with --load_model it counts as the run will)"

@@ -12,9 +12,9 @@ from src.sources import source_of
 
 
 def answer_figures(examples: Examples, report: Report) -> dict:
-    """Compute figures about preferences, by name; {} for other documents.
+    """Compute figures about preferences, name -> number; {} for other documents.
 
-    The lengths of answers are medians in tokens, with the end.
+    The lengths of answers are medians in tokens, including the end of document.
     """
     if not isinstance(examples, Preferences):
         return {}

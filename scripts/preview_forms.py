@@ -1,4 +1,4 @@
-"""Preview without data, for scripts.preview: a small conversation in each form that a template has."""
+"""Preview without data, for scripts.preview: a small conversation in each form of a template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALLS = [{"type": "function", "function": {"name": "multiply", "arguments": {"a"
 
 
 def forms(encoder: Encoder, every_mode: bool, every_style: bool) -> Iterator[tuple[str, list[Document]]]:
-    """Yield (description, documents) of each form of the encoder's template; or of all modes, or tool
+    """Yield (description, documents) for the encoder's template; if asked, in all its modes or tool
     styles."""
     template = encoder.template
 

@@ -1,4 +1,4 @@
-"""Lint of training data: likely mistakes, found by reading all of it: python -m scripts.preview."""
+"""Lint of training data, for scripts.preview: likely mistakes, found by reading all rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from src.data.rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLE
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 FLOWER_FORM = re.compile(rf"(?:System|User){FLOWER}")
 HEADING_FORM = re.compile(r"### (?:System|User)\n")
-GLUED = re.compile(r"[A-Za-z.!:][A-Za-z]")  # the end of a prompt and the begin of its answer
+GLUED = re.compile(r"[A-Za-z.!:][A-Za-z]")  # last letter of a prompt and first of its answer, without a space
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
 # finding -> its meaning
@@ -92,7 +92,7 @@ MEANINGS = {
 
 @dataclasses.dataclass
 class Finding:
-    """Finding: `count` records with a possible mistake, and the place of the first."""
+    """Finding: `count` records with a possible mistake, and the place of the first one."""
 
     name: str
     count: int
@@ -103,7 +103,7 @@ class Finding:
 
 
 def for_machines(findings: Iterable[Finding]) -> list[dict]:
-    """Return findings as --json has them."""
+    """Return findings for --json."""
     return [{**dataclasses.asdict(finding), "meaning": MEANINGS[finding.name]} for finding in findings]
 
 
@@ -113,7 +113,7 @@ class Lint:
     def __init__(self, encoder: Encoder, ctx_len: float, rows: str = SFT):
         self.encoder, self.ctx_len, self.rows = encoder, ctx_len, rows
         self.found: dict[str, Finding] = {}
-        # the arrays of Tokens for the documents, in order
+        # arrays from which tokens() makes Tokens, in order
         self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, weights)
         self.texts: list[bool] = []
         self.begins: list[bool] = []
@@ -121,7 +121,7 @@ class Lint:
         self.places: list[int] = []
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
-        self.answers: dict[bytes, bytes] = {}  # the first one of each prompt
+        self.answers: dict[bytes, bytes] = {}  # prompt -> its first answer, both hashed
 
     def note(self, name: str, where: str, count: int = 1) -> None:
         finding = self.found.setdefault(name, Finding(name, 0, where))
@@ -135,7 +135,7 @@ class Lint:
         return tokens
 
     def look(self, where: str, record: dict) -> None:
-        """Encode a record and note what is odd about it. Raises UserError for one that cannot be encoded."""
+        """Encode a record and note its oddities. Raises UserError for a record that cannot be encoded."""
         documents = self.encoder.encode(record)
         labels = labels_of(record, len(documents))
         self.documents += documents
@@ -183,7 +183,7 @@ class Lint:
             self.note("known prompt", where)
 
     def _prompt_key(self, ids: np.ndarray, weights: np.ndarray) -> bytes:
-        """Key the text before the first answer, or the whole text if nothing stands before it."""
+        """Hash the text before the first answer, or the whole text if it begins with an answer."""
         start = len(self.encoder.bos)
         first = int(self.encoder.answers(weights)[start:].argmax())
         return _hash(ids[: start + first] if first else ids)
@@ -195,7 +195,7 @@ class Lint:
 
 
 def _answers(record: dict) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys of (what comes before, the answer) of each trained answer; thoughts do not count."""
+    """Yield hashes of (the text before, the answer) for each trained answer, without thoughts."""
     if "prompt" in record:
         yield _digest(record["prompt"].encode()), _digest(record["completion"].strip().encode())
     before = hashlib.blake2b(repr(record.get("tools")).encode(), digest_size=16)
@@ -207,7 +207,7 @@ def _answers(record: dict) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
-    """Yield names of findings about the words of a record."""
+    """Yield names of findings about a record's text."""
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
     if "prompt" in record and ("chosen" in record or "label" in record):
@@ -219,12 +219,12 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
 
 
 def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder) -> Iterator[str]:
-    """Yield findings about turns; answers from number `first` on are trained."""
+    """Yield names of findings about turns; answers from turn number `first` on are trained."""
     for i, message in enumerate(messages):
         content = message.get("content") or ""
         if message["role"] == "assistant" and i >= first:
             yield from _odd_answer(message, content, encoder)
-            # an answer without a weight teaches no thoughts anyway
+            # an answer with weight 0 would teach no thoughts in any case
             if weight_of(message) and encoder.template.drops_thoughts(messages[: i + 1], record.get("tools")):
                 yield "lost thoughts"
         elif message["role"] != "assistant" and isinstance(encoder.template, RwkvTemplate):
@@ -235,7 +235,7 @@ def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder)
 
 
 def odd_question(record: dict, encoder: Encoder) -> set[str]:
-    """Return the names of findings about a record's question, whatever its answer."""
+    """Return the names of findings about a record's question alone."""
     if "prompt" in record:
         return {"bare question"} if _is_bare_question(record["prompt"], record["completion"]) else set()
     prompt = [message for message in record["messages"][:-1] if message["role"] != "assistant"]
@@ -243,14 +243,14 @@ def odd_question(record: dict, encoder: Encoder) -> set[str]:
 
 
 def _is_bare_question(prompt: str, answer: str) -> bool:
-    """Tell whether a prompt outside of a chat asks something, or ends where its answer can't go on."""
+    """Tell whether a prompt outside of a chat is a question, or its answer can't follow without a space."""
     if TURN.search(prompt) or any(mark in prompt for mark in (FLOWER, "### ", "<|")):
         return False
     return prompt.rstrip().endswith(("?", "？")) or bool(GLUED.match(prompt[-1] + answer[:1]))
 
 
 def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
-    """Yield findings about a text that is written as a chat."""
+    """Yield names of findings about a text that is written as a chat."""
     forms = ((FLOWER_FORM, FLOWERS), (HEADING_FORM, HEADINGS))
     if any(begin.match(text) and form.between + form.ask in text for begin, form in forms):
         if encoder.loss_mask == "assistant":
@@ -281,7 +281,7 @@ def _key(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> b
 
 
 def _opposite(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> bytes:
-    """Key the row that prefers the other answer."""
+    """Hash the same row with the other answer preferred."""
     if len(documents) == 2:
         return _key(documents[::-1], labels)
     return _key(documents, [-label for label in labels])

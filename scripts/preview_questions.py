@@ -1,5 +1,5 @@
-"""Preview of the questions of a training on drawn answers, for scripts.preview: the prompts, and the rewards
-of reference answers."""
+"""Preview of questions for training on rewards, for scripts.preview: the prompts, and the rewards of
+reference answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from src.planning.draft import Draft
 from src.sources import source_of
 
 PERCENTILES = (0, 50, 90, 99, 100)
-# rewards of all reference answers; the others run in other processes, and see JUDGED of them
+# rewards that are computed in this process, for all reference answers; others score JUDGED of them elsewhere
 HERE = ("exact", "number", "boxed", "partial", "length")
 JUDGED = 64
 SHOWN = 600  # characters of a reference answer
@@ -46,12 +46,12 @@ class RightAnswer(NamedTuple):
     cut: bool
 
 
-class Looked(NamedTuple):
-    """Findings about question files."""
+class ReadQuestions(NamedTuple):
+    """Questions of the files, and findings about them."""
 
     loaded: LoadedQuestions
-    questions: Questions  # those that fit
-    right: list[RightAnswer]  # reference answers to each of the loaded questions
+    questions: Questions  # the loaded questions that fit into ctx_len
+    right: list[RightAnswer]  # reference answer of each loaded question
     lint: Lint
     report: Report
 
@@ -80,11 +80,11 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
     return bool(found.lint.findings)
 
 
-def look(draft: Draft, encoder: Encoder) -> Looked:
-    """Read everything, and choose as a run would; findings go to the Lint."""
+def look(draft: Draft, encoder: Encoder) -> ReadQuestions:
+    """Read all questions, with the defaults that a run would choose; findings go to the Lint."""
     config = draft.config
     lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
-    answers: dict[bytes, set[str]] = {}  # reference answers of each prompt
+    answers: dict[bytes, set[str]] = {}  # prompt -> its reference answers
 
     def note(asked: ReadQuestion, row: dict) -> None:
         known = answers.setdefault(asked.prompt.tobytes(), set())
@@ -121,21 +121,21 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     right = [as_drawn(question, config, encoder) for question in loaded.questions]
     if cut := [place for place, answer in zip(loaded.places, right) if answer.cut]:
         lint.note("long answer", cut[0], len(cut))
-    return Looked(loaded, questions, right, lint, report)
+    return ReadQuestions(loaded, questions, right, lint, report)
 
 
 def as_drawn(question: Question, config: Config, encoder: Encoder) -> RightAnswer:
-    """Make the reference answer as a model would draw it."""
+    """Make the reference answer as if a model had drawn it."""
     text = _written(question, encoder.template)
     try:
         tokens = [*encoder.tokenizer.encode(text), *encoder.tokenizer.eod]
-    except UserError:  # no answer can be right
+    except UserError:  # the answer has no tokens, so no drawn answer can equal it
         tokens = [0] * len(text.encode())
     return RightAnswer(text, tokens, len(tokens) > config.max_tokens)
 
 
 def _written(question: Question, template: Template) -> str:
-    """Write the template's text after a prompt, with empty thoughts if it begins them."""
+    """Write a right answer in the template, with empty thoughts if the prompt opens thoughts."""
     turns = [{"role": "user", "content": "?"}]
     asked = "".join(segment.text for segment in template.segments(turns, ask=True))
     answered = template.segments([*turns, {"role": "assistant", "content": question.answer}])
@@ -147,13 +147,13 @@ def _written(question: Question, template: Template) -> str:
     return f">{'' if '</think' in question.opening else '</think>'}\n{question.answer}"
 
 
-def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) -> dict[str, dict]:
+def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: ReadQuestions) -> dict[str, dict]:
     """Score reference answers by each built-in reward: {name: {"judged", "mean", "least", "below"}}.
 
-    `below` get less than the full reward, or none as it fails; that is a finding.
+    `below`: number of answers with less than the full reward, or whose scoring fails; they are a finding.
     """
     worth: dict[str, dict] = {}
-    unrewarded: dict[int, list[str]] = {}  # place -> names
+    unrewarded: dict[int, list[str]] = {}  # number of a question -> names of rewards
     questions = found.loaded.questions
     for name in (name for name in rewards.names if name in REWARDS):
         places = range(len(questions))
@@ -179,8 +179,8 @@ def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) 
     return worth
 
 
-def figures(config: Config, found: Looked) -> dict:
-    """Compute figures about the questions, by name; lengths are in tokens."""
+def figures(config: Config, found: ReadQuestions) -> dict:
+    """Compute figures about the questions, name -> number; lengths are in tokens."""
     prompts = [len(prompt) for prompt in found.loaded.prompts]
     right = [len(answer.tokens) for answer in found.right]
     return {
@@ -205,7 +205,7 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
     return {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES}
 
 
-def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, dict]) -> list[str]:
+def overview(config: Config, encoder: Encoder, found: ReadQuestions, worth: dict[str, dict]) -> list[str]:
     """Write the lines about the questions as a whole."""
     told = figures(config, found)
     longer = told["longer_than_max_tokens"]
@@ -243,8 +243,8 @@ def _worth_line(name: str, values: dict) -> str:
     return f"reward     {name}: {values['mean']:.3g} in the mean of {of}{least}"
 
 
-def sample_lines(found: Looked, i: int, rewards: Rewards, encoder: Encoder, plain: bool) -> list[str]:
-    """Show question i as a prompt, its reference answer, and the rewards for that."""
+def sample_lines(found: ReadQuestions, i: int, rewards: Rewards, encoder: Encoder, plain: bool) -> list[str]:
+    """Show question i: its prompt, its reference answer, and that answer's rewards."""
     question, prompt, right = found.loaded.questions[i], found.loaded.prompts[i], found.right[i]
     asked = Document(prompt, np.zeros(len(prompt), np.float32))
     scored = rewards.score(question, [right])

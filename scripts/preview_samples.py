@@ -1,5 +1,4 @@
-"""Preview of data samples, for scripts.preview: documents, and pairs or answers of preferences, token by
-token."""
+"""Preview of data samples, for scripts.preview: documents, pairs and labelled answers, token by token."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from src.data.tokenizer import Tokenizer
 from src.reporting import document_text
 
 Shades = tuple[str, str]
-# two shades each, as parameters of the escape sequence
+# two shades for each kind of token, as parameters of terminal escape sequences
 TRAINED, NOT_TRAINED, LIGHT, HEAVY, AVOIDED = (
     ("30;42", "30;102"),
     ("90", "37"),
@@ -28,7 +27,7 @@ SHOWN_TOKENS = 600
 
 
 def spread_places(count: int, documents: Sequence) -> list[int]:
-    """Choose at most `count` documents from all over the data, by their numbers."""
+    """Choose the numbers of at most `count` documents, evenly spread over the data."""
     spread = np.linspace(0, len(documents) - 1, min(count, len(documents)))
     return np.unique(spread.astype(int)).tolist()
 
@@ -51,8 +50,8 @@ def shortened(row: Document) -> Document:
 
 
 def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> str:
-    """Colour the tokens of a document: trained ones on green or `trained`, with a weight below 1 on
-    yellow, above on magenta."""
+    """Colour the tokens of a document: trained ones with `trained`, on yellow with a weight below 1, on
+    magenta with a weight above 1."""
     pieces, decoder, shade = [], tokenizer.decoder(), 0
     if document_text.begins_silently(row, tokenizer):
         pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
@@ -60,10 +59,10 @@ def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> 
         len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
     )
     for token, weight in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
-        # a token that is part of a character is shown with the one that completes it
+        # a part of a character is shown with the token that completes it
         if text := decoder.push(token):
             colour, shade = colours_of(weight, trained)[shade], 1 - shade
-            # the terminal would fill the rest of a line with the background
+            # colours end before a line break, else the terminal would fill the rest of the line
             pieces.append(
                 "\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n"))
             )
@@ -82,7 +81,7 @@ def colours_of(weight: float, trained: Shades) -> Shades:
 
 
 def shown(row: Document, tokenizer: Tokenizer, plain: bool, trained: Shades = TRAINED) -> str:
-    """Write a document as text: with the trained parts in marks if `plain`, else coloured()."""
+    """Write a document as text: trained parts between « and » if `plain`, else in colours."""
     return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer, trained)
 
 

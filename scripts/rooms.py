@@ -1,7 +1,7 @@
 """Rooms of src/ and their imports from each other: python -m scripts.rooms
 
-Imports are read from the syntax trees, also those within functions. tests/test_rooms.py holds them to the
-order of docs/architecture.md.
+Imports are read from the syntax trees, also those within functions. tests/test_rooms.py checks them against
+the order in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Map dotted name -> file, of every module of src."""
+    """Map dotted name -> file, for every module of src."""
     files = sorted((ROOT / "src").rglob("*.py"))
     return {
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -24,7 +24,7 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def room(module: str) -> str:
-    """Return the room of a module: src.data.formats.text -> data; src.run -> run, a room of its own."""
+    """Return the room of a module: src.data.formats.text -> data; src.run is a room by itself."""
     return module.split(".")[1] if "." in module else module
 
 

@@ -1,9 +1,9 @@
-# Sourced by the demo and test scripts. It goes to the checkout's root and activates .venv there.
+# Sourced by the demo and test scripts: go to the checkout's root and activate .venv there.
 # The first call makes .venv and installs into it.
 # Usage: source scripts/setup.sh EXTRA      EXTRA is test or gpu-check for their tools too, or "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# for pytest, which does not come through src/common/startup.py
+# for pytest, because src/common/startup.py, which sets it elsewhere, runs too late there
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 setup() {
@@ -43,7 +43,7 @@ narrate() {
     local doing="$1" line text there last="" begun=$SECONDS said=$SECONDS
     while true; do
         line=""
-        # 128 and more: no line in this second. 1: the end
+        # exit code of read: above 128 if no line came in this second, 1 at the end
         IFS= read -r -t 1 line || [ $? -gt 128 ] || break
         case "$line" in
             Collecting* | *Downloading* | Building* | *Preparing* | Installing*) doing="${line%% (from *}" ;;

@@ -13,7 +13,7 @@ import re
 import sys
 from unittest import mock
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.tables")
 
 from src.common.startup import importing
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def printed(command: str) -> str:
-    """Return what `python -m COMMAND` prints."""
+    """Return the output of `python -m COMMAND`."""
     name, *flags = command.split()
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command as if on two machines: in two network namespaces, with a cable and no other network.
-# It needs root and iproute2.
+# Needs root and iproute2.
 #
 #     bash scripts/two_machines.sh python train.py --num_nodes 2 --strategy deepspeed_stage_2 ...
 #     bash scripts/two_machines.sh bash -c 'torchrun --nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --nproc_per_node 1 train.py ...'
@@ -12,7 +12,7 @@ set -euo pipefail
 first="rwkv-$$-0" second="rwkv-$$-1"
 remove() {
     for machine in "$first" "$second"; do
-        # what was left behind on a machine ends with it
+        # end the processes that the command left behind in a namespace
         ip netns pids "$machine" 2> /dev/null | xargs --no-run-if-empty kill -KILL 2> /dev/null || true
         ip netns delete "$machine" 2> /dev/null || true
     done

@@ -3,7 +3,7 @@
 python -m scripts.verify_merge --base base.pth --adapter adapter.pth --merged merged.pth
 
 Every tensor is compared bit for bit, and the logits of a short text are compared with those of the base with
-its adapters beside it.
+its adapters unmerged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import json
 from typing import Any
 
-if not __package__:  # started by its path, from which src is not found
+if not __package__:  # started as a file, so that Python does not find src
     raise SystemExit("error: run this from the repository's folder as python -m scripts.verify_merge")
 
 from src.common.startup import importing, naming_missing_packages
@@ -35,9 +35,10 @@ with importing():
     from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
     from src.model import RWKV
 
-# Of the largest logit. In models of up to 32 layers the order of fp32 sums changes a tenth of it.
+# As a share of the largest logit. In models of up to 32 layers the order of fp32 sums changes logits by a
+# tenth of this.
 TOLERANCE = 1e-4
-# the comparisons; live is the base with its adapters beside it, as in training
+# names of the comparisons; live is the base with its adapters unmerged, as in training
 EFFECT = "what the adapters do: base -> live"
 UNROUNDED = "live -> merged, not rounded"
 MERGED = "live -> merged file"
@@ -46,7 +47,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @dataclasses.dataclass(frozen=True)
 class ComparedLogits:
-    """Comparison of logits, both computed in `precision`, unless `what` says otherwise."""
+    """Comparison of two models' logits, both computed in `precision`, unless `what` says otherwise."""
 
     what: str
     precision: str
@@ -117,7 +118,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     """Encode each text of the probe."""
     arch = Arch.detect(read_tensors(args.base))
-    # other projects' adapters in folders record no tokenizer
+    # without folders, which hold other projects' adapters and record no tokenizer
     files = filter(is_file_or_folder, [*args.adapter, args.merged, args.base])
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
@@ -141,7 +142,7 @@ def read_text(path: str) -> str:
 
 
 def comparable(check: MergeCheck) -> bool:
-    """Tell whether the merged file can be loaded as a model of the base's sizes at all."""
+    """Tell whether the merged file can be loaded as a model with the base's sizes."""
     base, merged = (read_tensors(path) for path in (check.base, check.merged))
     return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
 
@@ -175,14 +176,14 @@ def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> lis
 
 
 def probe_problems(rows: list[ComparedLogits]) -> list[str]:
-    """Say what is wrong if base and adapters in one weight, not rounded, differ from the trained model."""
+    """Describe a difference between the unrounded merge and the live model."""
     problems = []
     for row in rows:
         found, allowed = row.distance, TOLERANCE * row.distance.max_logit
         # `not <=`, so that a NaN is a problem, too
         if row.what == UNROUNDED and not found.max_logit_difference <= allowed:
             problems.append(
-                "merging is not the same as having the adapters beside the base: the logits differ by"
+                "the merged model differs from the base with its adapters unmerged: the logits differ by"
                 f" {found.max_logit_difference:.3g}, and {allowed:.3g} is allowed"
             )
     return problems
@@ -193,7 +194,7 @@ def table(rows: list[ComparedLogits], tokens: int, problems: list[str]) -> list[
     if not rows:
         return ["the logits were not compared, because the merged file has other tensors than the base"]
     lines = [
-        f"logits on {tokens} tokens; live is the base with its adapters beside it, as in training",
+        f"logits on {tokens} tokens; live is the base with its adapters unmerged, as in training",
         f"  {'':<36}  {'in':<5}  max |dlogit|   mean KL    max KL  same top-1",
     ]
     for row in rows:

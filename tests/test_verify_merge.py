@@ -193,7 +193,7 @@ def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypat
     )
     code, facts = verify(["a.pth"])
     assert code == 1 and facts["files"]["ok"] and len(facts["problems"]) == 1
-    assert "merging is not the same as having the adapters beside the base" in facts["problems"][0]
+    assert "the merged model differs from the base with its adapters unmerged" in facts["problems"][0]
 
 
 def test_the_probes_text(merging, verify, tmp_path, capsys):
