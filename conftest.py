@@ -55,7 +55,7 @@ def pytest_report_header(config):
     return lines
 
 
-# of scripts/test.sh without arguments, whose expression of marks is FAST; a slower CPU takes longer
+# the expression of marks of scripts/test.sh without arguments; a slower CPU takes longer
 FAST = "not slow and not rare"
 HOW_LONG = "the fast tests take 9 minutes on two idle cores of an EPYC (family 25, model 17)"
 

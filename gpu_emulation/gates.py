@@ -19,7 +19,7 @@ from src.ops.toolchain import BuildError, ask, find_nvcc
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECORD = pathlib.Path(__file__).with_name("record.json")
-KEYS = ("hash", "commit", "cases", "seconds")  # of a gate's record
+KEYS = ("hash", "commit", "cases", "seconds")  # fields of a gate's record
 
 
 class Gate(NamedTuple):

@@ -27,7 +27,7 @@ GRPO = """
     --eval_samples 0 --packing 1 --epoch_steps 4 --loss grpo --rewards low=1 --reward_file {files}/judge.py
     --group_size 3 --max_tokens 5 --adam_eps 1e-3 --beta 0.1 --inner_steps 2 --micro_bsz 6
 """
-# what a run needs beside the flags that all have
+# flags of a run, in addition to those that all have
 RUNS = {
     "miss": "",
     "lora, held-out": "--peft lora --eval_file {files}/held-rows.jsonl --eval_steps 1 --eval_samples 3",
@@ -105,7 +105,7 @@ def same_runs(ours, theirs, case):
             for line, other in zip(found, expected, strict=True):
                 for words in ("answers", "samples"):
                     assert line.pop(words, None) == other.pop(words, None)
-                if abs(other.get("margin", 1)) < 1e-5:  # of a policy that is its reference: signs of rounding
+                if abs(other.get("margin", 1)) < 1e-5:  # signs of rounding: this policy is its reference
                     del line["reward_accuracy"], other["reward_accuracy"]
             same_lines(found, expected)
     same_adapters(ours, theirs, name=trained(case))
@@ -122,7 +122,7 @@ def test_a_run_in_fp32_is_the_cpus(gpu, files, tmp_path, case):
 
 @each(HALF)
 def test_a_run_in_half_precision_is_off_by_its_rounding(gpu, files, tmp_path, case):
-    """What is trained is as far from fp32's as the CPU's in this precision, losses to the rounding of bf16.
+    """Trained tensors are as far from fp32's as the CPU's in this precision, losses to the rounding of bf16.
 
     In fp16 it may be twice as far: tensor cores multiply in bf16, and the CPU's recurrence is in fp32.
     """
@@ -145,7 +145,7 @@ def test_a_run_in_half_precision_is_off_by_its_rounding(gpu, files, tmp_path, ca
 
 @pytest.mark.parametrize("place", ["forward", slow("backward"), slow("optimizer")])
 def test_a_run_whose_first_step_does_not_fit_takes_half_the_micro_batch(gpu, files, tmp_path, place):
-    """It makes the run that was asked for with this micro-batch."""
+    """The run then equals one that was started with this micro-batch."""
     folder, ours, theirs = files(7), tmp_path / "gpu", tmp_path / "cpu"
     flags = flags_for(folder, ours, "miss", "--accelerator", "gpu", "--precision", "fp32")
     output = succeed(gpu("train_out_of_memory", flags, place, 1))
@@ -192,7 +192,7 @@ def test_the_engine_answers_as_on_the_cpu(gpu, files, tmp_path, version):
 
 
 def test_a_chat_answers_as_on_the_cpu(gpu, files, tmp_path):
-    """With what it has learnt, beside its base and merged."""
+    """The trained adapter answers live on its base, and merged."""
     folder, merged = files(7), tmp_path / "merged.pth"
     learnt = "--epoch_steps 60 --lr_init 2e-2 --micro_bsz 8".split()
     succeed(program.run(flags_for(folder, tmp_path, "miss", *learnt)))

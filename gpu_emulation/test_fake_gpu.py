@@ -19,7 +19,7 @@ from .fake_gpu import cases
 from .fake_gpu.__main__ import UNAVAILABLE
 from .fake_gpu.table import TABLE, differences, read
 
-# of a layer of a model with adapters, forward and backward
+# launches of a layer of a model with adapters, forward and backward
 LAUNCHES = {"layer miss v6": 110, "layer miss v7": 100}
 TENSORS = {"layer miss v6": 140, "layer miss v7": 140}  # (B, T, C), read or written by elementwise launches
 
@@ -121,7 +121,7 @@ def test_a_step_waits_once(case, found):
 
 @each(cases.STEP_CASES)
 def test_tensor_cores_are_used(case, found):
-    """By the WKV; beside it all is in bf16, but the loss."""
+    """The WKV uses them; everything else is in bf16, but the loss."""
     kernels = found[case]["native"]
     wkv = [name for name in kernels if name.startswith("wkv")]
     assert len(wkv) == 2 and all(name.endswith("bfloat16, tensor cores") for name in wkv), kernels

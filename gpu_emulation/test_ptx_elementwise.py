@@ -40,7 +40,7 @@ def test_half_precision_rounds_outputs_only(name, gpu):
     want = results(name, SIZES[2], "cuda", torch.float32, True, used=used)
     for dtype in DTYPES[1:]:
         got = results(name, SIZES[2], "cuda", dtype, True, [torch.float32], used=used)
-        kept_output = name == "relu_squared"  # its backward reads the rounded output
+        kept_output = name == "relu_squared"  # the backward of relu_squared reads the rounded output
         for mine, exact in zip(got[:1] if kept_output else got, want):
             assert torch.equal(mine, exact.to(mine.dtype))
 

@@ -1,4 +1,4 @@
-"""What is run on the fake GPU, by name; importing this imports no torch."""
+"""Cases that run on the fake GPU, by name; importing this imports no torch."""
 
 import fnmatch
 
@@ -30,10 +30,10 @@ MEMORY = (
     (7, "state", "none", 1, 0),
     (7, "miss", "none", 0, 128),
 )
-STAGES = (1, 2, 3)  # of ZeRO, on RWKV-7
-QUANTS = ("int8", "nf4")  # of the base of a chat on RWKV-7
+STAGES = (1, 2, 3)  # stages of ZeRO, on RWKV-7
+QUANTS = ("int8", "nf4")  # formats of the base in a chat on RWKV-7
 MERGED = ("miss", "dora")  # on RWKV-7
-BESIDE = ("miss", "dora")  # in a chat on RWKV-7: one runs beside its base, one is merged in memory
+BESIDE = ("miss", "dora")  # in a chat on RWKV-7: one stays an adapter, one is merged in memory
 READING = ("decode", "decode 8 rows with adapters", "chat", "evaluation", "likelihood")
 # train.py as a whole; the first one evaluates and answers, too
 RUNS = {

@@ -65,7 +65,7 @@ class FakeGpu(TorchDispatchMode):
         self.waits, self.copies, self.native = (collections.Counter() for _ in range(3))
 
     def counts(self) -> dict:
-        """What was counted so far."""
+        """Return the counts so far."""
         return {
             "launches": {"total": self.tally.launches.total(), **self.tally.launches},
             **{name: dict(getattr(self, name)) for name in ("waits", "copies", "native")},
@@ -152,7 +152,7 @@ class FakeGpu(TorchDispatchMode):
                 if known is not None
                 else torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
             )
-        # of other memory than pinned the driver makes a copy first, which may wait for what runs
+        # the driver first copies memory that is not pinned, and that may wait for what runs
         if not (source.numel() < 2 or non_blocking and getattr(source, "pinned", False)):
             self._wait("copy to cuda")
         if name == "copy_":
@@ -185,7 +185,7 @@ class FakeGpu(TorchDispatchMode):
         self.waits[f"{what}: {_place()}"] += 1
 
     def _stand_in(self, x):
-        """A tensor of the CPU beside those of the device: FakeTensorMode wants one without numbers."""
+        """Return a CPU tensor without numbers, which FakeTensorMode wants among those of the device."""
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
             return x
         with self.fake:
@@ -231,7 +231,7 @@ def _is_mask(index) -> bool:
 
 
 def _in_loss() -> bool:
-    """Whether src/model/loss.py is at work."""
+    """Look for src/model/loss.py on the stack."""
     frame = sys._getframe(1)
     while frame:
         if frame.f_code.co_filename == LOSS:

@@ -24,7 +24,7 @@ from src.sources import source_of
 
 from .device import FakeGpu
 
-# of the layers that are counted: RWKV-7's first one differs from the others, the last one runs on the trained
+# counted layers: RWKV-7's first one differs from the others, the last one runs on the trained
 # tokens only; tokens and sizes are those of a 1.5B model's run, but the head's, which is no part of a layer
 FEW, MORE = 2, 3
 ROWS, WIDTH, N_EMBD, VOCAB, RANK = 8, 1024, 2048, 512, 64
@@ -110,5 +110,5 @@ def layer(peft: str, version: int) -> dict:
 
 
 def trained_numbers(arch: Arch, config: Config) -> int:
-    """How many parameters are trained."""
+    """Count the trained parameters."""
     return sum(p.numel() for p in model_on_meta(arch, config.adapter).parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""What runs on the device with numbers; the stub has to be loaded before this is imported."""
+"""Functions that run on the device with numbers; the stub has to be loaded before this is imported."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def work(name: str, *arguments) -> tuple[int, str]:
 
 
 def check_device() -> None:
-    """What a card does with memory, copies and devices, as the runs rely on it."""
+    """Check memory, copies and devices of a card, as the runs rely on them."""
     x = torch.arange(6.0).view(2, 3).to("cuda")
     view = x.t()[1]
     view.mul_(10)

@@ -1,4 +1,4 @@
-"""Programs beside train.py: a chat on a quantised base, the harness, an adapter and its merge."""
+"""Programs other than train.py: a chat on a quantised base, the harness, an adapter and its merge."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_adapter(folder: str, name: str, version: int, peft: str, **options) ->
 
 
 def recorded_token(gpu: FakeGpu, decoder: GraphedDecoder, rows: int) -> dict:
-    """What the graph of a token does, with adapters beside the linears where the decoder has some."""
+    """Count what the graph of a token does, with adapters on the linears where the decoder has some."""
     with decoder._showing(rows, decoder.stack is not None):
         gpu.begin()
         decoder._move_on(decoder.ids[:rows])
@@ -78,8 +78,8 @@ def decode_adapted(peft: str, version: int) -> dict:
 
 @torch.no_grad()
 def decode_rows(version: int) -> dict:
-    """A token of 8 rows with three adapters, of two ranks, or none: what its graph does, and what a step does
-    beside it, where the rows have the adapters that they had, and other ones.
+    """Count a token of 8 rows with three adapters, of two ranks, or none: the work of its graph, and of a
+    step outside of the graph, where the rows have the adapters that they had, and other ones.
 
     All by MiSS: whether an A is MiSS's is asked of its numbers, and here any would be.
     """

@@ -93,9 +93,7 @@ def step(method: str, version: int, weighted: bool = False) -> dict:
 
 
 def memory(version: int, peft: str, quant: str, grad_cp: int, chunk_ctx: int) -> dict:
-    """The most that a forward and a backward pass have beside parameters and gradients, and the plan of
-    it.
-    """
+    """Measure the peak of a forward and a backward pass without parameters and gradients, and its plan."""
     config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp, chunk_ctx=chunk_ctx)
     planned = step_bytes(default_arch(version, 3, 512, 4096, 64), config, "cuda", "bf16", 512, 1024).peak
     with FakeGpu() as gpu:
@@ -245,7 +243,7 @@ def train_in(folder: str, steps: int, flags: str, n_layer: int = 2) -> None:
 
 
 def _between(first: dict, second: dict) -> dict:
-    """What was counted between the two."""
+    """Subtract the counts of `first` from those of `second`."""
     return {
         name: _difference(second[name], first[name]) for name in ("launches", "waits", "copies", "native")
     }

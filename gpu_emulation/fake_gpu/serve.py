@@ -50,7 +50,7 @@ class Gpu:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is imported may print
+    os.dup2(2, 1)  # an imported module may print
     try:
         stub.load()
     except stub.Unavailable as reason:

@@ -132,7 +132,7 @@ def engine_of(version: int, config: Config, *sizes: int):
 
 @contextlib.contextmanager
 def deepspeed_on_fakes():
-    """Context with the module; what it asks of CUDA beside torch's operators is answered here."""
+    """Context with the module. Its questions to CUDA that are no operators of torch are answered here."""
     with (
         mock.patch.dict(os.environ, LOCAL_RANK="0"),  # as a launcher sets it
         mock.patch("torch.cuda.nvtx.range_push"),

@@ -1,4 +1,4 @@
-"""Compiles the stub (15 s, kept beside the kernels) and loads it in the place of libtorch_cuda."""
+"""Compiles the stub (15 s, kept with the kernels) and loads it in the place of libtorch_cuda."""
 
 import ctypes
 import hashlib
@@ -14,7 +14,7 @@ SOURCES = [HERE / "fake_cuda.cpp", HERE / "numbers.cpp"]
 
 
 class Unavailable(Exception):
-    """Why the stub cannot be had on this machine."""
+    """The stub cannot be had on this machine; the message has the reason."""
 
 
 def load() -> None:

@@ -34,7 +34,7 @@ from .library import kernels
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 HALF, DTYPES = (BF16, FP16), (FP32, BF16, FP16)
-ROUNDING = {FP32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11}  # of an output, once
+ROUNDING = {FP32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11}  # one rounding of an output
 # The largest errors seen in fp32: 2.4e-7 for v6; 8.3e-7 for v7, in dk of single tokens, where v . dy cancels
 RECURRENCE = {6: 2e-6, 7: 1e-6}
 # dw is a difference of sums over all later tokens; in a few tokens nearly all may cancel
@@ -279,7 +279,7 @@ def elementwise_cases() -> Iterator[Case]:
 
 
 def refused(device) -> Result:
-    """What does not fit comes back as an error, without a launch."""
+    """Check that arguments which do not fit come back as an error, without a launch."""
     lib, before = device.library, kernels(device.library)
 
     def expect(function, pointers, sizes, *numbers):

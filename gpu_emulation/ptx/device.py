@@ -18,8 +18,8 @@ from src.ops import elementwise_ops, mix7, native
 
 from .library import load, readable
 
-NORESERVE = 0x4000  # of mmap: memory is taken where it is touched
-NUMBER = 1  # of this GPU; the current one is another
+NORESERVE = 0x4000  # a flag of mmap: memory is taken where it is touched
+NUMBER = 1  # this GPU; the current one is another
 
 
 class Device:

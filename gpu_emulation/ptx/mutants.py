@@ -1,4 +1,4 @@
-"""What the checks see: barriers, waits and some of the stores of the kernels, left out one at a time.
+"""Mutants of the kernels: barriers, waits and some of the stores, left out one at a time.
 
 A mutant is found where its row fails. One that lives is a barrier that these rows do not need, or a hole in
 the checks.
@@ -15,7 +15,7 @@ from .device import Device
 from .library import kernels, readable
 
 WAITS = ("bar.sync", "bar.warp.sync", "cp.async.wait_group", "cp.async.commit_group")
-STORES = 12  # of the stores of a kernel, one in so many
+STORES = 12  # one in 12 stores of a kernel is left out
 
 
 def launched_by(case: Case, device: Device) -> list[str]:

@@ -20,7 +20,7 @@ def runs(*groups: str) -> list:
     """
     return [
         *[("80", group, True) for group in groups],
-        *[slow("80", group, False) for group in groups if group != "model"],  # its rows are all quick
+        *[slow("80", group, False) for group in groups if group != "model"],  # rows of "model" are quick
         *[slow("120", group, True) for group in groups],
     ]
 

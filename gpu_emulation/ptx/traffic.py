@@ -18,7 +18,7 @@ from .mutants import launched_by
 
 
 def print_traffic(device: Device) -> None:
-    """Run the small rows; prints for each kernel what its accesses take, beside the least that they could."""
+    """Run the small rows; prints for each kernel what its accesses take, and the least that they could."""
     for case in SMALL:
         for kernel in launched_by(case._replace(options={"traffic": 1}), device):
             lines = collections.defaultdict(lambda: [0, 0])
