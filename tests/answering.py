@@ -24,7 +24,7 @@ class Scripted:
         )
 
     def logits(self):
-        """Those of the next token."""
+        """Return the logits of the next token."""
         logits = torch.zeros(1, self.size + 1)
         logits[:, next(self.tokens, 0)] = 1
         logits[:, self.size] = 2  # an id of a padded model, for which there is no text

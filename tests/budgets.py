@@ -25,7 +25,7 @@ def cpu_seconds():
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         parents[int(path.parent.name)] = int(fields[1])
         used[int(path.parent.name)] = sum(map(int, fields[11:15]))

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # once, 2^-8 = 4e-3 of a value in bf16; the low-rank mixes before their use, too.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 EPS = 64e-5
-RANK = 16  # of shard sums
+RANK = 16  # the rank of the shard sums
 FOUR_OF_SIX = [0, RANK, RANK, 0, RANK, RANK]
 
 

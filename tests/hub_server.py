@@ -70,7 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path[0] != "api":
             kind = path.pop(0) if path[0] == "datasets" else "models"
             self.file(kind, *path)
-        elif len(path) < 4:  # what the package asks about itself
+        elif len(path) < 4:  # the package asks about itself
             self.refuse(404, "")
         else:
             self.repository(*path[1:])
@@ -81,7 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(self.hub.large_files[digest], {"ETag": f'"{digest}"'})
 
     def file(self, kind, owner, name, resolve, revision, *path):
-        """What /OWNER/NAME/resolve/REVISION/PATH says."""
+        """Answer /OWNER/NAME/resolve/REVISION/PATH."""
         assert resolve == "resolve"
         commit = self.commit(kind, f"{owner}/{name}", revision)
         if not commit:
@@ -99,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(files[path], {**headers, "ETag": f'"{etag}"'})
 
     def repository(self, kind, owner, name, what="", *revision):
-        """What /api/KIND/OWNER/NAME says: of itself, its refs, or its tree at a revision."""
+        """Answer /api/KIND/OWNER/NAME: the repository, its refs, or its tree at a revision."""
         key = kind, f"{owner}/{name}"
         commit = self.commit(*key, "/".join(revision) or "main")
         if not commit:

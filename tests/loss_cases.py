@@ -1,4 +1,4 @@
-"""What the tests of losses have in common: small models, packed rows, heads and their inputs."""
+"""Common parts of the tests of losses: small models, packed rows, heads and their inputs."""
 
 import itertools
 
@@ -14,14 +14,14 @@ from .conftest import close, make_arch, random_tensors
 # document starts inside chunks of 8, at their first and at their last token, and a chunk with three of them
 ROWS = [[5, 3, 1, 2, 12, 7, 5], [35], [15, 1, 8], [1]]
 
-VOCAB = 31  # of head_inputs()
+VOCAB = 31  # the vocabulary of head_inputs()
 
 # a block reads 4096 logits at a time: one number each, or vectors of 4 where V is a multiple of 4
 LOGITS = [(3, 1), (3, 5), (4, 67), (2, 4096), (3, 4097), (3, 12292), (1, 20487), (2, 32772)]
 # relative error of gradients, and of the half-precision ones their rounding
 GRADIENT_ERRORS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
-# of blocks of 5 rows: none, a part of one, a whole one, and two with a part
+# rows in blocks of 5: no block, a part of one, a whole one, and two with a part
 head_rows = pytest.mark.parametrize("rows", [0, 1, 5, 13])
 head_kinds = pytest.mark.parametrize(
     "trained, native, exact",

@@ -6,7 +6,7 @@ import shlex
 
 from .conftest import ROOT
 
-# what was true on a day stays as it was written
+# pages of the past: a sentence that was true on a day stays as it was written
 HISTORY = {"CHANGELOG.md", "docs/worklog.md", "docs/worklog-archive.md"}
 
 # folders of ours that `python -m` starts modules in
@@ -31,7 +31,7 @@ def prose(text):
 
 
 def spans(text):
-    """What stands between single backticks."""
+    """Find the texts between single backticks."""
     return SPAN.findall(prose(text))
 
 

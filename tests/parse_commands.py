@@ -82,7 +82,7 @@ def settled(values):
 
 
 def has_parser(words):
-    """Whether a program reads a command line."""
+    """Tell whether a program reads a command line."""
     if words[0] != "-m":
         return True
     base = pathlib.Path(*words[1].split("."))

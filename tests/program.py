@@ -171,7 +171,7 @@ def call(words, cwd=ROOT):
 
 
 def succeed(result):
-    """What run() printed; the test fails where the program did."""
+    """Return what run() printed; the test fails where the program did."""
     code, output = result
     assert code == 0, output
     return output
@@ -215,7 +215,7 @@ def same_adapters(ours, theirs, ratio=1e-4, name="adapter.pth"):
             assert torch.equal(ours[name], tensor), name
 
 
-# what is done to a run: each is called as a `sabotage`, or by one
+# faults of a run: each is called as a `sabotage`, or by one
 
 
 def later(function):

@@ -56,7 +56,7 @@ def several(files):
 
 
 def test_nothing_of_an_adapter_stays_mapped(several, all_mapped):
-    """Its file is trained again more often than the base's."""
+    """An adapter's file is trained again more often than the base's."""
     base, adapters = several(7)
     in_use = {file.path for file in mapped._mapped if file.is_used}
     assert str(base) in in_use and adapters.by_name.keys() == ROWS.keys()
@@ -101,7 +101,7 @@ def test_factors_of_a_row_are_those_that_use_chooses(several):
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_a_row_starts_from_the_states_of_its_adapters(version, several):
-    """Of one, of two together and of one beside factors; the others' rows start as the model does."""
+    """States of one adapter, of two, and of one with factors. Other rows start as the model does."""
     _, adapters = several(version)
     ids = some_ids(adapters.model.arch, 7)
     for names in (["state"], ["state", "lora"]):
@@ -119,7 +119,7 @@ def test_a_row_starts_from_the_states_of_its_adapters(version, several):
     assert adapters.start(BASE) is None and adapters.start(Applied(("miss",))) is None
 
 
-# of every row of a batch: rows without, alone and together, some of them with the same
+# adapters of the rows of a batch: none, one alone, several together, some rows with the same
 MIXED = [
     Applied(("miss",)),
     BASE,
@@ -180,7 +180,7 @@ def test_rows_without_an_adapter_have_what_the_whole_model_has(several):
 
 
 def test_adapters_come_and_go_while_others_are_in_use(several, tmp_path):
-    """In the place of one of the same form that no row has, so that recorded addresses stay; or beside."""
+    """A new adapter takes the place of an unused one of its form: recorded addresses stay. Or a new place."""
     base, adapters = several(7)
     model, ids = adapters.model, some_ids(adapters.model.arch, 5).repeat(2, 1)
     paths = {name: adapter.path for name, adapter in adapters.by_name.items()}
@@ -203,7 +203,7 @@ def test_adapters_come_and_go_while_others_are_in_use(several, tmp_path):
     adapters.add("other", paths["other"])
     wide = logits("other", "again")
     assert adapters.stack is not stack and {*adapters.stack.names} == {"other", "again"}
-    close("beside the new one", wide[0], before[0], TOLERANCE)
+    close("with the new one", wide[0], before[0], TOLERANCE)
     adapters.drop("again")
     adapters.add("again", paths["other"])
     close("another of the same name", logits("other", "again")[1], before[0], TOLERANCE)

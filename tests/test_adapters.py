@@ -63,7 +63,7 @@ LINEAR = [name for name, method in METHODS.items() if method.adapts_linears]
 CASES += [(name, {}) for name in LINEAR if name not in {method for method, _ in CASES}]
 # a fresh adapter changes no bit of the output; these round on the way
 ROUNDS = {"pissa"}
-# numbers trained beside a linear (out d, in k), rank r, where it is not About.numbers of the method; tensors
+# trained numbers of a linear (out d, in k), rank r, where they are not About.numbers of the method; tensors
 # that layers share are counted in tests of their own
 COUNTS = {
     "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options: (
@@ -111,7 +111,7 @@ def fitting(method, options, rank, width=16, out=16):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_what_it_is(name):
-    """Its rows in docs/methods.md are made of that."""
+    """The method's rows in docs/methods.md are made of this."""
     method = METHODS[name]
     assert "about" in vars(method) and method.about.title and method.about.change and method.about.start
     for field in dataclasses.fields(method.Options):
@@ -411,7 +411,7 @@ def test_shard_sums_that_x_carries_are_used_and_have_their_gradient():
         close("carried sums", mine, exact, 1e-14)
     (ds,) = torch.autograd.grad(y, [sums], dy)
     close("gradient of the sums", ds, dy @ D.t(), 1e-14)
-    functional.with_shard_sums(x, torch.zeros(2, 3, 4))  # of another rank
+    functional.with_shard_sums(x, torch.zeros(2, 3, 4))  # sums of another rank
     assert torch.equal(functional.miss_linear(x, W, None, D), want[0])
 
 
@@ -487,7 +487,7 @@ def test_miss_equals_hf_peft_in_fp32(width, out, rank):
     ours, other = base(x), theirs(y)
     ours.square().sum().backward()
     other.square().sum().backward()
-    # the same products in fp32; only the order of the sums may differ
+    # both are the same products in fp32; only the order of the sums may differ
     for name, mine, want in (
         ("y", ours, other),
         ("dD", base[0].miss.grad, block.grad),
@@ -742,7 +742,7 @@ def test_a_rank_map_gives_linears_their_own_ranks():
     assert ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3
     assert ranks["blocks.1.ffn.value"] == 5
     assert {layer.scale for layer in adapted_linears(model).values()} == {2.0}, "another rank keeps alpha / r"
-    for method in ("mos", "prolora"):  # what goes with the rank becomes smaller with it
+    for method in ("mos", "prolora"):  # sizes that go with the rank fall with it
         model = rwkv(7)
         rwkv_miss.inject(model, method, rank=16, rank_map={"ffn": 2})
         assert len(adapted_linears(model)["blocks.0.ffn.key"].factors()[0]) == 2

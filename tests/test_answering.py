@@ -57,7 +57,7 @@ def said(tokens, request, tokenizer=BYTES):
 
 
 def asked(tokenizer, tokens, question, asking):
-    """The same as an evaluation has it."""
+    """Return the answer as an evaluation has it."""
     [[answer]] = answers_to(scripted(tokenizer, tokens), [question], asking)
     return answer
 

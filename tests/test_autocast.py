@@ -141,6 +141,6 @@ def test_a_model_of_transformers_trains_in_it(name, dtype, tolerance):
         with torch.no_grad():
             with torch.autocast("cpu", dtype):
                 half = model(**batch(name)).logits
-            # of two layers, with their attention
+            # an error of two layers, with their attention
             close(method, half.float(), model(**batch(name)).logits, 10 * tolerance)
         assert len(adapted_linears(model)) == 6

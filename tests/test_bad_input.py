@@ -118,7 +118,7 @@ def test_a_mistyped_path_is_answered_with_the_nearest_one(tmp_path, in_its_folde
     (tmp_path / "data" / "train.jsonl").touch()
     assert similar_path("data/train.json") == "; did you mean data/train.jsonl?"
     assert similar_path(f"{tmp_path}/datas/train.jsonl") == f"; did you mean {tmp_path}/data?"
-    # what is there, what is like nothing else, and what has a suffix in common alone
+    # no hint: a path that exists, one that is like nothing else, and one that shares only a suffix
     assert not any(map(similar_path, ("data/train.jsonl", "data/test.jsonl", "data/b.jsonl", "/no/such")))
     for flag in ("load_model", "data_file", "config", "template"):
         assert "; did you mean data/train.jsonl?" in refused("train", **{flag: "data/trian.jsonl"})

@@ -1,4 +1,4 @@
-"""What the benchmarks say of the machine."""
+"""Benchmarks: the names that they give a machine, their rows, and their tables."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def test_a_first_runs_rows_are_as_long_as_gsm8ks(tmp_path):
     rows = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
     questions, answers = ([len(text.split()) for text in texts] for texts in zip(*rows, strict=True))
     together = [a + b for a, b in zip(questions, answers, strict=True)]
-    # of GSM8K's 7,473 training rows in tokens of World: median, and 5 % on each side
+    # lengths of GSM8K's 7,473 training rows in tokens of World: median, and 5 % on each side
     for lengths, expected in (
         (questions, (30, 52, 96)),
         (answers, (46, 91, 188)),

@@ -41,7 +41,7 @@ def random(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_have_the_error_of_the_activations(shape):
-    """Of x rounded to bf16, 2^-8 of each number; of x in two parts, 2^-16, and the sums' own 2^-24 a step."""
+    """Errors: 2^-8 of each number with x in bf16, 2^-16 with x in two parts, and the sums' 2^-24 a step."""
     weight, x = random(shape, 1).bfloat16(), random((19, shape[1]), 2)
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     sums = shape[1] / 8 * 2**-24

@@ -233,7 +233,7 @@ def test_a_saved_chat_goes_on_with_its_own(adapted, tmp_path):
 
 
 def test_sample_questions_are_as_without_it():
-    """Of a text that is trained as a whole its first half is asked, not the token before it alone."""
+    """A text that is trained as a whole is asked by its first half, not by the token before it alone."""
     record, encoders = {"text": "trained as one"}, [Encoder(BYTES, bos=bos) for bos in ((), (33,))]
     for row, prompt in ((record, "trained"), (ROW, "User: hi\n\nAssistant:")):
         plain, begun = (
@@ -405,7 +405,7 @@ def test_a_prompt_that_begins_with_it_does_not_get_it_twice():
 
 
 def test_another_adapter_has_another(adapted):
-    """Its own, or none, and a saved conversation keeps what it began with."""
+    """An adapter has its own BOS, or none, and a saved conversation keeps the one that it began with."""
     base, adapter = adapted("a.pth", tokenizer="bytes", bos=[33])
     adapters, tokenizer = load_with(base, {"a": adapter}, "bytes", accelerator="cpu", wkv="torch")
     conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)

@@ -49,7 +49,7 @@ class Project:
         return build.build(**arguments | changes)
 
     def start(self):
-        """The same call in another process."""
+        """Make the same call in another process."""
         return Elsewhere(self)
 
     def runs(self):
@@ -176,7 +176,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_folder(project):
     assert len(project.temporary()) == 1
     killed.kill()
     killed.wait()
-    # its compiler still waits; the next call has one of its own
+    # the killed process's compiler still waits; the next call has one of its own
     start = time.monotonic()
     assert ctypes.CDLL(str(project.build(command=[toolchain.find_cxx(), "-fPIC"]))).answer() == 42
     assert time.monotonic() - start < 3
@@ -511,11 +511,11 @@ def machine(monkeypatch, tmp_path):
     [
         (13000, "13.0", ["12.4", "13.0"], 0),  # a driver runs what is older than itself
         (12080, "12.8", ["13.0", "12.4"], 1),
-        (13020, "12.8", ["13.5"], 0),  # it is the driver that decides, not torch
+        (13020, "12.8", ["13.5"], 0),  # the driver decides, not torch
         (12040, "12.8", ["12.9"], 0),  # within a major version code for one GPU runs
         (0, "12.8", ["13.0", "12.6"], 1),  # without a driver, as on a login node, torch decides
         (0, None, ["13.0"], 0),
-        (13000, "13.0", ["11.5", "13.0"], 1),  # it has no movmatrix
+        (13000, "13.0", ["11.5", "13.0"], 1),  # CUDA 11.5 has no movmatrix
         (11080, "11.8", ["11.8"], 0),
     ],
 )

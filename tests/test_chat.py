@@ -71,7 +71,7 @@ def typed(files, letters, capsys, monkeypatch):  # noqa: F811
 
 
 def answers(lines):
-    """Of stdout, one line an answer: these models write line ends, too."""
+    """Split stdout into answers, not by lines: these models write line ends, too."""
     return "\n".join(lines).split("Assistant:")[1:]
 
 
@@ -614,7 +614,7 @@ def test_damaged_files_are_refused(saved, tmp_path):
     assert load_chat(conversation, adapters, path)
 
 
-# what is stopped
+# chats that are stopped
 
 
 class Stopped(Scripted):

@@ -176,7 +176,7 @@ def test_real_files(data_dir, tmp_path):
         same(torch.load(tmp_path / path.name, weights_only=True), torch.load(path, weights_only=True))
 
 
-# what a written file promises
+# promises of a written file
 
 
 @pytest.mark.parametrize("limit", [None, 500])
@@ -541,7 +541,7 @@ def test_other_peoples_files(tmp_path, zipped):
         (dtype, float(value))
         for dtype in FLOATS
         for value in ("nan", "inf", "-inf")
-        if dtype is not torch.float8_e4m3fn or value == "nan"  # it has no infinity
+        if dtype is not torch.float8_e4m3fn or value == "nan"  # float8_e4m3fn has no infinity
     ],
 )
 def test_check_finite_names_the_tensor(dtype, value):

@@ -393,7 +393,7 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
     )
 
 
-# what the flags do
+# effects of the flags
 
 
 def test_every_setting_is_read_somewhere():

@@ -93,7 +93,7 @@ def test_an_answer_ends_as_soon_as_its_form_is_complete(compiler):
 
 
 def ended(constraint, tokens):
-    """Whether it ends, and with how many characters of a stop; every token has to be allowed."""
+    """Tell whether it ends, and with how many characters of a stop; every token has to be allowed."""
     for token in tokens:
         assert not constraint.ended and constraint.mask()[token]
         constraint.accept(token)
@@ -133,7 +133,7 @@ def test_a_stop_is_found_inside_a_token(tmp_path):
 
 
 class Plain:
-    """The same masks and ends as a GrammarConstraint's, from sets of texts: slow, and easy to read."""
+    """A GrammarConstraint's masks and ends, made from sets of texts: slow, and easy to read."""
 
     def __init__(self, compiler, form, stops):
         self.pieces, self.ids = compiler.vocabulary.pieces, compiler.vocabulary.ids

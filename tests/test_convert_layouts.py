@@ -22,7 +22,7 @@ from .test_export_gguf import arch_of
 
 IDS = torch.arange(13)[None]
 LAYOUTS = ["official", "fla"]
-RATIO = 5e-6  # of logits by two programs in fp32; the worst seen is 6e-7
+RATIO = 5e-6  # error of logits by two programs in fp32; the worst seen is 6e-7
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_every_value_in_half_precision_comes_back(dtype):
     bf16.
     """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    # what its loader takes, and fp32 has room for
+    # values that the loader of rwkv_lightning takes, and fp32 has room for
     every = every[(every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))]
     assert len(every) > 29000
     for scale in [1 / 3, 0.1, 7 / 16, 1.0, 3.7, 128.0, 1e-4, -0.3]:
@@ -204,7 +204,7 @@ def test_one_file_with_its_manifest_inside(tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# what its parser of pickles knows
+# opcodes that rwkv_lightning's parser of pickles knows
 OPCODES = """PROTO EMPTY_DICT MARK BINPUT LONG_BINPUT BINGET LONG_BINGET BINUNICODE GLOBAL BININT1 BININT2
 BININT LONG1 LONG4 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE BINPERSID REDUCE SETITEM SETITEMS
 BUILD STOP""".split()
@@ -339,7 +339,7 @@ def test_to_lora_and_to_peft_know_the_widths_of_a_package(tmp_path):
 
 
 def test_json_as_jsoncpp_writes_it():
-    """Its strings and numbers were compared with jsoncpp 1.9.6's; here is what differs from Python's."""
+    """Strings and numbers were compared with jsoncpp 1.9.6's; here are the ones that differ from Python's."""
     assert (
         canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {'é\n"': None, "Z": True}})
         == '{"a":{"Z":true,"\\u00e9\\n\\"":null},'

@@ -33,7 +33,7 @@ LORA = dict(r=5, lora_alpha=9)
 PATTERNS = dict(
     rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2}, alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5}
 )
-# what peft is configured with: the class, its options beside the linears, and the method that it is here
+# peft's class, its options without those of the linears, and the name of the method here
 READ = {
     "miss": (peft.MissConfig, dict(r=7, miss_dropout=0.1), "miss"),
     "miss-random": (
@@ -156,7 +156,7 @@ def test_a_folder_of_peft_is_read_merged_and_written_again(name, version, tmp_pa
     again = logits(load("back", rwkv(version)))
     close("in peft again", again, want, 3e-6)
     first = tmp_path / "theirs"
-    if name == "adalora":  # it has become a LoRA, which comes back as it was
+    if name == "adalora":  # AdaLoRA has become a LoRA, which comes back as it was
         assert config_of("back")["peft_type"] == "LORA"
         first, want = tmp_path / "as-lora", again
         convert("back", "lora.pth", "native")
@@ -257,7 +257,7 @@ def test_pissa_is_read_with_its_start_or_refused(tmp_path):
     close("of twice the rank", logits(load("ours", rwkv(7))), logits(live), 1e-5)
     assert config_of("ours")["r"] == 10
 
-    convert("b.pth", "other", "peft")  # of another rank
+    convert("b.pth", "other", "peft")  # an adapter of another rank
     peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, target_modules=[*KEYS, "output"])).save_pretrained(
         "more"
     )
@@ -297,7 +297,7 @@ def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options
         return
     convert("a.pth", "out", to)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [CONFIG, TENSORS]
-    # the same sums in two orders, and PiSSA's residual: 3e-6 seen
+    # two orders of the same sums, and PiSSA's residual: 3e-6 seen
     close(to, logits(load("out", Official(rwkv(7)))), logits(model), 1e-5)
     assert (config_of("out")["peft_type"] == "LORA") == (
         to == "lora" or "lora" in method or method in ("pissa", "dora")
@@ -334,7 +334,7 @@ def test_native_to_peft_and_back_keeps_every_bit(method, options):
 
 
 def test_miss_as_a_lora_merges_into_the_same_bits():
-    """A = P and B = D^T: every sum of the product has one term beside zeros."""
+    """A = P and B = D^T: every sum of the product has one term that is not 0."""
     saved(7, "miss", {})
     write_checkpoint("base.pth", rwkv(7).state_dict().items())
     convert("a.pth", "folder", "lora")

@@ -30,7 +30,7 @@ LINEARS = {
 SQUARE = tuple(name for name in LINEARS[7] if name.startswith("att"))
 
 
-# what their layers compute of x (..., inputs), by their equations
+# RWKV-PEFT's layers of x (..., inputs), by their equations
 
 
 def miss_forward(x, W, bone):
@@ -94,7 +94,7 @@ def base_file(version, dtype=torch.float32, **sizes):
 
 
 def whole_tensors(base, dtype, wanted=r".*(time|ln).*"):
-    """What their --train_parts "time ln" saves: every tensor with such a name, at other values."""
+    """Make what their --train_parts "time ln" saves: every tensor with such a name, at other values."""
     return {
         name: (1.1 * t.float() + 0.01).to(dtype)
         for name, t in base.items()
@@ -305,7 +305,7 @@ def test_an_initial_file_is_never_written_over(tmp_path):
     assert (tmp_path / "b.init_pissa.pth").read_bytes() == b"another" and not (tmp_path / "b.pth").exists()
 
 
-# what a file alone cannot tell
+# facts that a file alone cannot tell
 
 
 @pytest.mark.parametrize("generation", ["v0 col", "v1"])

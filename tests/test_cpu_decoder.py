@@ -350,8 +350,8 @@ def test_states_that_are_kept_stay_as_they_are():
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("method", ["miss", "lora", "state"])
 def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_path):
-    """On a bf16 base: what is adapted has its factors in fp32 beside it, what is trained as a whole stays
-    fp32, the rest stays the file's bf16.
+    """On a bf16 base, factors of an adapter are in fp32, a tensor that is trained as a whole stays fp32, and
+    the rest stays the file's bf16.
     """
     base, vocabulary = checkpoint(version, torch.bfloat16), tmp_path / "vocabulary.txt"
     vocabulary.write_text("".join(f"{i} {bytes([64 + i])!r} 1\n" for i in range(1, 60)))
@@ -595,7 +595,7 @@ def rows_in_step(decoder, starts, tokens, applied, count):
     ids=str,
 )
 def test_a_row_has_the_same_bits_in_any_company(sizes, dtype, int8, monkeypatch):
-    """Alone, beside 1 to 16 others, with one thread and two: logits and states."""
+    """Alone, with 1 to 16 other rows, with one thread and two: logits and states."""
     monkeypatch.setattr(int8_panels, "instruction_is_there", lambda: int8 == "panels")
     arch = make(**sizes)
     model = model_of(arch, {name: t.to(dtype) for name, t in random_tensors(arch).items()}, dtype)

@@ -98,7 +98,7 @@ def same_run(one, other, exact=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# what is done to a run, beside what is in program.py. Each is called in its processes, before it starts
+# more faults of a run than in program.py. Each is called in its processes, before it starts
 
 
 def hang_up():
@@ -158,8 +158,8 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     succeed(run("whole", *flags, sabotage=sabotage))
     stop = at_file(
         "metrics.jsonl",
-        3,
-        tmp_path / "parts",  # its first operation is its creation
+        3,  # the first operation creates the file
+        tmp_path / "parts",
         interrupt if kind == "dropout" else hang_up,
     )
     code, output = run("parts", *flags, sabotage=in_turn(sabotage, stop) if sabotage else stop)
@@ -264,7 +264,7 @@ def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, wor
 
 
 def check_files(proj_dir):
-    """What carries its final name is whole."""
+    """Check that every file with its final name is whole."""
     for path in list_checkpoints(str(proj_dir / "checkpoints")):
         assert read_metadata(path)["step"]
         assert all(tensor.isfinite().all() for tensor in read_checkpoint(path).values())
@@ -537,8 +537,8 @@ def test_what_is_put_back_is_not_worn_by_the_steps_that_follow():
 
 @pytest.mark.parametrize("late, restored", [(0, [2, 2, 7, 11]), (1, [2, 2, 2, 11])], ids=["at once", "late"])
 def test_a_state_whose_loss_was_not_finite_never_becomes_the_good_one(monkeypatch, late, restored):
-    """It was copied before its loss was known; the next loss is that of another state. So it is where a step
-    is judged when the next one was made already.
+    """A state is copied before its loss is known; the next loss is that of another state. The
+    same holds where a step is judged after the next one was made.
     """
     device = types.SimpleNamespace(root_device=torch.device("cpu"))
     run, back = types.SimpleNamespace(global_step=0, is_global_zero=False, strategy=device), []
@@ -608,7 +608,7 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
 
 
 def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
-    """It is over before it has gone back too often."""
+    """The run is over before it has gone back too often."""
     code, output = run("run", "--epoch_steps", "2", sabotage=spoil("loss", range(2)))
     assert code == 2 and "error: no step of the run had a finite loss" in output, output
     assert "Traceback" not in output, output
@@ -622,7 +622,7 @@ def test_noise_is_no_spike():
 
 
 def test_a_bound_is_made_of_the_median_and_the_deviation_from_it():
-    """Of 20 losses, half 1.0 and half 1.2: 1.1 + 3 x 1.4826 x 0.1, and of fewer there is none."""
+    """The bound of 20 losses, half 1.0 and half 1.2, is 1.1 + 3 x 1.4826 x 0.1; fewer losses have none."""
     keeper = LastGood(1, 3.0)
     keeper.losses.extend([1.0, 1.2] * 9 + [1.0])
     assert keeper.fault(99.0) is None and keeper.fault(math.inf) == "the loss is inf"

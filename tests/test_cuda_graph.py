@@ -27,7 +27,7 @@ class Stream:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    """What GraphedDecoder takes of torch.cuda, and the kernel of a GPU's models, on the CPU."""
+    """Stand in on the CPU for the parts of torch.cuda that GraphedDecoder uses, and for a GPU's kernel."""
     for name, stand_in in {
         "Stream": Stream,
         "current_stream": Stream,
@@ -86,7 +86,7 @@ def test_tokens_and_states_of_any_number_of_rows_are_the_models(version):
                 one.move(2, 0)
         if count == 5:
             for one in (decoder, plain):
-                one.put(3, one.take(1))  # what was there before was nobody's
+                one.put(3, one.take(1))  # rows 3 and 4 were free
                 one.put(4, one.take(2))
         tokens = [(7 * count + i) % model.arch.vocab_size for i in range(count)]
         got = decoder.step(tokens, [BASE] * count)
@@ -178,7 +178,7 @@ def test_a_graph_with_other_numbers_is_refused():
 
     def other_when_recorded(layer, inputs, x):
         calls.append(1)
-        return x * 1.1 if len(calls) == 4 else x  # of two graphs the first is warmed up, recorded, the second
+        return x * 1.1 if len(calls) == 4 else x  # call 4 records the second graph
 
     model.head.register_forward_hook(other_when_recorded)
     decoder = GraphedDecoder(model, 3)

@@ -248,7 +248,7 @@ def test_an_empty_answer_is_left_out_whatever_the_layout(load, tmp_path, raw):
         "left out   3 rows, in which an answer is empty",
         "left out   1 row, in which an answer is empty",
     ]
-    # of several columns the one with words counts, and no row is ambiguous for its empty cells
+    # a column with words counts before empty ones, and no row is ambiguous for its empty cells
     with pytest.raises(UserError, match="rows.csv, line 2: the row has several layouts"):
         load_documents(table, raw, 1000)
 

@@ -1,5 +1,5 @@
-"""What is chosen where nothing was given: from the data, the method and the free memory; printed, saved, and
-the same again.
+"""Defaults of settings that were not given: chosen from the data, the method and the free memory; printed,
+saved, and equal when they are chosen again.
 """
 
 import dataclasses
@@ -186,7 +186,7 @@ def length_of(config):
         (60, False, {}, (1, AUTO, AUTO, 3)),
         (99, True, {"inner_steps": 7}, (6, 105, AUTO, 29)),
         (60, True, {"epoch_steps": 30}, (1, AUTO, AUTO, 1)),
-        # what is given stays, and brings nothing that was not asked for
+        # a given setting stays, and brings no other one
         (60, True, {"epoch_count": 1}, (1, AUTO, AUTO, 3)),
         (60, True, {"epoch_count": 7}, (7, AUTO, AUTO, 21)),
         (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, AUTO, AUTO, 3)),
@@ -475,7 +475,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     assert ": from method, rank and widths" in output
     assert "micro_bsz 2, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
-    # those of other losses are read with these alone
+    # options of other losses are read with those losses alone
     filled = AUTOMATIC - options_of().keys() - {"lr_map"}  # empty where no part of the base was chosen
     assert not [name for name in filled if saved.is_automatic(name)], "the saved settings are filled in"
 

@@ -53,13 +53,13 @@ GIVEN = "command line"
 NAMED = {rule.name: rule for rule in RULES}
 
 
-def sft(*losses, before=("a",), after=("b",), right="4", steps=(3.0, 3.0), config=SFT, **beside):
+def sft(*losses, before=("a",), after=("b",), right="4", steps=(3.0, 3.0), config=SFT, **fields):
     """A run with these held-out losses, sample answers before and after, and training losses."""
     history = []
     for step, loss in enumerate(losses):
         answers = after if step else before
         samples = [{"prompt": "2+2?", "answer": answer, "right": right} for answer in answers]
-        history.append({"step": step, "loss": loss, "samples": samples, **(beside if step else {})})
+        history.append({"step": step, "loss": loss, "samples": samples, **(fields if step else {})})
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(steps, 1)]
     return RunFacts(config, lines, (), len(history) - 1, history)
 
@@ -77,7 +77,7 @@ def answered(before, after, *losses, asked=40, config=SFT, steps=None, **found):
     return facts
 
 
-def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **beside):
+def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **fields):
     """A run on preferences that ended with this evaluation; log p of a chosen answer was -30."""
     facts = sft(
         0.7,
@@ -86,15 +86,15 @@ def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **
         config=config,
         steps=[0.7] * 20 + [0.3, 0.31] * 10,
         **{"reward_accuracy": accuracy, "units": units, "logp_chosen": logp, "kl": kl},
-        **beside,
+        **fields,
     )
     facts.before["logp_chosen"] = -30.0
     return facts
 
 
-def pairs_answered(before, after, asked=40, **beside):
+def pairs_answered(before, after, asked=40, **fields):
     """A run on preferences that was asked questions, too."""
-    facts = dpo(**beside)
+    facts = dpo(**fields)
     for line, share in zip(facts.history, (before, after), strict=True):
         line |= {"asked": asked, "right_answers": share}
     return facts
@@ -194,7 +194,7 @@ CASES = {
         [answered(0.0, 0.5), answered(0.0, 1.0, asked=1)],
     ),
     "collapsed": (
-        # of a date the weekday: one for all
+        # one weekday as the answer for every date
         COLLAPSED,
         answered(0.0, 0.125, same=40, common="Tam", same_right=8),
         "40 of 40 answers are 'Tam'; the loss on held-out documents fell by 25.00 %, from 4.0000 to 3.0000;"
@@ -232,12 +232,12 @@ CASES = {
         + [so_far(falling(*case)) for case in ((4.0,), (-12.0, 0.5), (-0.5,), (-50.0, 0.98, 9))],
     ),
     "too fast": (
-        # its loss falls by 18 % after the first step, in which the base had 0.08
+        # the loss falls by 18 % after the first step, in which the base had 0.08
         WORSE,
         sft(0.0816, 2.775, steps=[0.08] + [3.0] * 10 + [2.46] * 9),
         "the training loss rose from 0.0800 in the first step to 2.4600",
         "a third of the rate: --lr_init 3.3e-05",
-        # of easier rows, and a loss that fell
+        # other runs: the held-out rows are easier, or their loss fell
         [sft(0.5, 0.6, steps=(3.0, 3.1, 3.2)), sft(4.0, 3.0, steps=(0.1, 2.0))],
     ),
     "by heart": (
@@ -245,7 +245,7 @@ CASES = {
         sft(4.0, 4.2, steps=(4.0, 1.0)),
         "the training loss fell by 75 %, and the loss on held-out documents rose from 4.0000 to 4.2000",
         "more rows",
-        # it only comes back from what it rose to; one that helps; one that is not worse than its base
+        # other runs: the loss only comes back from a rise; the run helps; the run is not worse than its base
         [
             sft(0.5, 0.6, steps=(2.9, 3.1, 3.0)),
             sft(4.0, 3.0, steps=[4.0] * 20 + [2.0] * 20),
@@ -521,7 +521,7 @@ def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run,
 
 
 def test_none_right_of_the_fewest_questions_is_nothing_learnt():
-    """Of a few more some must be right, because one of them may be so by chance."""
+    """Where some were right before, 8 questions tell it, because one of fewer may be right by chance."""
     assert (FEWEST, FEW) == (5, 8)
     for run in (answered(0.0, 0.0, asked=FEWEST), answered(0.25, 0.25, asked=FEW)):
         assert judged(run).name == NOTHING and not judged(run).offered
@@ -530,7 +530,7 @@ def test_none_right_of_the_fewest_questions_is_nothing_learnt():
 
 
 def test_a_large_kl_alone_condemns_no_run():
-    """It is told where no answer is known to be right. Without a right answer the run is not offered."""
+    """KL is told where no answer is known to be right. Without a right answer the run is not offered."""
     far = "; KL to the reference is 5.88 per token, very large: read the sample answers"
     found = judged(pairs_answered(0.0, 0.1, asked=10, kl=5.88, accuracy=1.0), DPO)
     assert found.name == STILL and found.offered and "KL" not in found.reason
@@ -603,7 +603,7 @@ def test_a_run_on_rewards_is_judged_by_its_held_out_reward():
     assert judged(one, GRPO).name == NOT_JUDGED, "a mean of one question has no error"
     own = judged(rewarded(lines=course(20, noise=0.0)), GRPO)
     assert own.reason == "the reward on the training's own questions went from 1 to 1"
-    # what to do about dead groups, in the place of a lower rate
+    # the remedy for dead groups, in the place of a lower rate
     for dead in (1.0, 0.8):
         hard = judged(rewarded(0.0, 0.0, lines=course(20, reward=0.0, noise=0.0, dead_groups=dead)), GRPO)
         assert hard.name == NOTHING and hard.remedy == (
@@ -644,7 +644,7 @@ def random_run(rng, config):
     count, share = rng.choice([1, 2, 12, 40]), rng.random
     number = lambda: rng.choice([None, 0.0, share(), 5 * share()])  # noqa: E731
     names = {"dpo": ("raw_accuracy", "reward_accuracy", "logp_chosen", "kl"), "grpo": ("reward",)}
-    beside = dict.fromkeys(names.get(config.loss, ()), number)
+    metrics = dict.fromkeys(names.get(config.loss, ()), number)
     lines = [
         {
             "step": step,
@@ -654,7 +654,7 @@ def random_run(rng, config):
             "cut": share(),
         }
         | {"dead_groups": rng.choice([0.0, 1.0]), "failed_groups": 0}
-        | {name: value() for name, value in beside.items()}
+        | {name: value() for name, value in metrics.items()}
         for step in range(1, count + 1)
     ]
     steps = sorted({0, count, rng.randint(0, count)})[rng.random() < 0.1 :]
@@ -663,7 +663,7 @@ def random_run(rng, config):
         asked = rng.choice([1, 40])
         fault = {name: rng.randint(0, asked) for name in ("empty", "endless", "same", "same_right")}
         line = {"step": step, "loss": number(), "units": 9, "samples": [], "asked": asked}
-        line |= {"answers": fault | {"common": "a"}} | {name: value() for name, value in beside.items()}
+        line |= {"answers": fault | {"common": "a"}} | {name: value() for name, value in metrics.items()}
         line |= {"right_answers": share()} if rng.random() < 0.5 else {}
         history.append(line | ({"loss": line["reward"] and -line["reward"]} if config.loss == "grpo" else {}))
     return lines, rng.choice([line["step"] for line in history] or [count]), history
@@ -696,7 +696,7 @@ def test_real_runs():
         {"step": step, "reward_chosen": int(reward) / 100, "reward_accuracy": float(step > 1)}
         for step, reward in enumerate(rewards.split(), 1)
     ]
-    assert said(lines, DPO) == [(17, "lost")]  # of 60
+    assert said(lines, DPO) == [(17, "lost")]  # step 17 of 60
 
 
 def test_a_run_that_learns_is_not_warned_of():

@@ -16,7 +16,7 @@ from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
 
-LINEARS = {6: 16, 7: 12}  # of two layers
+LINEARS = {6: 16, 7: 12}  # linears of two layers
 
 
 @pytest.fixture

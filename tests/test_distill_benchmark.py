@@ -1,4 +1,4 @@
-"""What benchmarks.distill asks, which settings it chooses, and what its table says."""
+"""Questions, chosen settings and table of benchmarks.distill."""
 
 from benchmarks import distill
 

@@ -66,7 +66,7 @@ def plain(files, tmp_path_factory):
 
 def look_inside(rank):
     """Assertions within a stage-3 run: what a process holds before the first step and while the head runs."""
-    mapped.SMALL = 0  # of a base, which is mapped where it is not small
+    mapped.SMALL = 0  # a small base is mapped, too
     setup, head_of = src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model, RWKV.features
 
     def checked_setup(self, model):
@@ -97,8 +97,8 @@ def look_inside(rank):
 
 @pytest.fixture(scope="module")
 def stage_1(files, tmp_path_factory, plain):
-    """The same on two processes, where the sums come in another order; the large epsilon keeps Adam from
-    blowing up a gradient near zero.
+    """Train on two processes, where the sums come in another order; the large epsilon keeps Adam from blowing
+    up a gradient near zero.
     """
     proj_dir = tmp_path_factory.mktemp("stage-1") / "run"
     said = start(files, proj_dir, *TWO, "deepspeed_stage_1")

@@ -1,4 +1,4 @@
-"""What the documentation cites is there: commits, commands, flags, files, links and anchors."""
+"""Documentation: the commits, commands, flags, files, links and anchors that it cites are there."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ from .pages import (
 )
 from .parse_commands import has_parser
 
-# of launchers and other tools that stand in code spans
+# flags of launchers and other tools that stand in code spans
 FOREIGN_FLAGS = {
     "--force-reinstall",
     "--index-url",
@@ -49,7 +49,7 @@ FOREIGN_FLAGS = {
 NOT_HERE = {"rwkv_miss.checkpoint"}
 # in a path, a word that stands for the reader's own
 PLACEHOLDER = re.compile(r"\b(?!README)[A-Z]{2,}\b")
-# what else the blocks of commands may begin with
+# other programs that the blocks of commands may begin with
 TOOLS = {
     "python",
     "pip",
@@ -244,7 +244,7 @@ def test_every_flag_in_the_text_is_one_of_a_program(parsed):
 
 
 def is_here(name):
-    """Whether a file, a folder, a pattern, a module or something in a module is in the repository."""
+    """Tell whether a file, a folder, a pattern, a module or something in a module is in the repository."""
     if FILE.fullmatch(name):
         return any(ROOT.glob(name.rstrip("/")))
     path = ROOT.joinpath(*name.split("."))

@@ -521,7 +521,7 @@ def checkout(tmp_path):
         f'echo "sanitizer $@ cache=$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}',
     )
     stub(tmp_path / "bin", "ncu", f'echo "ncu $@" >> {calls}')
-    # of a long step it is enough to know what it was given
+    # a long step runs without its limit: only its arguments count here
     stub(tmp_path / "bin", "timeout", 'shift 2; exec "$@"')
 
     def check(nvidia_smi, *arguments):

@@ -141,7 +141,7 @@ def test_any_number_of_threads_gives_the_same(name):
 
 @pytest.mark.skipif(not hasattr(CDLL(None), "GOMP_parallel"), reason="this torch has another OpenMP")
 def test_threads_are_those_of_torch():
-    """They stay: four beside a thread that had none yet, and a function of torch finds them there."""
+    """Threads stay: four join a thread that had none yet, and a function of torch finds them there."""
     x, counts = torch.ones(1, 515, 768), []
 
     def run():

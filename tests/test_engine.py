@@ -153,7 +153,7 @@ def test_a_state_alone_comes_without_prompt_logprobs():
 
 
 def test_prompt_logprobs_beside_weights_in_bf16_are_exact():
-    """Where the CPU multiplies in bf16, it reads other prompts so."""
+    """Other prompts are read in bf16, where the CPU multiplies in it."""
     half = RWKV(tiny(7).arch, "cpu").eval().requires_grad_(False)
     half.load_state_dict(tiny(7).state_dict())
     half = half.bfloat16()
@@ -343,7 +343,7 @@ def check_changes(engine, answers):
 
 
 def check_by_hand(answer, decoder, tokenizer):
-    """Whether its state was compared, too."""
+    """Tell whether its state was compared, too."""
     tokens, text, finish, state = decoder.by_hand(answer, tokenizer)
     if answer.finish == "cancelled":
         assert answer.tokens == tokens[: len(answer.tokens)]

@@ -33,7 +33,7 @@ JUDGE = """
 def low(prompt, answers, right):
     return [sum(map(ord, answer)) % 7 for answer in answers]
 """
-# name: what it needs beside the flags that all have. A gradient that is clipped does not show its size
+# name: its flags in addition to those that all have. A gradient that is clipped does not show its size
 KINDS = {
     name: f"--peft {name} --lr_init {'1e-1' if name == 'vera' else '3e-3'}"
     for name, method in METHODS.items()
@@ -115,14 +115,14 @@ def test_two_processes_resume_what_one_began(files, tmp_path, one, name, strateg
     assert len(curve) == 4 and (name == "grpo" or curve[-1] < curve[0]), "it learns"
     for file in ("metrics.jsonl", "validation.jsonl"):
         if (alone / file).exists():
-            same_lines(lines(two, file), lines(alone, file))  # the same sums in another order
+            same_lines(lines(two, file), lines(alone, file))  # sums in another order
     trained = "model.pth" if name == "full" else "adapter.pth"
     same_adapters(two, alone, 1e-3, trained)
 
 
 @pytest.mark.slow
 def test_adalora_prunes_to_its_rank_and_not_the_same_everywhere(one):
-    """Of 40 singular values of each linear 30 are left in the mean; a pruned one is its offset."""
+    """A linear keeps 30 of its 40 singular values in the mean; a pruned one is its offset."""
     tensors = read_checkpoint(one("adalora") / "adapter.pth")
     names = [name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")]
     left = [int((tensors[f"{name}.lora_E"] != tensors[f"{name}.offset"]).sum()) for name in names]

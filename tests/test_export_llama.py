@@ -19,7 +19,7 @@ from .conftest import close, make_arch, random_tensors
 from .test_adapters import filled
 
 pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
-EXACT = 2e-5  # of max |logit|: fp32 against float64, as for every implementation in the goldens' README
+EXACT = 2e-5  # share of max |logit|: fp32 against float64, as for every implementation in the goldens' README
 # (mean KL, agreement of the likeliest token): 2.5 times the worst of 20 random models of this size, KL
 # 2.9e-5, 4.2e-4 and 4.3e-2, agreement 0.95, 0.93 and 0.50; llama.cpp rounds the activations too. A random
 # model of 12 x 768 loses the same: 2.6e-5, 3e-4, 3.5e-2

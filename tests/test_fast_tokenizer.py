@@ -97,7 +97,7 @@ def test_every_token_decodes_to_its_bytes(world, fast):
 
 
 def test_a_token_of_a_row_of_tokens_that_begin_with_each_other():
-    """What the longest match is, where it fails late and falls back."""
+    """The longest match fails late and falls back."""
     table = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abcde", 258: b"abcdefgh", 259: b"cd"}
     expression = fast_tokenizer.longest_match([piece.decode("latin-1") for piece in table.values()])
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")

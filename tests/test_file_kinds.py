@@ -74,7 +74,7 @@ def test_a_model_is_not_lost_under_the_name_of_an_output(files):
             with pytest.raises(UserError, match="adapter"):
                 work(adapter)
     assert all((files / name).read_bytes() == content for name, content in kept.items())
-    merge_file(base, adapter, files / "merged.pth")  # its own kind, as a second run of the demo writes it
+    merge_file(base, adapter, files / "merged.pth")  # as by a second run of the demo
 
 
 @pytest.mark.parametrize("name,form", [("a.gguf", "GGUF"), ("a.safetensors", "safetensors")])

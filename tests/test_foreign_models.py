@@ -305,7 +305,7 @@ def test_an_adapter_never_takes_the_place_of_a_model(tmp_path):
         rwkv_miss.save_adapter(model, tmp_path / "base.pth")
     assert (tmp_path / "base.pth").read_bytes() == before
     for _ in range(2):
-        rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")  # its own kind is replaced
+        rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")  # an adapter replaces an adapter
 
 
 @pytest.mark.parametrize("arch", ["resnet50", {"layers": 3}, nn.Identity])

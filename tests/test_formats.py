@@ -349,7 +349,7 @@ def test_rows_within_a_bad_row_are_bad_too(read, last, reason):
 
 
 def test_names_that_are_no_text(read):
-    """Those of columns that are not used, too: the plan shows them."""
+    """Names of unused columns count, too: the plan shows them."""
     report = Report()
     assert read(r'{"text": "t", "a\ud800": 1}', report=report) == [{"text": "t"}]
     assert report.lines() == [r"format     rows.jsonl: JSONL, 1 row, text; not used: a\ud800"]
@@ -605,7 +605,7 @@ def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message)
     ],
 )
 def test_what_follows_a_break_is_not_skipped(read, name, content):
-    """It cannot be told which rows are lost."""
+    """Nobody can tell which rows are lost."""
     assert mistake(read, content, name, Report("skip")) == mistake(read, content, name)
 
 
@@ -688,7 +688,7 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
         for name in ("one", "two")
     ]
     assert [row for _, row in read_records("two", reading=Reading(split="test"))] == CHATS
-    # their Arrow files alone; what map() wrote beside them is no data
+    # Arrow files alone; what map() wrote into their folder is no data
     os.mkdir("alone")
     for file in sources("one")[0].files:
         if file.endswith(".arrow"):

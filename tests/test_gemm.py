@@ -12,7 +12,7 @@ from rwkv_miss.methods import operators
 from src.common.device import choose_accelerator
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
-# of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
+# errors as shares of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 
@@ -63,7 +63,7 @@ def test_products(engine, rows, width, out, dtype, transposed):
 
 @pytest.mark.parametrize("rows, width, out", [(3, 9, 8209), (3, 8209, 9)])
 def test_products_in_parts(engine, rows, width, out):
-    """Those of a vocabulary: written in blocks of columns, and summed over blocks of them."""
+    """Products of a vocabulary: written in blocks of columns, and summed over blocks of them."""
     torch.manual_seed(0)
     x, weight = torch.randn(rows, width), torch.randn(width, out).t()
     exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
@@ -148,7 +148,7 @@ def test_runs_on_a_gpu_sum_in_fp32(monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dtype, transposed):
-    """Of the weight itself, not of a view of it, whose memory ZeRO-3 could not take away."""
+    """A linear keeps the weight itself, not a view of it, whose memory ZeRO-3 could not take away."""
     torch.manual_seed(0)
     x, weight, bias = (
         torch.randn(shape).to(dtype).requires_grad_()

@@ -49,7 +49,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crossing(tmp_path_factory):
-    """Tokens that run across characters and across the stop text's beginning, beside all single bytes."""
+    """Tokens that run across characters and across the stop text's beginning, and all single bytes."""
     you, smile = "你".encode(), "🙂".encode()
     pieces = [
         b"\n\n",
@@ -96,7 +96,7 @@ def without_adapters(model):
 
 
 def say(tokenizer, tokens, max_tokens=1000, stops=(STOP,)):
-    """What the stream makes of these tokens: (pieces, bytes of the state after the prompt)."""
+    """Return (pieces, bytes of the state after the prompt) of the stream of these tokens."""
     ids = tokenizer.encode("Q")
     request = Request(ids, max_tokens, stops=stops, keep_state=True)
     pieces, answer = run(stream(scripted(tokenizer, tokens), request))
@@ -153,7 +153,7 @@ def test_tokens_come_with_the_promised_frequencies(sampling, expected):
 
 @pytest.mark.parametrize("spread", [0.01, 1, 4])
 def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
-    """Whether 256, 4096 or all 20000 tokens hold the probability: the smallest set that reaches top_p."""
+    """The smallest set that reaches top_p, where 256, 4096 or all 20000 tokens hold the probability."""
     logits = spread * torch.randn(20000, generator=torch.Generator().manual_seed(0))
     probabilities, order = logits.double().softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
@@ -162,15 +162,15 @@ def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
         generator = torch.Generator().manual_seed(1)
         # so hot that the kept ones are alike
         drawn = {sample(logits, Sampling(1e4, top_p), generator) for _ in range(250)}
-        # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected,
-        # of more more
+        # one of 20 or fewer is missed with a probability below 20 * 0.95^250 = 5e-5; of 100, 91 are expected,
+        # and more of more
         assert drawn <= most and (
             drawn >= least if len(least) <= 20 else len(drawn) > 0.75 * min(len(least), 100)
         ), (len(drawn), len(least))
 
 
 def test_choosing_a_token_leaves_the_number_of_threads_alone(monkeypatch):
-    """It belongs to the whole process: two samplers at once would put back each other's."""
+    """The number belongs to the whole process: two samplers at once would put back each other's."""
     monkeypatch.setattr(
         torch, "set_num_threads", lambda count: pytest.fail(f"the process was given {count} threads")
     )

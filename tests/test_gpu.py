@@ -1,5 +1,5 @@
-"""What needs an NVIDIA GPU: the CUDA kernels where torch runs them, and training, merging and answering on
-the GPU. scripts/gpu_check.sh.
+"""Tests that need an NVIDIA GPU: the CUDA kernels where torch runs them, and training, merging and answering
+on the GPU. scripts/gpu_check.sh.
 """
 
 import json
@@ -180,7 +180,7 @@ def test_kernels_run_on_the_gpu_of_their_tensors(version):
 @two_gpus
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_gpus_train_as_one(train, strategy):
-    """The same rows in a step, divided among two: only the order of the sums differs, as above."""
+    """Two GPUs share the rows of a step: only the order of the sums differs, as above."""
     precision = ["--accelerator", "gpu", "--precision", "fp32"]
     want, _ = train("one", *precision, "--micro_bsz", "4")
     got, _ = train("two", *precision, "--micro_bsz", "2", "--devices", "2", "--strategy", strategy)

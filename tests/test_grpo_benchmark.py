@@ -1,4 +1,4 @@
-"""What benchmarks.grpo asks, and what its table and its summary say."""
+"""Questions, table and summary of benchmarks.grpo."""
 
 import json
 

@@ -15,7 +15,7 @@ from . import program
 from .conftest import make_arch, random_tensors
 from .program import lines, same_adapters, same_lines, succeed
 
-QUESTIONS = 12  # of which a draw has 4
+QUESTIONS = 12  # a draw has 4 of them
 REWARDS = """
 def low(prompt, answers, right):
     sums = [sum(min(ord(letter), 255) for letter in answer) for answer in answers]

@@ -36,7 +36,7 @@ def texts(documents):
 
 def test_a_share_is_held_out_by_content():
     rows = [document(f"document {i}") for i in range(200)]
-    rows += rows[:50]  # what is there twice is on one side
+    rows += rows[:50]  # both copies of a document are on one side
     config = Config(eval_split=0.1, random_seed=5)
     train, held = hold_out(config, Documents(rows), None)
     assert len(train) + len(held) == 250 and 25 <= len(held) <= 26

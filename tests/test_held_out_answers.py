@@ -127,7 +127,7 @@ def test_running_text_is_scored_in_bits_a_byte(tmp_path):
     words = [*flags.split(), "--epoch_steps", "3", "--lr_init", "0.001", "--proj_dir", str(tmp_path / "run")]
     output = succeed(program.run(words))
     lines = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
-    length = len(texts[0].encode())  # its first byte is not predicted, and the end of the document is
+    length = len(texts[0].encode())  # the first byte is not predicted, and the end of the document is
     size = lines[0]["tokens"] // length * (length - 1)
     for line in lines:
         assert line["bits_per_byte"] == pytest.approx(line["loss"] * line["tokens"] / math.log(2) / size)

@@ -152,7 +152,7 @@ def test_the_model_card_names_the_base_and_the_data_and_no_path(run):
 
 
 def facts_of(folder):
-    """What a card is made of, from a run's folder."""
+    """Read from a run's folder what its card is made of."""
     config = settle({"config": str(folder / "config.yaml")})
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return config, json.loads((folder / "run.json").read_text()), metrics

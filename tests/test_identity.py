@@ -93,7 +93,7 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
 
 @pytest.fixture
 def count(monkeypatch, tmp_path):
-    """How often fingerprint() was computed, with an empty cache folder, and for small files, too."""
+    """Count the calls of fingerprint(), with an empty cache folder, and for small files, too."""
     calls = []
 
     def counted(*args):

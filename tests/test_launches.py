@@ -1,4 +1,4 @@
-"""What a run on a GPU without native kernels costs, and says."""
+"""Cost of a run on a GPU without native kernels, and its messages."""
 
 import dataclasses
 import re
@@ -48,7 +48,7 @@ def test_launches_of_wkv_in_plain_torch(version, tokens):
 
 
 def planned(config, arch, reason="as asked", kernel="torch"):
-    """What slow_line() reads of a Plan."""
+    """Make what slow_line() reads of a Plan."""
     device = Device(config.accelerator, "bf16", "", kernel, reason)
     rows = types.SimpleNamespace(lengths=[1024])
     return types.SimpleNamespace(settings=config, arch=arch, device=device, schedule=rows)
@@ -72,7 +72,7 @@ def test_a_run_without_native_kernels_says_what_it_costs():
 
 
 def test_a_kernel_is_told_the_device_of_its_tensors(monkeypatch):
-    """Its number and its current stream: a process may hold several GPUs."""
+    """A device is a number and a current stream: a process may hold several GPUs."""
     streams = {index: types.SimpleNamespace(cuda_stream=100 + index) for index in (0, 1)}
     monkeypatch.setattr(native.torch.cuda, "current_stream", lambda device: streams[device.index])
     for index in streams:

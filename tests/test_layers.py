@@ -52,8 +52,8 @@ def test_the_file_of_some_layers_loads_and_merges_to_the_same_logits(tmp_path, m
     model = adapted(method, parts, "last:1")
     write_checkpoint(tmp_path / "base.pth", random_tensors(model.arch).items())
     numbers = {name.split(".")[1] for name in trained(model) if name.startswith("blocks.")}
-    beside = {name for name in trained(model) if not name.startswith("blocks.")}
-    assert numbers == {"2"} and beside == (
+    outside = {name for name in trained(model) if not name.startswith("blocks.")}
+    assert numbers == {"2"} and outside == (
         {"head.weight", "ln_out.weight", "ln_out.bias"} if parts else set()
     )
     assert model.first_trained() == 2
@@ -77,7 +77,7 @@ def test_the_file_of_some_layers_loads_and_merges_to_the_same_logits(tmp_path, m
         close("merged", RWKV.load(tmp_path / "merged.pth")(ids)[0], want, 1e-5)
         if not parts:
             chat, _ = load(tmp_path / "base.pth", tmp_path / "a.pth", tokenizer="bytes")
-            close("beside the base", chat(ids)[0], want, 1e-5)
+            close("in a chat", chat(ids)[0], want, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
 
 def all_notes(translated):
-    """The notes of both lists that translate() returns beside the words."""
+    """Return the notes of both lists that translate() returns with the words."""
     return [*translated[1].differences, *translated[1].translations]
 
 
 ATTENTION = ["att.receptance", "att.key", "att.value", "att.output"]
-# what a script of another project implies where it does not say it
+# settings that a script of another project implies
 METHOD = ["--peft", "miss"]
 SAID = [*METHOD, "--warmup_steps", "0"]
 BONE = '--peft bone --bone_config {"bone_mode":"bone","bone_r":8}'
@@ -81,7 +81,7 @@ def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     assert parse([*flags, "--kernel=17", "--verbose=1", *REQUIRED, *SAID]) == read(*SAID, "--verbose=1")
     said = capsys.readouterr().out
     named = re.findall(r"^note: --(\w+) is ignored: .", said, re.MULTILINE)
-    # those whose effect is missing come first
+    # flags whose effect is missing come first
     assert set(named[: len(OTHER_RESULT)]) == OTHER_RESULT and sorted(named) == sorted(DROPPED)
     assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
 
@@ -366,7 +366,7 @@ def test_names_of_the_optimizer(capsys):
 def test_a_command_line_of_today_reads_no_translator(monkeypatch):
     parser = flag_parser("train.py", "")
     assert not NAMES & {flag.removeprefix("--") for flag in parser._option_string_actions}
-    monkeypatch.setitem(sys.modules, "src.config.legacy", None)  # its import fails
+    monkeypatch.setitem(sys.modules, "src.config.legacy", None)  # importing it fails
     today = "--load_model a --data_file=b --peft_config r=8,targets=key+value --grad_cp 1 --verbose"
     assert read_flags(parser, today.split())["load_model"] == "a"
     foreign = {

@@ -317,7 +317,7 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
         assert torch.equal(loaded(x), model(x)) and torch.equal(copied(x), model(x))
         assert (quantised().state_dict().keys() - model.state_dict().keys()) == set()
         state = model.state_dict()
-        for name in [name for name in state if "absmax" in name or "SCB" in name]:  # of another base
+        for name in [name for name in state if "absmax" in name or "SCB" in name]:  # a scale of another base
             with pytest.raises(RuntimeError, match=f"Unexpected key.*{name}"):
                 copied.load_state_dict({**state, name: state[name] + 1})
     with pytest.raises(rwkv_miss.UserError, match="0.weight is quantised; save the adapter and merge the"):
@@ -330,7 +330,7 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
 
 
 def test_a_linear_of_bitsandbytes_without_an_adapter_answers_as_before():
-    """Its first answer may pack it for the CPU; a state_dict() then leaves its scales in another order."""
+    """A first answer may pack it for the CPU; a state_dict() then leaves its scales in another order."""
 
     def linear():
         made = QUANTISED_BY["bitsandbytes nf4, scales as they are"](nn.Linear(256, 64))

@@ -1,5 +1,5 @@
-"""Adapters beside their base: the same answers as a merged file's, for every method, and a base that is bit
-for bit what it was.
+"""Live adapters: the same answers as a merged file's, for every method, and a base that is bit for bit what
+it was.
 """
 
 import pytest
@@ -22,7 +22,7 @@ from .answering import greedy_text
 from .conftest import close, make_arch, random_tensors, slow
 from .test_cpu_decoder import TOLERANCE, one_by_one, some_ids
 
-# of the methods' own options those that lead to another form of the change
+# methods with those of their own options that lead to another form of the change
 VARIANTS = [
     *((method, {}) for method in sorted(METHODS)),
     ("miss", {"layout": "contiguous"}),
@@ -129,7 +129,7 @@ def test_a_gpu_rounds_once_what_every_token_would_round(version, method, options
     model.computes_in = torch.bfloat16  # whatever the first weight is
     for scale in (1, 0.7):
         for rounds_to in (None, torch.bfloat16):
-            adapters.rounds_to = rounds_to  # what is read from now on is rounded to it
+            adapters.rounds_to = rounds_to  # a tensor that is read from now on is rounded to it
             adapters.use()
             adapters.drop("a")
             adapters.add("a", adapter)

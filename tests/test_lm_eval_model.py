@@ -120,7 +120,7 @@ def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch
         (pairs[0][0], []),
     ]
     context = pairs[1][0]
-    for _ in range(3):  # what the model says itself
+    for _ in range(3):  # three tokens by the model itself
         context = context + [int(model(torch.tensor([context]))[0][0, -1].argmax())]
     pairs.append((context[:1], context[1:]))
     for (before, after), (got, is_greedy) in zip(pairs, log_likelihoods(model, pairs), strict=True):

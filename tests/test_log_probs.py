@@ -31,7 +31,7 @@ ROUNDING = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
 def gradients(found, scales, leaves):
-    """What was found and, with a gradient for each token, the gradients of the leaves."""
+    """Return the values, and the gradients of the leaves, with a gradient for each token."""
     return [found.detach(), *torch.autograd.grad(found, leaves, scales.to(found.dtype))]
 
 
@@ -45,7 +45,7 @@ def plainly(x, weight, targets):
 def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native, exact):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCAB)  # blocks of 5 rows
     x, weight, targets = head_inputs(rows, dtype, trained)
-    scales = torch.randn(rows) * (torch.arange(rows) != 3)  # of both signs, and 0 for one token
+    scales = torch.randn(rows) * (torch.arange(rows) != 3)  # both signs, and 0 for one token
     leaves = [x, weight] if trained else [x]
     doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
     want = gradients(plainly(*doubles, targets), scales, doubles)

@@ -1,6 +1,4 @@
-"""What LoRA and its relatives do beyond the promises of every method (test_adapters.py): dropout, rates,
-scales.
-"""
+"""LoRA and its relatives beyond the promises of every method (test_adapters.py): dropout, rates, scales."""
 
 import copy
 import dataclasses

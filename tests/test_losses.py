@@ -76,7 +76,7 @@ def collated(loss, rows, chunk=0, shared=False):
 
 
 def batch_of(loss, rows=PACKED, chunk=0, shared=False):
-    """The same in float64, with what other models have said of each token."""
+    """Collate the rows in float64, with what other models have said of each token."""
     batch = collated(loss, rows, chunk, shared)
     order = np.argsort(row_by_row(batch))
 
@@ -169,7 +169,7 @@ def test_the_plans_batch_of_zeros_is_a_collated_batch(name, chunk, shared):
     if shared and loss.data in ("documents", "labels"):
         return
     batch, reads = batch_of(loss, chunk=chunk, shared=shared), loss.reads()
-    if name == "distill_on_policy":  # its source knows the teacher's sizes
+    if name == "distill_on_policy":  # the source of this loss knows the teacher's sizes
         reads = Reads(("teacher", "teacher_head"), 0, TEACHER_WIDTH, VOCAB)
     names = ["ids", "where", "targets", *(["prompts", "prompt_of", "prompt_reset"] if shared else ["reset"])]
     sizes = {"trained": len(batch.targets), "rows": len(batch.ids), "width": batch.ids.shape[1]}
@@ -229,7 +229,7 @@ def test_an_option_belongs_to_its_losses_and_is_refused_elsewhere(name, option):
     if LOSSES[name].needs_teacher and option != "reference":
         flags += ["--reference", "big.pth"]
     if name in options_of()[option][1]:
-        with contextlib.suppress(UserError):  # one that needs others beside it, see test_reward_settings.py
+        with contextlib.suppress(UserError):  # an option that needs others, see test_reward_settings.py
             assert str(parse(flags).written(option)).removesuffix(".0") in (given, "{'number': 1}")
         return
     with pytest.raises(UserError) as caught:

@@ -88,7 +88,7 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     output = program.succeed(program.run([*words[2:], "--eval_docs", "99"]))
     best = found["trials"][1]
 
-    # a sweep beside a run leaves it alone, and says that the command needs another folder
+    # a sweep leaves the run of its folder alone, and says that the command needs another folder
     def times():
         files = [path for path in run.rglob("*") if path.is_file() and "lr_sweep" not in path.name]
         return {path: path.stat().st_mtime_ns for path in files}
@@ -96,7 +96,7 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     before = times()
     assert sweep(*flags(files, run, *more, "--epoch_steps", "5", "--rates", "1e-3")) == 0
     assert f"note       {run} holds a run already" in capsys.readouterr().out and times() == before
-    # of one kind of machine; where the held-out rows fall into other batches only the order of a sum differs
+    # one machine ran both; where the held-out rows fall into other batches only the order of a sum differs
     assert losses(run) == pytest.approx(best["losses"], rel=1e-6), output
     validation = [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]
     assert validation == pytest.approx([found["held_out_before"], best["held_out"]], rel=1e-6)
@@ -252,7 +252,7 @@ def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
 
 
 def test_a_preference_is_judged_with_the_chosen_answers_too(monkeypatch):
-    """What is trained is the run's."""
+    """The training keeps the run's weight."""
     seen = []
 
     def weight(source):

@@ -127,7 +127,7 @@ def refused(folder, words, **options):
 
 
 def late(items):
-    """The same items, each when the next one has been made."""
+    """Yield each item when the next one has been made."""
     before = next(items)
     for item in items:
         yield before
@@ -190,7 +190,7 @@ def test_a_bf16_merge_is_rounded_once(case):
 @pytest.mark.parametrize("dtype", ["base", "bf16", "fp32"])
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 def test_a_method_may_add_into_the_weight_it_is_given(case, monkeypatch, source, dtype):
-    """The same file as from a method that makes a new tensor; the base file is never written."""
+    """The file equals that of a method that makes a new tensor; the base file is never written."""
     folder = case(dtype=source)
     before = (folder / "base.pth").read_bytes()
     merge(folder, dtype)
@@ -271,7 +271,7 @@ def test_the_loss_is_the_error_of_the_update(case, source, dtype):
         missing = (got.double() - weight.to(got.dtype).double()) - change
         update, error = update + change.square().sum(), error + missing.square().sum()
         lost[name] = float(missing.norm() / change.norm())
-        # what fp32, in which the sum is made, changes at all
+        # numbers that change at all in fp32, in which the sum is made
         changing = weight.float() != weight.float() + change.float()
         counts[name] = int(changing.sum()), int((changing & (got == weight.to(got.dtype))).sum())
     assert report.rounding.lost == pytest.approx(float((error / update) ** 0.5), rel=1e-3, abs=1e-4)

@@ -30,7 +30,7 @@ MODELS = {
                                          "embeddings.LayerNorm.bias", torch.float32),
     "transposed matrices": ("GPT2", {}, "Model", "LMHeadModel", ["c_attn", "c_fc"],
                             "transformer.ln_f.weight", torch.float32),
-    "positions beside a tied head": ("GPT2", {}, "LMHeadModel", "LMHeadModel", ["wpe", "c_attn"],
+    "positions and a tied head": ("GPT2", {}, "LMHeadModel", "LMHeadModel", ["wpe", "c_attn"],
                                      "transformer.ln_f.weight", torch.float32),
     "renamed by transformers": ("Mixtral", {"num_local_experts": 3, "num_key_value_heads": 2},
                                 "ForCausalLM", "ForCausalLM", ["q_proj", "gate_up_proj", "down_proj"],

@@ -137,7 +137,7 @@ def test_a_small_change_is_not_lost_in_bf16(method, options, bias):
         )
         error = model(x).double() - base - change
     assert change.norm() < 2e-3 * base.norm(), "below half a step"
-    # what is left is the rounding of y, which has no direction: along the change it is 1 / 362 of its size
+    # the error left is the rounding of y, which has no direction: along the change it is 1 / 362 of its size
     assert abs((error * change).sum() / change.square().sum()) < 0.1
 
 

@@ -181,7 +181,7 @@ def test_what_is_recomputed(version):
 
 @pytest.mark.parametrize("version, grad_cp", [(6, 0), (7, 1), (7, 2)])
 def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
-    """The same numbers as of all tokens, and the channel mix of the last layer sees no others."""
+    """Numbers equal those of all tokens, and the channel mix of the last layer sees no others."""
     torch.manual_seed(0)
     model = RWKV(make_arch(version), "reference")
     model.load_state_dict(random_tensors(model.arch))
@@ -212,7 +212,7 @@ def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
 @pytest.mark.parametrize("kernel", ["torch", "cpu"])
 @pytest.mark.parametrize("version", [6, 7])
 def test_nothing_is_kept_or_computed_below_the_lowest_adapted_layer(version, kernel, monkeypatch):
-    """Of three layers the last two are adapted: the first leaves no tensor for a backward, and neither it nor
+    """The last two of three layers are adapted: the first leaves no tensor for a backward, and neither it nor
     the inputs of the second's linears get a gradient.
     """
     model = RWKV(make_arch(version, n_layer=3), kernel)

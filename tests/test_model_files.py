@@ -363,8 +363,8 @@ def test_a_model_inside_another_one_is_offered_and_extracted(tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             extract_base(tmp_path / "vision.ckpt", tmp_path / "x.pth", prefix)
     assert not (tmp_path / "x.pth").exists()
-    beside = {name: torch.ones(1) for name in ("eye", "blocks.0.a", "model.blocks.0.a")}
-    torch.save({f"llm.{name}": t for name, t in tensors.items()} | beside, tmp_path / "other.pth")
+    others = {name: torch.ones(1) for name in ("eye", "blocks.0.a", "model.blocks.0.a")}
+    torch.save({f"llm.{name}": t for name, t in tensors.items()} | others, tmp_path / "other.pth")
     extract_base(tmp_path / "other.pth", tmp_path / "base2.pth", "llm.")
     assert (tmp_path / "base2.pth").read_bytes() == (tmp_path / "base.pth").read_bytes()
     with pytest.raises(UserError, match="is there already"):
@@ -465,7 +465,7 @@ def test_damaged_folders(forms, tmp_path, what, words):
         RWKV.load(folder)
 
 
-# what lies beside the weights
+# other files of the weights' folder
 
 
 def with_files(folder, **files):

@@ -49,7 +49,7 @@ def test_the_first_steps_are_adamws_and_the_memory_is_as_counted():
         wanted.step(), found.step()
         for (name, p), q in pairs:
             packs = p.numel() >= 4096 and step > 1
-            apart = (p - q).abs() / (step * RATE)  # of the way that Adam went
+            apart = (p - q).abs() / (step * RATE)  # shares of the way that Adam went
             assert apart.mean() < (0.02 if packs else 1e-4) and apart.max() < 1, name
             assert packs <= bool(apart.max() > 1e-3), f"{name}: is it packed?"
     for optimizer, name in ((wanted, "adamw"), (found, "adamw8bit")):

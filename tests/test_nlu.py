@@ -217,7 +217,7 @@ def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
     found = json.loads((tmp_path / "nlu-figures.json").read_text())
     scores = {(outcome["task"], outcome["method"]): outcome["scores"] for outcome in found["outcomes"]}
     for method in ("lora", "miss"):
-        # of 200 held-out rows, where guessing gets 100 right, with a standard deviation of 7
+        # guessing gets 100 of the 200 held-out rows right, with a standard deviation of 7
         assert scores["SST-2", method]["accuracy"][0] > 0.85, scores
         assert scores["MRPC", method].keys() == {"accuracy", "f1"}
     # query and value of two layers

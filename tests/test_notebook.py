@@ -15,7 +15,7 @@ BASE = ROOT / "demo" / "rwkv7-reverse.pth"
 
 
 def test_the_notebook_gets_the_program_from_an_uploaded_zip(tmp_path, monkeypatch):
-    """Its first two cells, without REPOSITORY; the zip has a folder around the files, as GitHub's have."""
+    """The first two cells without REPOSITORY; the zip has a folder around the files, as GitHub's have."""
     with zipfile.ZipFile(tmp_path / "main.zip", "w") as archive:
         archive.writestr("rwkv-miss-main/train.py", "")
         archive.writestr("rwkv-miss-main/requirements.txt", "")
@@ -33,7 +33,7 @@ def test_the_notebook_gets_the_program_from_an_uploaded_zip(tmp_path, monkeypatc
 
 @pytest.mark.rare
 def test_the_notebook_trains_on_rows_and_answers_a_new_question(tmp_path, monkeypatch):
-    """Its own cells clone, install, check, train, merge and chat; only the addresses are others."""
+    """The cells themselves clone, install, check, train, merge and chat; only the addresses are others."""
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git repository, and the notebook clones one")
     notebook = nbformat.read(ROOT / "demo" / "colab.ipynb", as_version=4)

@@ -161,7 +161,7 @@ def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, 
     rank = {"miss": 64, "bat": 32}[method]  # Bat's divides the widths
     assert (metadata["method"], metadata["options"]["rank"], metadata["step"]) == (method, rank, 2)
     assert "35 documents" in output and "--train_parts time,ln does" in output
-    # what changes nothing is in the run's folder
+    # flags that change nothing are in the run's folder
     assert "--data_type is ignored" not in output
     assert "\n--data_type is ignored" in (tmp_path / "run/script_notes.txt").read_text()
     assert f" over the data ({passes} if each row had one document, --packing 0)" in output, (
@@ -171,7 +171,7 @@ def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, 
 
 
 def test_lora_of_2024(files, tmp_path):
-    """(e): the whole tensors of time and ln are trained beside LoRA, and a pass is saved at its end."""
+    """(e): the whole tensors of time and ln are trained with LoRA, and a pass is saved at its end."""
     output = train(files, 6, "roleplay", tmp_path / "run", LORA)
     metadata = read_metadata(tmp_path / "run/adapter.pth")
     assert (metadata["method"], metadata["step"]) == ("lora", 2)

@@ -1,4 +1,4 @@
-"""On-policy distillation: the reverse KL and its gradient, a teacher beside the steps, and whole runs."""
+"""On-policy distillation: the reverse KL and its gradient, a teacher during the steps, and whole runs."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def test_value_and_gradient(monkeypatch, dtype, trained, exact, temperature):
 
 
 def test_the_logits_of_all_tokens_are_never_there(monkeypatch):
-    """Neither the model's nor the teacher's: beside the gradient of x there are a few blocks of 4 tokens."""
+    """Neither the model's nor the teacher's: there are the gradient of x and a few blocks of 4 tokens."""
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * VOCAB)
     x, weight, targets = head_inputs(512, torch.float32, False)
     teacher = WholeTeacher(torch.randn(512, 7), torch.randn(VOCAB, 7), 2.0)
@@ -128,7 +128,7 @@ def flags_of(files, proj_dir, *flags):
 
 
 def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_path):
-    """Its first held-out loss is the KL on greedy answers, from the models' logits in float64."""
+    """The first held-out loss is the KL on greedy answers, from the models' logits in float64."""
     models = [RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "teacher")]
     tokenizer = load_tokenizer("bytes", 256)
     found = []
@@ -168,7 +168,7 @@ def test_settings_that_have_no_meaning_are_refused(flags, words):
 
 
 def test_the_plan_has_a_teacher_that_stays(files, tmp_path):
-    """Its memory, and its pass over each draw as work."""
+    """The teacher takes memory, and its pass over each draw is work."""
     flags = "--precision fp32 --grad_cp 0 --accumulate_grad_batches 1 --ctx_len 256 --wkv torch".split()
     config = parse(flags_of(files, tmp_path / "run", *flags))
     base, other = (Arch.detect(torch.load(files / f"{name}.pth")) for name in ("base", "teacher"))

@@ -139,7 +139,7 @@ def budget(*flags):
 
 @pytest.mark.parametrize("step", gpu_budget.MEASURED)
 def test_the_recorded_prediction_is_today_s_count(step):
-    """Of one card: python -m benchmarks.gpu_budget --predict makes them anew."""
+    """One card is enough: python -m benchmarks.gpu_budget --predict makes the predictions anew."""
     flags = gpu_budget.MEASURED[step].split()
     counted = budget(*flags, "--card", "5090")
     recorded = json.loads(gpu_budget.PREDICTIONS.read_text())[step]["5090"]

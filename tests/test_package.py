@@ -78,12 +78,12 @@ def run(*command, cwd):
 
 
 def empty_environment(folder):
-    """A new environment that has torch and what stands beside it, but nothing of this project."""
+    """Make an environment that has torch and the packages in its folder, but nothing of this project."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     [packages] = folder.glob("lib/python*/site-packages")
-    # torch takes 800 MB and is borrowed; .pth files that stand beside it, as of the checkout, are not read
-    beside_torch = pathlib.Path(torch.__file__).parent.parent
-    (packages / "borrowed.pth").write_text(f"{beside_torch}\n")
+    # torch takes 800 MB and is borrowed; .pth files in its folder, as of the checkout, are not read
+    folder_of_torch = pathlib.Path(torch.__file__).parent.parent
+    (packages / "borrowed.pth").write_text(f"{folder_of_torch}\n")
     return folder / "bin"
 
 

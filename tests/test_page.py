@@ -98,7 +98,7 @@ def begun(page):
 
 
 def prompts(server):
-    """What the model has read, each prompt once."""
+    """List the prompts that the model has read, each once."""
     return [text for text in server.engine.decoder.prompts if text.endswith("Assistant:")]
 
 
@@ -130,7 +130,7 @@ def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(b
 
         page.evaluate("() => { document.querySelector('.turn').seen = true }")
         ask(page, "and then?")
-        # what is read aloud as it comes is not made anew, or it would be read aloud again
+        # an answer that is read aloud as it comes is not made anew, or it would be read aloud again
         assert page.evaluate("document.querySelector('.turn').seen")
         first = "User: hi\n\nAssistant:"
         second = f"{first} {said}\n\nUser: and then?\n\nAssistant:"
@@ -174,7 +174,7 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
         page.select_option("#adapter-0", "a")
         page.fill("#scale-0", "0.5")
         page.check("#compare")
-        assert page.input_value("#adapter-1") == ""  # the base, beside an adapter
+        assert page.input_value("#adapter-1") == ""  # the base answers, too
         page.select_option("#adapter-1", "b")
         for text in ("one", "two"):
             ask(page, text)
@@ -216,7 +216,7 @@ def test_the_composer_leaves_a_phone_to_the_answers(browser, tmp_path, letters):
             assert page.eval_on_selector("#composer", height) <= 844 / 6, what
             assert page.evaluate("document.documentElement.scrollWidth") == 390, what
         send = page.locator("#send").bounding_box()
-        assert 0 < send["x"] and send["x"] + send["width"] < 390  # in sight, beside what scrolls
+        assert 0 < send["x"] and send["x"] + send["width"] < 390  # in sight, next to what scrolls
         assert page.eval_on_selector("#draft", "e => e.clientHeight") >= 40
 
 
@@ -655,7 +655,7 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
             expect(page.locator("#told")).to_have_text("")
         server.stop()
         page.fill("#top_k", "")
-        page.click("text=Edit >> nth=-1")  # what failed is asked in other words
+        page.click("text=Edit >> nth=-1")  # a failed question is asked in other words
         page.fill(".edit textarea", "gone")
         page.press(".edit textarea", "Enter")
         expect(page.locator(".said >> nth=-1")).to_have_text("gone")

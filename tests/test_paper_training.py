@@ -255,9 +255,9 @@ def test_the_page_of_forgetting_says_what_its_looks_do():
     }
     quantised = {"merged": look(0.8, 1.0), "int8": look(0.8, 1.0), "nf4": look(0.6, 1.0, 1.02)}
     trained["miss"][1.0] = [dataclasses.replace(o, after=quantised) for o in trained["miss"][1.0]]
-    beside = {"nf4": [path((0.3, 0.0), (0.7, 1.0), after={"merged": look(0.5, 1.0)})] * 3}
+    on_nf4 = {"nf4": [path((0.3, 0.0), (0.7, 1.0), after={"merged": look(0.5, 1.0)})] * 3}
     rates, base = {"miss": 0.01, "lora": 0.02, "bat": 0.01}, look(0.3, 0.0)
-    found = forgetting.Found(base, rates, trained, seeds(3.0), beside, {"nf4": look(0.2, 0.5)}, "accuracy")
+    found = forgetting.Found(base, rates, trained, seeds(3.0), on_nf4, {"nf4": look(0.2, 0.5)}, "accuracy")
     assert found.gains == [pytest.approx(0.5), pytest.approx(0.66)]
     said = forgetting.claims({"letters": found}, 3)
     assert [claim.agrees for claim in said] == [True, *[None] * 5, True]

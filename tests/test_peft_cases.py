@@ -90,7 +90,7 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-    """Experts beside nothing else, which is not one of peft's cases."""
+    """Experts and nothing else, which is not one of peft's cases."""
 
     def __init__(self):
         super().__init__()

@@ -284,15 +284,15 @@ def test_zero_divides_the_parts_of_its_stage(few_bytes):
 
 
 def test_no_part_is_negative_where_the_count_goes_on_from_few_layers():
-    """Of 61 layers with --grad_cp the kept activations came out larger than the peak."""
+    """The kept activations of 61 layers with --grad_cp came out larger than the peak."""
     arch = make_arch(7, n_layer=61, n_embd=4096, head_size=64, vocab_size=65536)
     parts = memory_parts(arch, settled_config(micro_bsz=1, grad_cp=1), "gpu", "cuda", "bf16", 1024, 1024)
     assert min(parts.values()) >= 0, parts
 
 
 def test_what_deepspeed_holds_beside_its_shares(few_bytes):
-    """Its master copy, a bucket, and under stage 3 the parameters that are whole at one time; with offload
-    all but those is in the CPU's memory.
+    """DeepSpeed holds a master copy, a bucket, and under stage 3 the parameters that are whole at one time;
+    with offload all but those is in the CPU's memory.
     """
     arch = make_arch(7, **SIZES)
 
@@ -403,7 +403,7 @@ def test_rows_of_a_narrow_model_are_timed_together(monkeypatch, each, rows):
 
 
 def test_the_time_of_a_run_has_what_the_command_loads(monkeypatch):
-    """What it has loaded so far counts as it is, the trainer as a multiple of the CPU time of the first
+    """Work done so far counts as it is, the trainer as a multiple of the CPU time of the first
     imports. Processes that it starts load all of it once more, after it."""
     begun = time.time()
     monkeypatch.setattr(time, "process_time", lambda: 3.0)

@@ -1,4 +1,4 @@
-"""What is decided before the weights are read: the steps of a run, and the memory that they may use."""
+"""Decisions before the weights are read: the steps of a run, and the memory that they may use."""
 
 import dataclasses
 import json

@@ -65,7 +65,7 @@ EARLIER = [user("1"), assistant("x y"), user("🙂")]
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_pair_is_what_a_conversation_with_each_answer_is(name):
-    """Its last document, with a loss on the last answer alone; both have one prompt."""
+    """A pair is two last documents with one prompt, each with a loss on the last answer alone."""
     template = load_template(SOURCES[name])
     for tokenizer in (BYTES, named("world")):
         encoder = Encoder(tokenizer, template, bos=tuple(tokenizer.eod))

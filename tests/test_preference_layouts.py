@@ -85,7 +85,7 @@ FORMS = [
     ("RWKV-LM-RLHF", {"prompt": "2+2?", "chosen": "4", "reject": "5"}, CHAT),
     ("orca_dpo_pairs", pair("4", "5", system="s", question="2+2?"), {**CHAT, "messages": [SYSTEM, *ASKED]}),
     (
-        "a system column beside a prompt",
+        "a system column and a prompt",
         pair("4", "5", system="s", prompt="2+2?"),
         {**CHAT, "messages": [SYSTEM, *ASKED]},
     ),
@@ -206,14 +206,14 @@ def test_supervised_training_does_not_take_bad_answers_for_good_ones(read, row, 
         read([row], SFT)
     assert "--loss kto learns" in str(error.value) and f"--sft_field {fields} " in str(error.value)
     assert len(read([row], SFT, fields=fields)[0]) == 1
-    # a class, or a text beside one, is no judgement of an answer
+    # a class, or a label of a whole text, is no judgement of an answer
     assert (
         len(read([{"text": "a", "label": 1}, {**row, **dict.fromkeys(("label", "Label"), 3)}], SFT)[0]) == 2
     )
 
 
 def test_leaving_out_is_no_advice_where_all_rows_are_alike():
-    """What every row of a file has is mended by a flag or in the file."""
+    """A fault of every row of a file is mended by a flag or in the file."""
     for rows, row in (
         (SFT, RAW),
         (PAIRS, {"prompt": "a", "completion": "b", "label": True}),

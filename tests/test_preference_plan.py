@@ -87,7 +87,7 @@ def test_the_plan_names_the_loss_and_what_is_left_out(flags, capsys, tmp_path):
 
 def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
     of = {loss: planned([*flags, "--loss", loss], capsys)[1] for loss in ("dpo", "simpo", "kto")}
-    tokens = of["simpo"]["tokens"]  # of 3 passes
+    tokens = of["simpo"]["tokens"]  # tokens of 3 passes
     held_out = of["simpo"]["evaluation_seconds"] * 10 * 3 / 2  # two evaluations of a third of the work
     assert of["simpo"]["reference_seconds"] is None
     assert of["simpo"]["seconds"] == pytest.approx(tokens / 10 + of["simpo"]["evaluation_seconds"])
@@ -102,10 +102,10 @@ def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
     shown, other = planned([*flags, "--loss", "dpo", "--reference", str(larger)], capsys)
     assert other["reference_seconds"] == pytest.approx(8 * of["dpo"]["reference_seconds"])
     assert "; reference: larger.pth, read once" in shown and " of the reference (as given)" in shown
-    # its parameters, but for what the step needs and the pass does not
+    # the reference takes its parameters, but for what the step needs and the pass does not
     size = 4 * sum(p.numel() for p in RWKV.load(larger).parameters())
-    beside = sum(other["memory"][name] for name in ("gradients", "Adam", "rollback", "activations"))
-    assert size - beside - other["memory"]["working"] < other["memory"]["reference"] + 1e6
+    of_step = sum(other["memory"][name] for name in ("gradients", "Adam", "rollback", "activations"))
+    assert size - of_step - other["memory"]["working"] < other["memory"]["reference"] + 1e6
     assert "reference" not in of["dpo"]["memory"]
     # --layers counts the layers of the model in training, and a reference may have fewer
     few = checkpoint(7, name="few.pth", n_layer=1, n_embd=32, head_size=16, vocab_size=256)

@@ -1,4 +1,4 @@
-"""What a run on preferences says of itself: its lines, bar, curves and cards."""
+"""Reports of a run on preferences: its lines, bar, curves and cards."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_ini
 METRICS = dict(nll=1.25, logp_chosen=-30.0, logp_rejected=-34.5, reward_chosen=0.75, reward_rejected=-0.5)
 METRICS |= dict(margin=1.25, reward_accuracy=0.9375, raw_accuracy=0.5)
 FINE = Verdict(LEARNT, "the loss fell", "", True)
-KL = {"kl": 0.02}  # of evaluations alone
+KL = {"kl": 0.02}  # evaluations alone have it
 
 
 def line(step, loss=0.5, units=16, **changed):
@@ -115,7 +115,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.7, "loss_last": 0.3, "output": "a.pth"}
     text = run_card.card(DPO, ["a plan"], summary, RunLog(metrics, history), FINE)
     for words in (
-        "| margin of the rewards | 0.15 | 1.95 |",  # of steps 1 and 2, of 19 and 20
+        "| margin of the rewards | 0.15 | 1.95 |",  # steps 1 and 2, then 19 and 20
         "|  | before, step 0 | after, step 20 | best, step 10 |",
         "| loss, per pair | 0.6900 | 0.3000 | 0.2000 |",
         "| margin of the rewards | 0 | 2.5 | 3 |",

@@ -129,7 +129,7 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     path = str(tmp_path / "other.pth")
     config = Config(load_model="base.pth", reference=path)
     torch.save(random_tensors(make_arch(6, vocab_size=base.vocab_size)), path)
-    check_reference(config.reference, config.load_model, base.vocab_size)  # of another version and size
+    check_reference(config.reference, config.load_model, base.vocab_size)  # another version and size
     torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
     with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
         check_reference(config.reference, config.load_model, base.vocab_size)

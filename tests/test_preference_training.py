@@ -124,7 +124,7 @@ def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
 
 @pytest.mark.parametrize("loss, rows", [("dpo", "pairs"), ("kto", "answers")])
 def test_scripts_evaluate_says_the_same_of_the_held_out_data(files, whole, loss, rows):
-    """Its own batches, and the adapter beside the base or off, where the training has what it stored."""
+    """The script makes its own batches, and has the adapter on or off where the training stored values."""
     run = whole(loss)
     wanted = lines(run, "validation.jsonl")[-1]
     assert wanted["units"] == 5, "all of them"
@@ -209,7 +209,7 @@ def write_every_block(rank):
 def test_values_that_are_not_finite_are_not_kept(files, tmp_path):
     """A reference that has no number for one byte, of one pair; then a cache that somebody else filled."""
     tensors = random_tensors(make_arch(7, vocab_size=256, n_embd=40, head_size=8))
-    tensors["emb.weight"][ord("Z")] = 3e38  # of which a layer norm has no variance
+    tensors["emb.weight"][ord("Z")] = 3e38  # a layer norm finds no variance here
     torch.save(tensors, tmp_path / "broken.pth")
     rows = (files / "pairs-rows.jsonl").read_text().splitlines()
     rows[6] = rows[6].replace("!", "Z!")
@@ -298,7 +298,7 @@ def kl_by_hand(files, model, reference):
 
 
 def test_the_kl_of_an_evaluation_is_over_the_whole_vocabulary(files, whole):
-    """Of the five held-out pairs, all of which are looked at."""
+    """All five held-out pairs are looked at."""
     tuned, base = (RWKV.load(files / "base.pth", torch.float64) for _ in range(2))
     rwkv_miss.load_adapter(tuned, whole("dpo") / "adapter.pth")
     before, after = (lines(whole("dpo"), "validation.jsonl")[i]["kl"] for i in (0, -1))
@@ -348,7 +348,7 @@ def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
-    """It is the formula's, in float64, over all pairs."""
+    """The first loss is the formula's, in float64, over all pairs."""
     flags = ["--micro_bsz", str(EXAMPLES), "--reference", files / "other.pth", "--strategy", strategy]
     start(files, tmp_path / "run", *flags, *evaluated(files, "dpo"))
     margins, nll = [], []

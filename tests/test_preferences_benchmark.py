@@ -1,4 +1,4 @@
-"""What benchmarks.preferences asks, how it judges, and what its table says."""
+"""Questions, judging and table of benchmarks.preferences."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ def problem(question, answer):
 def test_a_result_is_preferred_to_the_last_line_of_a_solution():
     lines = [
         problem("It costs $3.5. Two are sold. What is paid?", "One: 3.5\nTwo: 2*3.5=$<<2*3.5=7>>7\n#### 7"),
-        problem("And then? What is paid?", "Another answer.\n#### 8"),  # the same question
+        problem("And then? What is paid?", "Another answer.\n#### 8"),  # a question that was there before
         problem("How many?", "#### 9"),  # no solution
         problem("Say how many.", "Nine.\n#### 9"),  # no question
         problem("How many?" + " Really" * 8 + "?", "Nine.\n#### 9"),  # long

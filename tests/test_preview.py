@@ -165,9 +165,9 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
-    together |= {"rows in a cell"}  # of CSV, in test_formats.py
-    together |= {"too long", "bare question", "left out"}  # of preferences, below
-    # of questions, in test_preview_questions.py
+    together |= {"rows in a cell"}  # CSV: in test_formats.py
+    together |= {"too long", "bare question", "left out"}  # preferences: below
+    # questions: in test_preview_questions.py
     together |= {"nothing asked", "long answer", "unrewarded", "other answer"}
     # asked otherwise is in test_rewritten_turns.py
     assert set(MEANINGS) - tested == {*together, "asked otherwise", "lost thoughts"}
@@ -319,7 +319,7 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
 
 
 def test_without_data_every_form_is_shown(capsys, tmp_path):
-    """What is asked and what is trained, of all modes or of the one that is chosen."""
+    """Questions and trained texts of all modes, or of the one that is chosen."""
 
     def forms(*flags):
         assert preview.main([*flags, "--plain"]) == 0

@@ -1,4 +1,4 @@
-"""What launchers tell, and that no rank outlives another."""
+"""Messages of launchers, and that no rank outlives another."""
 
 import concurrent.futures
 import contextlib
@@ -381,7 +381,7 @@ assert second.stdout.readline() == b"the run is over\\n"
 """
 
 
-# of a run that is complete, and of one that is stopped
+# the end of a complete run, and of a stopped one
 @pytest.mark.parametrize("ending", ["None", slow("sys.exit(130)")])
 def test_the_end_of_a_run_is_no_crash_for_a_process_that_ends_later(ending):
     words = [sys.executable, "-c", FIRST, SECOND.replace("ENDING", ending)]

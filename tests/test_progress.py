@@ -1,4 +1,4 @@
-"""What a user sees of a long piece of work: on a terminal a bar, on a pipe a line now and then."""
+"""Progress of a long piece of work, as a user sees it: on a terminal a bar, on a pipe a line now and then."""
 
 import os
 import pty
@@ -47,7 +47,7 @@ def on_a_terminal(*args, command=(sys.executable, "-c", WORK), **variables):
 
 
 def last_lines(seen):
-    """What stays on the screen: after a carriage return a text is written over the one before it."""
+    """Keep what stays on the screen: after a carriage return a text is written over the one before it."""
     lines = []
     for line in seen.replace("\r\n", "\n").split("\n"):
         screen = ""
@@ -102,7 +102,7 @@ print("done")
 
 
 def test_a_bar_goes_on_while_nothing_is_counted():
-    """Of two bars only the inner one does, until it ends."""
+    """Only the inner one of two bars goes on, until it ends."""
     code, seen = on_a_terminal(command=(sys.executable, "-c", WAITING))
     assert code == 0 and last_lines(seen)[-1] == "done"
     thinking, _, rest = seen.partition("False")

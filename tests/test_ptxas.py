@@ -1,4 +1,4 @@
-"""What nvcc makes of cuda/*.cu: registers, spills and shared memory, for one GPU of each generation.
+"""Registers, spills and shared memory of cuda/*.cu by nvcc, for one GPU of each generation.
 
 Optimising all of them takes three minutes of a core. So it is recorded in cuda/ptxas_record.json, and a file
 is compiled here only where the record is of another text, other flags or another nvcc.
@@ -34,7 +34,7 @@ each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 @pytest.fixture(scope="module")
 def nvcc():
-    """Its version; None without one."""
+    """The version of nvcc; None without one."""
     try:
         return compiler()
     except BuildError:

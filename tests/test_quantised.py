@@ -1,4 +1,4 @@
-"""A quantised base: the numbers of its formats, products with it, training beside it, and what it takes."""
+"""A quantised base: the numbers of its formats, products with it, training on it, and what it takes."""
 
 import ctypes
 import json
@@ -103,7 +103,7 @@ def test_every_weight_has_its_nearest_code(kind, shape):
         .amax(2)
     )
     largest = largest.repeat_interleave(BLOCK_SIZE, 1)[:, : shape[1]].double().numpy()
-    # of the block, and in bf16
+    # a scale is made of the block's largest number, and is in bf16
     assert (
         abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134
     ).all()
@@ -143,9 +143,7 @@ def test_the_cpus_kernels_give_what_plain_torch_does(kind):
 
 
 def parts_of_others(quantised):
-    """The same numbers in other layouts: rows apart, bytes apart, columns before rows, and at an odd
-    address.
-    """
+    """Lay the same numbers out as rows apart, bytes apart, columns before rows, and at an odd address."""
     out, row_bytes = quantised.shape
     parts = [
         quantised.new_zeros(2 * out, row_bytes)[::2],
@@ -322,7 +320,7 @@ def model_of(path, precision="fp32", **settings):
 
 
 def expanded_file(path, kind, dtype, folder):
-    """The same base with the quantised values in its layers' matrices, in `dtype`."""
+    """Write the base with the quantised values in its layers' matrices, in `dtype`."""
     tensors = read_checkpoint(path)
     for name in RWKV.load(path).layer_linears():
         weight = tensors[f"{name}.weight"]
@@ -498,7 +496,7 @@ def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_bas
 
 
 def test_a_run_keeps_its_kind_and_its_merge_takes_the_unquantised_file(tmp_path):
-    """Of layers in nf4. What two processes make of them is in test_equal_runs.py."""
+    """The layers are in nf4. Runs on two processes are in test_equal_runs.py."""
     base = base_file(tmp_path, vocab_size=256)
     draw = random.Random(0)
     rows = [{"text": "".join(draw.choices("abcd ", k=draw.randint(20, 40)))} for _ in range(24)]

@@ -53,7 +53,7 @@ def asked(question, answer="1"):
 @pytest.mark.parametrize("name", ["rwkv", "think", "flower"])
 @pytest.mark.parametrize("tokenizer", [BYTES, named("world")], ids=["bytes", "world"])
 def test_training_asks_what_an_evaluation_asks(read, name, tokenizer):
-    """Of every layout: the same words, right answers and tokens, with the BOS once."""
+    """Every layout gives the same words, right answers and tokens, with the BOS once."""
     template = load_template(name)
     encoder = Encoder(tokenizer, template, bos=tuple(tokenizer.eod))
     loaded = read(ROWS, encoder)

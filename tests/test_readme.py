@@ -82,8 +82,8 @@ class Folder:
             (self.path / target).unlink(missing_ok=True)
 
     def run(self, *words):
-        """What a command prints: in a process that begins with nothing the first time that a program runs,
-        later in a forked one, which takes a tenth of the time.
+        """Return what a command prints: in a process that begins with nothing the first time that a program
+        runs, later in a forked one, which takes a tenth of the time.
         """
         name = words[words[0] == "-m"]
         if name in self.started:
@@ -199,7 +199,7 @@ def test_the_models_that_fit_are_those_of_the_page_of_memory():
     ]
     gpu, cpu = tables
     (fit,) = [part for _, part in sections(pages()["README.md"]) if "laptop CPU" in part]
-    free = [12, 8, 16, 24]  # of 2^30 bytes, as in those tables; of the laptop's 16 the system has 4
+    free = [12, 8, 16, 24]  # GiB, as in those tables; the system has 4 of the laptop's 16
     for number, row in enumerate(table(fit)[2:]):
         for cell, sizes, gigabytes in zip(row[1:], [cpu, gpu, gpu, gpu], free):
             # the columns from `together` on are for --grad_cp 0, the last layers, 2, 1, and 1 with nf4

@@ -1,4 +1,4 @@
-"""What the name of a released G1 model says of the modes that it was trained with."""
+"""Modes that a released G1 model was trained with, by its name."""
 
 import pytest
 

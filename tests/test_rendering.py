@@ -132,7 +132,7 @@ def test_the_colours_of_code_can_be_read_in_both_schemes():
     rules = re.findall(r"\.code \.(\w+) { color: light-dark\((\S+), (\S+)\)", highlight_css())
     assert len(rules) > 50
     for name, *colors in rules:
-        if name.startswith("g") or name == "w":  # of diffs and terminals; blanks
+        if name.startswith("g") or name == "w":  # colours of diffs and terminals; blanks
             continue
         for color, ground in zip(colors, grounds.groups()):
             if color != "currentColor":

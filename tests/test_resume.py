@@ -1,4 +1,4 @@
-"""Which run a folder holds, and whether it may go on with these settings."""
+"""Runs in folders: which one a folder holds, and whether it may be resumed with these settings."""
 
 import dataclasses
 import pathlib
@@ -143,7 +143,7 @@ def test_another_run_is_not_gone_on_with(folder, changed, words):
 
 @pytest.mark.parametrize("given, now", [("", "not given"), ("b.pth", "b.pth")])
 def test_another_init_adapter_is_told_before_its_file_is_read(folder, given, now):
-    """What it brings, such as a rank, would be named as the difference."""
+    """A setting that it brings, such as a rank, would be named as the difference."""
     proj_dir = folder("config.yaml", STEP_2)
     began = {"init_adapter": "a.pth", "peft": "lora", "layers": "1", "train_parts": "ln"}
     configuration.save(Config(**SETTINGS | began), f"{proj_dir}/config.yaml")
@@ -153,7 +153,7 @@ def test_another_init_adapter_is_told_before_its_file_is_read(folder, given, now
 
 
 def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
-    """Its config.yaml has auto, and not what that was."""
+    """An older config.yaml has auto, and not what that was."""
     proj_dir = folder("config.yaml", STEP_2)
     before = earlier_settings(proj_dir, "auto").settings
     assert before == Config(**SETTINGS).settled() and before.is_automatic("precision")

@@ -200,7 +200,7 @@ def test_a_function_that_breaks_its_process_is_told_and_the_next_call_has_anothe
     process, before = functions.worker.process, set(os.listdir("/proc/self/fd"))
     failed = failure(functions, name)
     assert reason in without_line(failed.reason)
-    assert process.returncode is not None  # it has been waited for
+    assert process.returncode is not None  # the process has been waited for
     functions.seconds = 10
     assert functions.call("sound", "3 + 4?", ANSWERS, "7") == [1, 0, 0]
     assert set(os.listdir("/proc/self/fd")) == before
@@ -394,7 +394,7 @@ def test_ctrl_c_in_the_middle_of_a_call_leaves_no_reply_for_the_next(functions_o
 
 
 def gone(process, seconds=10):
-    """Whether a process ends in time. One that nobody has waited for is gone, too."""
+    """Tell whether a process ends in time. One that nobody has waited for is gone, too."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -43,7 +43,7 @@ PROMPT = len("User: 1000\n\nAssistant:")
 
 @pytest.fixture
 def flags(checkpoint, tmp_path, monkeypatch):
-    """Of scripts.plan. What a step takes is not counted, which has a test of its own."""
+    """Flags of scripts.plan. The work of a step is not counted here; it has a test of its own."""
     monkeypatch.setattr(memory, "step_bytes", lambda *_, **__: StepBytes(1e6, 1e6, 1e6, 0))
     data, base = (
         tmp_path / "questions.jsonl",
@@ -162,7 +162,7 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     usual = 1.5 * (1 + sum(len(row["answer"]) for row in ROWS) / len(ROWS))
     draws, answers = 30, 8 * usual
     asked = draws / -(-rows // 16) * rows  # the last draw of a pass has fewer
-    prompts = numbers["tokens"] / asked - answers  # of a question, less one token, in the mean
+    prompts = numbers["tokens"] / asked - answers  # tokens of a question, less one, in the mean
     assert prompts == pytest.approx(PROMPT - 1) and rows == 180
     drawing = DRAWN * asked * answers / 100
     trained = (numbers["tokens"] + asked * prompts / 3) / 100
@@ -176,8 +176,8 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     half = numbers["tokens"] / 2
     assert more["tokens"] == pytest.approx(numbers["tokens"])
     assert more["drawing_seconds"] == pytest.approx(drawing / 2)
-    beside = half * (1 / 3) + asked / 2 * prompts / 3
-    wanted = drawing / 2 + (numbers["tokens"] + beside) / 100 + more["evaluation_seconds"]
+    reads = half * (1 / 3) + asked / 2 * prompts / 3
+    wanted = drawing / 2 + (numbers["tokens"] + reads) / 100 + more["evaluation_seconds"]
     assert more["seconds"] == pytest.approx(wanted, rel=1e-6)
     # right answers don't tell how long the way to them is
     shown, longest = planned([*flags, *given, "--rewards", "number=1"], capsys)
@@ -247,7 +247,7 @@ def group(prompt: int, lengths: list[int]) -> AnswerGroup:
     ],
 )
 def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp, peft, kernel):
-    """Of two questions, of which one has answers as long as they may be."""
+    """One of the two questions has answers as long as they may be."""
     config = Config(
         load_model=str(checkpoint(7, **SIZES)),
         loss="grpo",

@@ -1,4 +1,4 @@
-"""What a training on rewards says of itself: lines, bar, picture, card, samples and evaluation."""
+"""Reports of a training on rewards: lines, bar, picture, card, samples and evaluation."""
 
 import dataclasses
 import json

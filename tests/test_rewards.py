@@ -1,4 +1,4 @@
-"""What a drawn answer is worth (src/evaluation/rewards.py)."""
+"""Rewards of drawn answers (src/evaluation/rewards.py)."""
 
 import hashlib
 from typing import NamedTuple

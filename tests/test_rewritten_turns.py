@@ -179,7 +179,7 @@ def trained_answers(documents, turn_end):
 
 @pytest.mark.parametrize("name", [*FORGETFUL, *LASTING])
 def test_every_answer_with_a_weight_is_trained_once_after_what_asks_for_it(name):
-    """Of random conversations, with results of tools, unanswered questions, and answers as context only."""
+    """Conversations are random, with results of tools, unanswered questions, and answers as context only."""
     source, rng = {**FORGETFUL, **LASTING}[name], random.Random(name)
     plain = {"generation": CHATML, "qwen, generation": QWEN}.get(name, source)
     template = load_template(source)
@@ -224,7 +224,7 @@ def test_an_answer_of_weight_0_has_no_document():
     assert "".join(text for text, _ in document) == "".join(text for text, _ in whole[2])
     assert not any(weight for _, weight in document)
     assert template.documents(PLAIN[:2]) == [[("System: s é\n\nUser: 1\n\n", False)]]
-    # what no answer follows is no part of a document whose turns it would rewrite
+    # a turn without an answer is no part of a document whose turns it would rewrite
     assert template.documents(PLAIN[:4]) == whole[:1]
 
 
@@ -286,7 +286,7 @@ def test_where_nothing_is_rewritten_there_is_one_document(name):
         assert template.documents(PLAIN[:count]) == [template.segments(PLAIN[:count])]
 
 
-# what asks has words that the answer's text lacks: thoughts are opened, or are empty in another form
+# a question has words that the answer's text lacks: thoughts are opened, or are empty in another form
 OTHERWISE = {
     "no tag": (g1(COLON, "<think", ""), "Assistant:", " z"),
     "another form": (
@@ -560,7 +560,7 @@ def test_questions_of_an_evaluation_are_those_of_the_training(rows, tmp_path):
 
 
 def test_a_file_without_masks_has_each_conversation_once(rows, tmp_path, capsys):
-    """Its weights have no place there either."""
+    """Weights have no place there either."""
     with open(rows, "a") as file:
         messages = conversation("n40")["messages"]
         file.write(json.dumps({"messages": [*messages[:-1], {**messages[-1], "weight": 0.5}]}) + "\n")

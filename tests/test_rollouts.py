@@ -117,7 +117,7 @@ def feed_of(
 
 
 def plus(**of_others):
-    """What all have, where another process has this."""
+    """Return the totals of all, where another process has these."""
     return lambda mine: mine + Totals(**of_others).tensor()
 
 
@@ -205,7 +205,7 @@ def formula(model, config, groups):
 
 @pytest.mark.parametrize("chunk", [0, 16])
 def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
-    """Of all questions: of two the rewards are equal, and one has none. One of three batches stays empty."""
+    """A step of all questions: two have equal rewards, and one has none. One of three batches stays empty."""
     config = config_of(micro_bsz=3, accumulate_grad_batches=3, chunk_ctx=chunk)
     model, judge = policy_model(), Judge(alike="25", failing="6")
     exact = copy.deepcopy(model).double()
@@ -271,7 +271,7 @@ def test_two_ranks_share_the_questions_out_and_then_the_live_groups(dead):
     judge = Judge(alike=[] if dead is None else alike[dead:])
     alone = feed_of(config_of(micro_bsz=8), model, judge)
     whole = next(iter(alone))
-    for _ in range(2):  # what the second rank has, the first one knows in the second turn
+    for _ in range(2):  # the first rank knows in the second turn what the second rank has
         found, groups = [], []
         for rank in range(2):
             others = {"rank": rank, "world": 2, "total": plus(groups=3, failed=1), "all_have": all_have}
@@ -311,7 +311,7 @@ def test_a_model_that_overflows_is_an_error_on_every_rank(monkeypatch):
 
 
 class Record(Callback):
-    """What the model is after each step."""
+    """Keeps the model's weights after each step."""
 
     def __init__(self):
         self.weights = []
@@ -378,7 +378,7 @@ def test_every_draw_is_by_the_model_after_the_step_before(train):
     assert [line["units"] for line in lines] == [4] * 6
     rewards = [line["reward"] for line in lines]
     assert rewards[:3] == rewards[:1] * 3 != rewards[3:]
-    # what is drawn takes time once, and only later steps have moved away from it
+    # drawing takes time once, and only later steps have moved away from the answers
     assert ["draw_seconds" in line for line in lines] == [True, False, False] * 2
     assert [line["loss"] for line in lines[:3]] != [lines[0]["loss"]] * 3
     assert all(line["engine_gap_max"] < 1e-5 for line in lines)

@@ -86,7 +86,7 @@ def test_a_room_says_what_lives_there_and_what_it_may_import(room):
     assert said and "Imports" in said
 
 
-# what may be imported of the folders with programs; benchmarks take the sizes of released models from scripts
+# programs that a folder may import; benchmarks take the sizes of released models from scripts
 PROGRAMS = {
     "demo": {"demo"},
     "scripts": {"scripts"},

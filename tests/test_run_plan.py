@@ -1,4 +1,4 @@
-"""What a run says before its first step, what its evaluations take, and how Ctrl-C is answered."""
+"""Beginning of a run: its words before the first step, its evaluations, and the answer to Ctrl-C."""
 
 import functools
 import json
@@ -168,7 +168,7 @@ def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
     assert shown == f"... {'a' * 78}Q:« yes{'b' * 76} ...» (« » is what is trained)"
 
 
-# what evaluation takes
+# the cost of an evaluation
 
 
 def documents(count, seed, trained=True):

@@ -125,7 +125,7 @@ def test_tokens_come_as_often_as_they_are_likely(by):
         shares = exact(logits, row, sampling.top_p)
         assert set(np.flatnonzero(counts)) <= shares.keys()
         expected = np.array([5000 * shares.get(token, 0) for token in range(400)])
-        # those that are expected less than five times count together
+        # tokens that are expected less than five times count together
         often = expected >= 5
         counts, expected = (np.append(x[often], x[~often].sum()) for x in (counts, expected))
         some = expected > 0

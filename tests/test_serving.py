@@ -142,7 +142,7 @@ def test_log_probabilities_in_the_forms_of_both_apis():
         assert completion.choices[0].logprobs.tokens == ["", "é", ".", ""]
         assert list(completion.choices[0].logprobs.top_logprobs[0]) == ["bytes:\\xc3"]
         assert completion.choices[0].logprobs.token_logprobs[:3] == [one.logprob for one in found]
-        # what a stop cuts off has none
+        # tokens that a stop cuts off have none
         stopped = client.completions.create(model="tiny", prompt="Q", logprobs=1, stop=".").choices[0]
         assert stopped.text == "é" and len(stopped.logprobs.tokens) == 2
 
@@ -327,7 +327,7 @@ def test_the_harness_gets_the_likelihoods_of_our_own_model(files, letters):  # n
     pairs = [(" ".join(words[i : 3 * i + 1]), f" {words[-i]}, so") for i in range(9)]
     pairs += [("It is ", "so."), ("It is", "."), *(("One of", f" {word}") for word in words[:4])]
     engine, served = loaded(files, letters, 4)
-    served.bos = tuple(engine.tokenizer.eod)  # of texts; ids are taken as they are
+    served.bos = tuple(engine.tokenizer.eod)  # before texts; ids are taken as they are
     model = engine.decoder.model
     with running(engine, served) as server:
 

@@ -1,5 +1,5 @@
-"""What a server survives: clients who leave, who send half a request or nonsense, too many of them, and its
-own end while they ask.
+"""Abuse that a server survives: clients who leave, who send half a request or nonsense, too many of them, and
+its own end while they ask.
 """
 
 import concurrent.futures

@@ -251,7 +251,7 @@ def pieces_of(text, finish):
 
 
 def response_of(events):
-    """What a client makes of a stream: (items, status), from the parts alone."""
+    """Put the parts of a stream together, as a client does: (items, status)."""
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     items, texts = [], []
     for event in events[2:-1]:
@@ -272,7 +272,7 @@ def response_of(events):
 
 
 def message_of(events):
-    """What a client makes of a stream: (content, its end), from the parts alone."""
+    """Put the parts of a stream together, as a client does: (content, its end)."""
     content = []
     for event in events:
         if event["type"] == "content_block_start":

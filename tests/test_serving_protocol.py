@@ -1,4 +1,4 @@
-"""What a request asks for and what is refused, and how an answer's text becomes thoughts, content and calls:
+"""Requests: what they ask for, what is refused, and how an answer's text becomes thoughts, content and calls,
 without a network.
 """
 
@@ -62,7 +62,7 @@ def reader(template=None, bos=(), limits=None, **defaults):
 
 
 def chat(template=None, messages=HI, defaults=None, **fields):
-    """What a chat request asks for."""
+    """Read a chat request."""
     return read_chat(reader(template, **(defaults or {})), {"messages": messages, **fields})
 
 

@@ -98,7 +98,7 @@ def test_a_conversation_goes_on_from_its_beginning(server, count, model):
     begun, rest = BEFORE[:count], [*BEFORE[count:], *NEXT]
     short = kept(server, messages=begun, **model)["tokens"]
     drop_all(server)
-    for over in (0, 1):  # it ends where a chunk does, and not
+    for over in (0, 1):  # the beginning ends where a chunk does, and one token later
         begun[0] = {"role": "system", "content": "Be brief." + "." * (over - short % -CHUNK)}
         state = kept(server, messages=begun, **model)
         assert state["tokens"] % CHUNK == over

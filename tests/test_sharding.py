@@ -16,7 +16,7 @@ from .conftest import close
 CASES = {
     "miss": ("miss", True, False),
     "miss of a weight that is read": ("miss", True, False),
-    "miss beside a weight": ("miss", True, True),
+    "miss and a weight": ("miss", True, True),
     "dora": ("dora", True, False),
     "pissa": ("pissa", True, False),
     "vera": ("vera", False, False),

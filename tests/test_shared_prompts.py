@@ -104,7 +104,7 @@ def test_single_precision_and_what_is_recomputed(version, kernel, allowed):
 
 
 def test_a_state_without_its_gradient_is_seen(monkeypatch):
-    """What the answers say of the prompt is a large part of the gradient."""
+    """A large part of the gradient goes through the prompt."""
     model, rows = make_model(7), make_rows()
     want = results(model, rows, False)
     begins = batch_loss.after_prompts
@@ -173,7 +173,7 @@ def test_half_precision_and_quantised_bases(quant):
 
 
 def test_with_dropout_the_gradient_is_that_of_what_was_drawn():
-    """What is dropped of a prompt is dropped for both answers: the directional derivative in float64."""
+    """Dropout of a prompt is the same for both answers: the directional derivative in float64."""
     model, rows = RWKV(make_arch(7)), make_rows()
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, "lora", rank=4, dropout=0.3)

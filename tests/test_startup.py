@@ -1,4 +1,4 @@
-"""How programs end before they have begun, and when nobody reads them any more."""
+"""Programs that end before they have begun, or when nobody reads them any more."""
 
 import ast
 import contextlib
@@ -109,7 +109,7 @@ def training(folder):
 
 
 def end_of(arguments):
-    """What is wrong with the end of a program that Ctrl-C is about to reach; "" if nothing is."""
+    """Describe what is wrong with the end of a program that Ctrl-C is about to reach; "" if nothing is."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True

@@ -316,7 +316,7 @@ def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(
     rwkv_miss.load_adapter(fresh, tmp_path / "a.pth")
     assert torch.equal(fresh(ids[None])[0], live)
     targets = describe(tmp_path / "a.pth")["metadata"]["targets"]
-    assert bool(targets) == bool(train_parts)  # of the linears, which state tuning alone does not adapt
+    assert bool(targets) == bool(train_parts)  # targets are linears, which state tuning alone does not adapt
     report = rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
     assert report.states == 2 and "note: the file carries the initial state" in report.lines()[1]
     kept, merged = (rwkv_miss.read_checkpoint(path) for path in (base, tmp_path / "m.pth"))

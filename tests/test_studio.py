@@ -377,7 +377,7 @@ def test_a_run_of_a_terminal_is_found_with_its_state(served):
     assert "expected a number" in served.get("/studio/runs/done?points=nan", 400)["error"]["message"]
     assert len(served.get("/studio/runs/done?points=-1")["curves"]["step"]) <= 10
     served.refused("/studio/runs/killed/stop", 409)
-    # its base is not in the folders that were named
+    # the run's base is not in the folders that were named
     assert served.refused("/studio/runs/killed/resume", 400).startswith("load_model: ")
 
 
@@ -487,8 +487,8 @@ def test_a_run_that_was_killed_goes_on_with_what_was_typed(served, monkeypatch):
     (served.folder / "rows.jsonl").write_text('{"text": "a"}\n')
     settings = {"load_model": BASE, "data_file": "rows.jsonl", "lr_init": "6e-3"}
     assert served.post("/studio/runs", 201, name="first", settings=settings) == {"name": "runs/first"}
-    assert served.get("/studio/runs/runs/first")["state"] == "failed"  # its log is locked by nobody
-    other = Served(served.folder)  # it knows nothing but the folder
+    assert served.get("/studio/runs/runs/first")["state"] == "failed"  # nobody has locked the log
+    other = Served(served.folder)  # a new server knows nothing but the folder
     other.post("/studio/runs/runs/first/resume")
     first, second = commands
     assert second == [*first, "--resume=auto"] and "--lr_init=6e-3" in first
@@ -594,7 +594,7 @@ def test_a_run_is_read_by_one_request_at_a_time(served, monkeypatch):
     slow = threading.Thread(target=run.update)
     slow.start()
     assert begun.wait(20)
-    run.update()  # it has nothing new
+    run.update()  # another request reads the line
     assert run.step == 20
     go.set()
     slow.join(20)
@@ -674,7 +674,7 @@ def test_running_json_is_there_while_the_lock_is_held(tmp_path, monkeypatch):
     assert running(folder) is None
     shutil.copy(tmp_path / "running.json", folder)
     monkeypatch.setattr(os, "kill", of_another_user)
-    assert running(folder) is None  # its number is another user's by now
+    assert running(folder) is None  # the number of its process is another user's by now
     (tmp_path / "run/running.json").write_text('{"pid": "x"}')
     assert running(folder) is None
 
@@ -783,7 +783,7 @@ def test_a_trial_that_cannot_be_loaded_says_so_and_a_next_one_may_be(served, mon
         eventually(lambda: served.get("/studio/try")["state"] != "loading")
         assert served.get("/studio/try") == {"state": "failed", "run": "a", "error": "KeyError: 'blocks.0'"}
     assert "KeyError" in capsys.readouterr().err
-    assert asked == [("best.pth", {})] * 2  # of a whole training, the best state is a model, too
+    assert asked == [("best.pth", {})] * 2  # the best state of a whole training is a model, too
 
 
 def test_a_server_that_ends_takes_no_new_answers_of_the_trial(served):

@@ -177,7 +177,7 @@ def test_from_a_dropped_file_to_a_merged_model_that_answers_right(browser, tmp_p
 
 
 def are_right(answers):
-    """Whether at least four of the five are sorted."""
+    """Tell whether at least four of the five are sorted."""
     sorts = ["".join(sorted(letters)) for letters in QUESTIONS]
     return sum(one.strip() == right for one, right in zip(answers, sorts, strict=True)) >= 4
 
@@ -277,7 +277,7 @@ def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
     long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT, best="best.pth", best_step=2000)
     lines = [evaluated(0, 1.5, "cba"), evaluated(2000, 0.2, "abc"), evaluated(3000, 0.25, "acb")]
     (long / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewards = made_run(tmp_path / "runs" / "rewards", 20)  # of which no step has a loss yet
+    rewards = made_run(tmp_path / "runs" / "rewards", 20)  # no step has a loss yet
     metrics = (rewards / "metrics.jsonl").read_text()
     (rewards / "metrics.jsonl").write_text(re.sub('"loss": [^,]*', '"loss": null, "reward": 0.25', metrics))
     made_run(tmp_path / "runs" / "killed", 20)
@@ -349,7 +349,7 @@ def others_are_longer(visitor, url):
     visitor.press("训练记录")
     page.get_by_label("叠加 long 的曲线").check()
     visitor.press("训练记录")
-    expect(page.get_by_role("slider")).to_have_attribute("aria-valuemax", "20")  # its own steps
+    expect(page.get_by_role("slider")).to_have_attribute("aria-valuemax", "20")  # the steps of this run
     visitor.press("全部")
     expect(page.get_by_role("slider")).to_have_attribute("aria-valuemax", "3000")
     box = page.locator(".charts").bounding_box()
@@ -429,7 +429,7 @@ def test_every_word_is_there_in_both_languages(browser, tmp_path):
         expect(visitor.page.locator("#no-models")).to_contain_text(str(tmp_path))
         counted = "import('/page/words.js').then(m => m.word('counts', {rows: 1, tokens: 11, trained: 1}))"
         assert visitor.page.evaluate(counted) == "1 row, 11 tokens, 1 of them trained"
-    # what the program says in English itself
+    # sentences that the program says in English itself
     messages = {f"rule {rule.name}" for rule in RULES} | {f"finding {name}" for name in MEANINGS}
     remedies = {name for name in chinese if name.startswith("remedy ")}
     source = (ROOT / "src" / "reporting" / "diagnosis.py").read_text()
@@ -466,7 +466,7 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
             "Done · 20/55 · held out 0.7500 · right answers 0 %"
         )
         bar = page.locator("#run-body > .progress progress")
-        assert bar.evaluate("bar => bar.position") == 1  # it has ended early
+        assert bar.evaluate("bar => bar.position") == 1  # the run has ended early
         visitor.press("Try the model")
         expect(visitor.step("Try")).to_contain_text("The adapter is not worth using")
         merge = visitor.button("Merge into one model")

@@ -1,4 +1,4 @@
-"""What an adapter can change beyond linears, in every file and in memory, and how it is chosen by name."""
+"""Targets of an adapter beyond linears, in every file and in memory, and how they are chosen by name."""
 
 import copy
 import importlib.util

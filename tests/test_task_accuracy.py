@@ -430,7 +430,7 @@ def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):
 
 
 def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeypatch):
-    """The same command again asks nothing and says the same; another model is refused before it is read."""
+    """A second call asks nothing and says the same; another model is refused before it is read."""
     questions, kept = tmp_path / "questions.jsonl", tmp_path / "kept.jsonl"
     questions.write_text("".join(json.dumps({"prompt": p, "completion": "7"}) + "\n" for p in "abc"))
     base = checkpoint(7, vocab_size=256)
@@ -507,7 +507,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert "4 answers (100.0%) reach the limit of 9 tokens" in told.out
     assert "warning: 100.0% of the answers were cut" in told.err and "--max_tokens N" in told.err
     *_, cut, score, last = told.out.splitlines()
-    assert "limit" in cut and score == "score: 0.0%, 0 of 4 answers are right", "the score is beside the JSON"
+    assert "limit" in cut and score == "score: 0.0%, 0 of 4 answers are right", "the score is before the JSON"
     assert json.loads(last)["cut"] == 4
     assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4
     kept.write_text("".join(json.dumps({"answer": row["answer"]}) + "\n" for row in saved))

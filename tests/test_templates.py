@@ -236,7 +236,7 @@ def jinja(tmp_path):
 
 
 def reference(source, **values):
-    """What jinja2 alone makes of it, with the settings that Hugging Face has."""
+    """Render with jinja2 alone, with the settings that Hugging Face has."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -267,7 +267,7 @@ def test_hugging_face_marks_the_same_tokens(jinja):
     assert "".join(text for text, _ in segments) == whole
     ours = [flag for text, flag in segments for _ in text]
     assert ours == [any(begin <= place < end for begin, end in spans) for place in range(len(whole))]
-    # the same turns are found without the marks
+    # without the marks the same turns are found
     assert jinja(CHATML).segments(TURNS) == segments
 
 

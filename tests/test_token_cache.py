@@ -216,7 +216,7 @@ def test_old_entries_and_what_a_killed_process_left_are_removed(path, encoder, c
     left = {entry.name for entry in entries(cached)}
     assert left == {recent, ".making-b", first, *own}, "the user's own folders stay"
     os.utime(cached / first, (time.time() - 31 * 86400,) * 2)
-    tokenise(path, encoder, str(cached))  # what is used again is young again
+    tokenise(path, encoder, str(cached))  # an entry that is used again is young again
     tokenise(path, Encoder(encoder.tokenizer, loss_mask="all"), str(cached))
     assert first in {entry.name for entry in entries(cached)}
 

@@ -210,7 +210,7 @@ def test_world_is_the_longest_match_over_its_file(world):
         for i, token in table.items()
         if token.decode(errors="ignore").encode() == token
     )
-    # what RWKV people know by heart
+    # ids that RWKV people know by heart
     assert world.encode("\n\n") == [261] and world.encode("User:") == [24281, 59]
 
 

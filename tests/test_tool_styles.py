@@ -187,7 +187,7 @@ def test_answers_with_calls_that_are_none(style, monkeypatch):
         assert STYLES[style].parse(text) == (text, []) and len(read) == 30
     assert STYLES[style].parse(f"{text}\n{good}") == (text, [call("f", {})])
     assert STYLES[style].parse(f"{good}\n{good}") == ("", [call("f", {})] * 2)
-    # of two calls the first is broken
+    # the first of two calls is broken
     assert STYLES[style].parse(f"{before}{{{after}\n{good}{after}") == (f"{before}{{{after}", [call("f", {})])
 
 
@@ -403,11 +403,11 @@ def test_a_call_is_the_right_answer_to_a_question(name, style, tmp_path):
         read_questions(tmp_path / "rows.jsonl", RwkvTemplate(name, style))
 
 
-# the same in Jinja
+# styles in Jinja
 
 
 def rendered(style, part, **values):
-    """What a part of the style in Jinja makes of the values."""
+    """Render a part of the style in Jinja."""
     source = JinjaTemplate("x", "{% for m in messages %}{{ m.content }}{% endfor %}", "")
     jinja = tool_jinja(STYLES[style])
     whole = {

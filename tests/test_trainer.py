@@ -1,4 +1,4 @@
-"""What a run asks of Lightning's Trainer, by the strategy object that comes of it."""
+"""Settings of Lightning's Trainer for a run, by the strategy object that comes of them."""
 
 import types
 
@@ -53,7 +53,7 @@ def test_one_process_has_no_strategy_of_many(strategy_of):
 
 
 def test_zero_is_set_for_what_connects_the_processes():
-    """NCCL sends beside other work and fetches ahead; gloo does not. The GPU's numbers are DeepSpeed's own,
+    """NCCL sends during other work and fetches ahead; gloo does not. The GPU's numbers are DeepSpeed's own,
     but for what would hold a whole base, or 2 GB of gradients, at once.
     """
     gloo, nccl = (zero_settings(3, False, accelerator) for accelerator in ("cpu", "gpu"))

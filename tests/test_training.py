@@ -320,7 +320,7 @@ def test_signals_are_answered_at_once(capfd, monkeypatch):
 
 
 def test_the_first_step_says_nothing_of_the_time_that_is_left(capsys):
-    """It takes 30 s here and the others 1 s each, as where the first one prepares what they find."""
+    """The first step takes 30 s here and the others 1 s each, as where it prepares what they find."""
     report = StepReport("", 100, 0.0, None, [])
     report.metrics = SUPERVISED
     report.bar = Progress("training", 100, "steps", shown=False)

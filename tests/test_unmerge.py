@@ -93,7 +93,7 @@ def test_one_bit_is_seen(merging, dtype):
 
 
 def test_one_bit_is_seen_beside_matrix_products(merging):
-    """Whose sums may differ between machines by less than the rounding, but not by a step."""
+    """Sums of a product may differ between machines by less than the rounding, but not by a step."""
     merging(dtype=torch.bfloat16)
     merging.adapter("a.pth", "lora")
     for bit in (0, 9):

@@ -31,7 +31,7 @@ SOUND = {"a": torch.arange(12.0).view(3, 4)}
 
 
 def rezipped(path, change=lambda name, content: content, method=zipfile.ZIP_STORED):
-    """The same archive with other contents of its records, or compressed."""
+    """Write the archive anew with other contents of its records, or compressed."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", method) as archive:
@@ -161,7 +161,7 @@ def test_a_block_whose_number_has_thousands_of_digits(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_everything_plain_is_read(tmp_path, zipped, protocol):
     module = torch.nn.BatchNorm1d(3)
-    tensors = module.state_dict()  # an OrderedDict with versions beside its items
+    tensors = module.state_dict()  # an OrderedDict with versions in addition to its items
     # torch reads no legacy file of fp8
     dtypes = [torch.float64, torch.bfloat16, torch.int16, torch.bool, *[torch.float8_e5m2] * zipped]
     tensors |= {str(dtype): torch.ones(2, 2, dtype=dtype) for dtype in dtypes}
@@ -319,7 +319,7 @@ def test_sizes_of_another_kind(change):
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", ""])
 def test_pipes_and_devices_in_the_place_of_files(tmp_path, name):
-    """Who opens a pipe waits for ever, and /dev/zero never ends."""
+    """Opening a pipe waits for ever, and /dev/zero never ends."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     (tmp_path / "a" / "adapter_model.safetensors").write_text("{}")

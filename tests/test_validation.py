@@ -360,7 +360,7 @@ EARLY_STOP = "--epoch_count 40 --eval_steps 24 --early_stop 3 --lr_schedule plat
 
 
 def test_passes_end_when_the_held_out_loss_rises(files, tmp_path):
-    """What is held out is unlike what is trained, and gets worse with every pass."""
+    """Held-out rows are unlike the trained ones, and get worse with every pass."""
     proj_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
     rows = [{"prompt": f"{n}?", "completion": "ca" * 3} for n in range(5)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -457,7 +457,7 @@ def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
 
 @pytest.mark.slow
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
-    """Its loss is the one that it is named with; bf16 has 8 bits."""
+    """The model has the loss that its file names; bf16 has 8 bits."""
     flags = "--peft none --peft_config= --lr_init 1e-3 --precision bf16 --eval_samples 1 --eval_file".split()
     succeed(start(files, tmp_path / "run", *ALL, *flags, str(files / "held.jsonl")))
     assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")
@@ -767,14 +767,14 @@ def test_a_kl_has_words_beside_it():
         ((3.0, 4.0, 3.5, 2.0), 0, 3, False),
         ((0.081, 2.775, 2.769, 2.658), 3, None, True),  # the model before the training is the best
         ((3.0, 4.0, None), 2, None, True),
-        ((3.0, 3.0, 3.0), 2, None, False),  # it is as good as the others
+        ((3.0, 3.0, 3.0), 2, None, False),  # the base is as good as the others
         ((None, 4.0, 5.0), 1, 1, False),
         ((3.0,), 0, None, False),
         ((), 0, None, False),
         # a fall by less than a thousandth of the first loss is none, until several make one
         ((2.0, 1.0, 0.999, 0.9985), 2, 3, False),
         ((2.0, 1.0, 0.999, 0.9975), 0, 3, False),
-        ((-0.5, -0.6, -0.6001), 1, 2, False),  # of a reward
+        ((-0.5, -0.6, -0.6001), 1, 2, False),  # the negative of a reward
     ],
 )
 def test_the_evaluation_before_the_training_counts(losses, patience, kept, wins):

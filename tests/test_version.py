@@ -1,4 +1,4 @@
-"""Which version and commit this is, as the commands say it."""
+"""Version and commit of the project, as the commands say them."""
 
 import importlib.util
 import re

@@ -77,7 +77,7 @@ def test_prompts_have_the_prompt_weight_and_answers_without_loss_have_none():
 
 
 def test_without_these_settings_the_hash_is_that_of_a_mask():
-    """What old checkpoints have: the number is that of commit 92657c3 for these rows."""
+    """Old checkpoints have this hash: the number is that of commit 92657c3 for these rows."""
     rows = [
         {"messages": [user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d")]},
         {"text": "é"},
@@ -93,7 +93,7 @@ def test_without_these_settings_the_hash_is_that_of_a_mask():
 @pytest.mark.parametrize("name", sorted(MODES))
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD])
 def test_thoughts_are_weighed_in_every_mode(name, tokenizer):
-    """What lies inside of the tags; a token that reaches into a tag is none of the thoughts."""
+    """Thoughts are what lies inside of the tags; a token that reaches into a tag is none of them."""
     template = load_template(name)
     has_place = "</think" not in template.opening
     answer = assistant("so é, 3") | ({"reasoning_content": "1+2\n\nhm 嗯"} if has_place else {})

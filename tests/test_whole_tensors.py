@@ -1,4 +1,4 @@
-"""Parts of the base trained as whole tensors beside an adapter: which they are, their dtypes, and their way
+"""Parts of the base trained as whole tensors with an adapter: which they are, their dtypes, and their way
 into every file.
 """
 
@@ -254,7 +254,7 @@ def test_weight_decay_beside_pissa_is_refused():
 
 
 def choice(path, texts, of="train_parts", **settings):
-    """What is chosen for a base and a list of texts, as bytes."""
+    """Choose for a base and a list of texts, as bytes."""
     tokenizer = load_tokenizer("bytes", 256)
     documents = [
         Document(np.frombuffer(text, np.uint8).astype(np.int32), np.ones(len(text))) for text in texts

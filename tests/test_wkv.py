@@ -23,7 +23,7 @@ from .conftest import close, make_arch, slow
 
 NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
 OPS = {6: ops.wkv6, 7: ops.wkv7}
-KERNELS = ["cpu", "torch", "reference"]  # those for GPUs: test_ptx_wkv.py
+KERNELS = ["cpu", "torch", "reference"]  # kernels for GPUs: test_ptx_wkv.py
 # Largest fp32 error seen below, against the largest value (torch 2.13 CPU, AVX-512): y and states 9.8e-7;
 # gradients 1.7e-6, in dw of v7 near its smallest decay, where 1 - sigmoid(w) cancels. One case has 4.0e-6: dk
 # of a single token, v . dy times r, and v . dy cancels.
@@ -84,7 +84,7 @@ def results(version, x, dy, dsT=None, kernel="torch", reset=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These tensors are too small to share: on a busy machine a second thread makes this much slower."""
+    """Use one thread: a second one makes these small tensors much slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +92,7 @@ def one_thread():
 
 
 def documents(B, T):
-    """Where documents start, (B, T): another place in every row, two in a row, the last token, and none."""
+    """Mark where documents start, (B, T): elsewhere in every row, two in a row, the last token, and none."""
     reset = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.15
     reset[0, T // 2 :][:2] = reset[0, -1] = True
     if B > 1:
@@ -275,7 +275,7 @@ def test_half_precision_rounds_inputs_and_outputs_only(version, kernel, dtype):
     for name, t in want.items():
         assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got[name].dtype == (torch.float32 if name in ("sT", "ds0") else dtype), name
-    # fp32 parameters beside half activations, as autocast makes them; it does not reach the arithmetic
+    # fp32 parameters and half activations, as autocast makes them; it does not reach the arithmetic
     mixed = half | {name: half[name].float() for name in ("w", "u", "k") if name in half}
     with torch.autocast("cpu", torch.bfloat16):
         y, sT = OPS[version](**mixed, kernel=kernel)
@@ -406,7 +406,7 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     assert status.passed and status.error < 1e-5
     monkeypatch.setattr(
         self_test, "largest_error", None
-    )  # a second process finds the verdict beside the library
+    )  # a second process finds the verdict next to the library
     self_test.status.cache_clear()
     assert self_test.status("cpu")[:4:2] == status[:4:2]
     open(f"{status.path}.tested", "w").close()  # and one that finds it empty tests again

@@ -45,7 +45,7 @@ class Toy:
         if overflows:
             self.table[OVERFLOWS] = torch.nan
         self.states = [0] * rows
-        self.read_tokens = []  # of each call
+        self.read_tokens = []  # tokens of each call
 
     def read(self, ids, state, applied=BASE):
         state = self.state_after(ids, state, applied)
