@@ -277,11 +277,11 @@ def test_the_plan_counts_the_documents_of_a_text_and_no_row(tmp_path):
     assert f"book.txt (plain text): {len(data.documents)} documents ({cut}), 2," in line
 
 
-def test_a_run_does_not_go_on_with_another(tmp_path):
+def test_a_run_does_not_resume_with_another(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-00000002.pth").touch()
 
-    def go_on(bos):
+    def resumed(bos):
         config = Config(data_file="rows.jsonl", proj_dir=str(tmp_path), resume="auto", bos=bos)
         before = earlier_settings(config.proj_dir, config.resume)
         draft = Draft(config)
@@ -293,15 +293,15 @@ def test_a_run_does_not_go_on_with_another(tmp_path):
         configuration.save(config, str(tmp_path / "config.yaml"))
 
     write(bos="auto")
-    assert go_on("auto").endswith("step-00000002.pth")
+    assert resumed("auto").endswith("step-00000002.pth")
     with pytest.raises(UserError, match="has bos auto, now it is none"):
-        go_on("none")
+        resumed("none")
     write()
     lines = (tmp_path / "config.yaml").read_text().splitlines()
     (tmp_path / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("bos")))
     with pytest.raises(UserError, match="has bos recorded, now it is 0"):
-        go_on("0")
-    assert go_on("recorded")
+        resumed("0")
+    assert resumed("recorded")
 
 
 @pytest.fixture

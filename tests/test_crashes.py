@@ -130,7 +130,7 @@ def large_scale(rank):
 
 def interrupt_last_rank(step, rank):
     """The second of two processes, and only it, is asked to end after a step, when the processes have agreed
-    on going on. Ctrl-C is followed by a SIGTERM, as by the launcher of DeepSpeed.
+    to continue. Ctrl-C is followed by a SIGTERM, as by the launcher of DeepSpeed.
     """
     after = AroundSteps.after
 
@@ -147,7 +147,7 @@ def interrupt_last_rank(step, rank):
 
 
 @pytest.mark.parametrize("kind", ["dropout", slow("fp16")])
-def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
+def test_a_resumed_run_has_the_random_numbers_and_the_loss_scale(run, tmp_path, kind):
     """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the
     uninterrupted run.
     """
@@ -185,7 +185,7 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_other_processes_and_strategies_go_on(run, tmp_path):
+def test_other_processes_and_strategies_resume(run, tmp_path):
     """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one is interrupted,
     ZeRO-3 with offload: one run.
     """
@@ -213,7 +213,7 @@ def test_other_processes_and_strategies_go_on(run, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "parts", exact=False)
 
 
-def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
+def test_a_longer_run_resumes_from_the_end_of_a_shorter_one(run, tmp_path):
     constant = ["--lr_schedule", "constant"]
     succeed(run("whole", *constant, "--epoch_count", "2"))
     succeed(run("parts", *constant))
@@ -229,7 +229,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
 @pytest.mark.parametrize(
     "change, words", [slow("rows", "data file"), slow("held", "held-out data"), ("base", "base file")]
 )
-def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, words):
+def test_a_run_does_not_resume_with_other_files(run, files, tmp_path, change, words):
     """Files of the same names whose contents are others."""
     paths = {name: tmp_path / name for name in ("rows", "held", "base")}
     for name, source in (("rows", "rows.jsonl"), ("held", "rows.jsonl"), ("base", "base.pth")):
@@ -274,7 +274,7 @@ def check_files(proj_dir):
     return list_checkpoints(str(proj_dir / "checkpoints"))
 
 
-# (file, the how-manieth of its operations in a process that goes on): write, rename, clean up
+# (file, the how-manieth of its operations in a process that resumes): write, rename, clean up
 MOMENTS = [
     ("config.yaml", 1),
     ("config.yaml", 2),
@@ -336,7 +336,7 @@ def test_a_small_file_that_cannot_be_written_is_one_clear_error(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(run, tmp_path):
     succeed(run("whole"))
     flags = ["--save_steps", "1", "--resume", "auto"]
     proj_dir = tmp_path / "parts"
@@ -508,11 +508,11 @@ def test_the_newest_checkpoints_stay(run, tmp_path):
     assert list_checkpoints(folder) == paths[1:]
 
 
-# going back
+# rollbacks
 
 
-def test_what_is_put_back_is_not_worn_by_the_steps_that_follow():
-    """A run may go back to a state several times: parameters, moments, counter of updates and buffers."""
+def test_the_state_of_a_rollback_is_not_worn_by_the_steps_that_follow():
+    """A run may roll back to a state several times: parameters, moments, counter of updates and buffers."""
     model = torch.nn.BatchNorm1d(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     run = types.SimpleNamespace(
@@ -608,7 +608,7 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
 
 
 def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
-    """The run is over before it has gone back too often."""
+    """The run is over before it has rolled back too often."""
     code, output = run("run", "--epoch_steps", "2", sabotage=spoil("loss", range(2)))
     assert code == 2 and "error: no step of the run had a finite loss" in output, output
     assert "Traceback" not in output, output

@@ -324,7 +324,7 @@ def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     assert "micro_bsz" not in draft.config.origins
 
 
-# a run that goes on
+# a resumed run
 
 FILES = {"load_model": "base.pth", "data_file": "rows.jsonl"}
 BEFORE = Config(
@@ -341,15 +341,15 @@ BEFORE = Config(
 )
 
 
-def going_on(**settings):
+def resumed(**settings):
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(BEFORE, {}))
     keep_rows_per_step(draft, BEFORE.rows_per_step, BEFORE.accumulation)
     return draft
 
 
-def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
-    config = going_on().config
+def test_a_resumed_run_keeps_what_was_chosen_for_it():
+    config = resumed().config
     changed = {name for name in FIELDS if getattr(config, name) != getattr(BEFORE, name)}
     assert changed == {"wkv", "accelerator"}, "what depends on the machine alone is chosen again"
     assert {*resume.BATCH, *resume.LENGTH} <= resume.MAY_CHANGE
@@ -366,7 +366,7 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
         ({"early_stop": 0}, (4, 60, 0, 12)),
     ],
 )
-def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
+def test_a_resumed_run_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(before, {}))
@@ -410,7 +410,7 @@ def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     ],
 )
 def test_a_step_keeps_its_rows(settings, batch):
-    draft = going_on(**settings)
+    draft = resumed(**settings)
     choose_batch(draft, 10, lambda tried: 0, 1)
     config = draft.config
     assert (config.micro_bsz, config.accumulation) == batch
@@ -442,7 +442,7 @@ def test_a_step_keeps_its_rows(settings, batch):
 )
 def test_a_step_that_can_not_keep_its_rows_is_an_error_with_both_numbers(settings, words):
     with pytest.raises(UserError, match=words):
-        going_on(**settings)
+        resumed(**settings)
 
 
 # the program

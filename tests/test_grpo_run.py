@@ -68,7 +68,7 @@ def start(files, proj_dir, *flags, sabotage=None):
 ITSELF = ("--reference", "base.pth")
 
 
-def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path):
+def test_a_run_whose_rewards_fail_resumes_when_they_are_mended(files, tmp_path):
     """From the step before, which no checkpoint was planned at. Its file is named again, whatever it is."""
     proj_dir, judge = tmp_path / "run", tmp_path / "judge.py"
     judge.write_text(REWARDS + FAILS_LATER)

@@ -163,7 +163,7 @@ def test_a_shared_tensor_is_in_the_state_dict_where_its_first_layer_is_merged(me
 
 @needs_transformers
 @pytest.mark.parametrize("method", SHARING)
-def test_hf_trainer_writes_a_checkpoint_and_goes_on_from_it(method, tmp_path):
+def test_hf_trainer_writes_a_checkpoint_and_resumes_from_it(method, tmp_path):
     import transformers
 
     def trainer(steps):

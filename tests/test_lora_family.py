@@ -225,9 +225,9 @@ def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
     assert (tmp_path / "base.pth").read_bytes() == content
 
 
-def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
-    """Another SVD, of another seed, torch or CPU, is another frozen weight, of which the trained A and B are
-    no continuation.
+def test_pissa_resumes_with_the_principal_part_that_it_had(tmp_path):
+    """Another SVD, of another seed, torch or CPU, is another frozen weight, which the trained A and B do
+    not fit.
     """
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", rwkv().state_dict().items())
     config = settled_config(

@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits: what a run trains, keeps and goes on with."""
+"""AdamW with moments in 8 bits: what a run trains, keeps and resumes with."""
 
 import importlib.metadata
 import shutil
@@ -95,7 +95,7 @@ def test_moments_that_are_unpacked_and_packed_again_have_the_same_bits(monkeypat
 
 
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3"), slow("deepspeed_stage_1")])
-def test_a_run_that_stopped_goes_on_with_the_same_bits(tmp_path, strategy):
+def test_a_stopped_run_resumes_with_the_same_bits(tmp_path, strategy):
     arch = make_arch(7, n_layer=1, vocab_size=256, n_embd=64, head_size=32)
     torch.save(random_tensors(arch), tmp_path / "base.pth")
     write_data(tmp_path)

@@ -197,7 +197,7 @@ def test_a_new_model_with_another_vocabulary_needs_no_tokenizer(tmp_path):
 
 def test_rwkv_lm_prepares_and_trains(files, tmp_path):
     """(g): the first script makes a model and no step, the second trains it on the data once; run again it
-    goes on where it stopped.
+    resumes where it stopped.
     """
     where = ["--wandb", "", "--proj_dir", str(tmp_path), "--data_file", str(files / "roleplay")]
     where += ["--eval_split", "0"]

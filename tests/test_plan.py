@@ -658,7 +658,7 @@ def test_chunks_are_advised_with_the_length_of_rows_that_was_planned(files, tmp_
         assert advice in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_is_planned_as_it_is(files, tmp_path, capsys):
+def test_a_resumed_run_is_planned_as_it_is(files, tmp_path, capsys):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/step-00000001.pth").touch()

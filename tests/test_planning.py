@@ -89,7 +89,7 @@ def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_o
     assert draft.config.origins["warmup_steps"] == "chosen: 5% of the run"
 
 
-def test_an_epoch_is_the_data_once_or_so_many_steps():
+def test_an_epoch_is_the_data_once_or_epoch_steps():
     schedule = make_schedule(documents(10), Config(packing=False, ctx_len=256, micro_bsz=4), 1)
     assert schedule.steps_per_pass == 3
     assert [Config(epoch_count=count).total_steps(3) for count in (1, 2)] == [3, 6]

@@ -101,7 +101,7 @@ def test_what_is_given_stays():
     assert draft.config.sft_weight == 3.33, "as much as the preference pulls at first"
 
 
-def test_a_run_that_goes_on_keeps_its_loss():
+def test_a_resumed_run_keeps_its_loss():
     """No setting of a loss may change: it is what the steps so far have minimised, and the later ones would
     minimise another.
     """

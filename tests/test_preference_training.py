@@ -183,7 +183,7 @@ def counting(path, turn, end, rank):
 
 
 @pytest.mark.parametrize("cache, end, code", [("none", kill, -9), slow("folder", interrupt, 130)])
-def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, cache, end, code):
+def test_a_pass_of_the_reference_resumes_where_it_ended(files, tmp_path, whole, cache, end, code):
     """3 turns of the training data and one of the held-out ones; another run with the same takes them all.
 
     Ctrl-C and a kill are alike.
@@ -336,7 +336,7 @@ def test_a_kl_looks_at_a_few_examples_at_equal_distances():
         assert a_few(Long(lengths)) == places
 
 
-def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
+def test_a_run_resumes_with_the_same_reference_only(files, tmp_path):
     reference, proj_dir = tmp_path / "reference.pth", tmp_path / "run"
     shutil.copy(files / "other.pth", reference)
     flags = flags_of(files, proj_dir, "--reference", reference, "--epoch_steps", "1")
@@ -370,7 +370,7 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
 
 @pytest.mark.parametrize("method", [slow(["--peft", "none", "--lr_init", "1e-4"]), ["--peft", "state"]])
 def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_path, method):
-    """Also in a run that goes on and has lost the values. A trained head rounds otherwise with a gradient."""
+    """Also in a resumed run that has lost the values. A trained head rounds otherwise with a gradient."""
     flags = ["--peft_config", "{}", *method, "--save_steps", "1", "--sft_weight", "0", "--data_cache", "none"]
     flags += evaluated(files, "dpo")
     start(files, tmp_path / "run", *flags)

@@ -197,7 +197,7 @@ def test_slow_things_unknown_numbers_and_a_note(clock, capsys):
     assert capsys.readouterr().err == "building: 2 files, 15 s each, the second one\n"
 
 
-def test_a_run_that_goes_on_counts_what_it_does_itself(clock):
+def test_a_resumed_run_counts_the_steps_that_it_makes_itself(clock):
     bar = Progress("training", 100, "steps", done=50)
     clock[0] = 10.0
     bar.update(10)

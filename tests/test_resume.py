@@ -52,8 +52,8 @@ def folder(tmp_path):
 STEP_2, STEP_10 = "checkpoints/step-00000002.pth", "checkpoints/step-00000010.pth"
 
 
-def go_on(proj_dir, **settings):
-    """The checkpoint that a command with --resume auto finds."""
+def resumed(proj_dir, **settings):
+    """Return the checkpoint that a command with --resume auto finds."""
     config = Config(**SETTINGS | {"proj_dir": proj_dir, "resume": "auto"} | settings)
     draft, earlier = Draft(config), earlier_settings(config.proj_dir, config.resume)
     if earlier:
@@ -66,7 +66,7 @@ def go_on(proj_dir, **settings):
     [[], ["config.yaml"], ["config.yaml", "adapter.pth"], ["config.yaml", "best.pth", "validation.jsonl"]],
 )
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, files):
-    assert go_on(folder(*files)) is None
+    assert resumed(folder(*files)) is None
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, 
 def test_a_run_is_not_overwritten(folder, monkeypatch, files, resume, words):
     proj_dir = folder(*files)
     with pytest.raises(UserError, match=words):
-        go_on(proj_dir, resume=resume)
+        resumed(proj_dir, resume=resume)
     monkeypatch.setenv("RANK", "1")
-    assert go_on(proj_dir, resume=resume) is None, (
+    assert resumed(proj_dir, resume=resume) is None, (
         "only the first process writes, and sees what is there before"
     )
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(folder):
+def test_a_run_resumes_from_its_newest_checkpoint(folder):
     proj_dir = folder("config.yaml", STEP_10, STEP_2)
-    assert go_on(proj_dir).endswith(STEP_10)
-    assert go_on(
+    assert resumed(proj_dir).endswith(STEP_10)
+    assert resumed(
         proj_dir, strategy="ddp", devices=2, chunk_ctx=64, wkv="torch", epoch_count=3, save_steps=7
     ).endswith(STEP_10)
 
@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
 )
 def test_another_run_is_not_gone_on_with(folder, changed, words):
     with pytest.raises(UserError, match=words):
-        go_on(folder("config.yaml", STEP_2), **changed)
+        resumed(folder("config.yaml", STEP_2), **changed)
 
 
 @pytest.mark.parametrize("given, now", [("", "not given"), ("b.pth", "b.pth")])
@@ -170,7 +170,7 @@ def test_checkpoints_without_the_settings_of_their_run(folder):
             " --proj_dir"
         ),
     ):
-        go_on(folder(STEP_2))
+        resumed(folder(STEP_2))
 
 
 def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
@@ -198,7 +198,7 @@ def test_what_lightning_starts_keeps_the_commits_of_the_first_process(folder, mo
     assert (found and found.load_model) == (SETTINGS["load_model"] if reads else None)
 
 
-def test_a_run_of_an_earlier_version_goes_on_as_that_version_went_on(tmp_path):
+def test_a_run_of_an_earlier_version_resumes_as_that_version_does(tmp_path):
     """tests/fixtures/run_6568956a: eight steps made there, with the checkpoint of the fourth. On the machine
     that made them the losses are equal to the bit; another CPU adds in another order.
     """

@@ -117,7 +117,7 @@ def test_what_is_chosen_is_saved_and_read_again(flags, high, scale, tmp_path):
 
 
 def test_code_is_named_on_the_command_line_only(tmp_path):
-    """No settings file runs code, not even that of the run that goes on."""
+    """No settings file runs code, not even that of the resumed run."""
     config = settings("--rewards", "own=1", "--reward_file", "own.py")
     path = str(tmp_path / "config.yaml")
     save(config, path)

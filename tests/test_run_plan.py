@@ -144,7 +144,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
 
 
 def test_a_longer_schedule_tells_the_rate_before_and_now():
-    """In the plan of a run that goes on: a cosine is higher where it is longer."""
+    """In the plan of a resumed run: a cosine is higher where it is longer."""
     before, config = (
         Config(lr_init=1e-3, lr_schedule="cos", warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto")
         for n in (10, 20)

@@ -56,7 +56,7 @@ def adapters(files):
     return make
 
 
-# without moments of Adam a run that begins anew differs in nothing from one that goes on
+# without moments of Adam a run that begins anew differs in nothing from a resumed one
 MEMORYLESS = "--beta1 0 --beta2 0 --lr_schedule constant --warmup_steps 0 --lr_init 1e-3"
 
 

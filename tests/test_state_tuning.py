@@ -477,7 +477,7 @@ def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
 @pytest.mark.parametrize(
     "flags", [[], slow(["--grad_cp", "1"]), slow(["--chunk_ctx", "7"])], ids=["plain", "grad_cp", "chunks"]
 )
-def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_path, flags):
+def test_a_state_that_diverges_rolls_the_run_back_and_then_ends_it(files, tmp_path, flags):
     """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of
     a training.
     """

@@ -474,12 +474,12 @@ def test_a_run_with_a_chinese_name_goes_through_whole(served):
     assert reply["choices"][0]["message"]["role"] == "assistant"
 
 
-def test_a_run_that_has_ended_does_not_go_on(served):
+def test_a_run_that_has_ended_is_not_resumed(served):
     made_run(served.folder / "a", verdict={"name": "learnt"})
     assert served.refused("/studio/runs/a/resume", 409) == "a has ended; start a new run for more steps"
 
 
-def test_a_run_that_was_killed_goes_on_with_what_was_typed(served, monkeypatch):
+def test_a_run_that_was_killed_resumes_with_what_was_typed(served, monkeypatch):
     commands = []
     monkeypatch.setattr(
         jobs, "start", lambda words, *log: commands.append(words) or types.SimpleNamespace(pid=7)
@@ -697,7 +697,7 @@ def test_only_what_is_new_is_read_of_a_growing_file(tmp_path):
         file.write('ss": 4}\n')
     metrics.update()
     assert metrics.offset > offset and metrics.last("loss") == 4
-    replaced = tmp_path / "other"  # as by a run that goes on from a checkpoint
+    replaced = tmp_path / "other"  # as by a run that resumes from a checkpoint
     replaced.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 7}\n' + " " * 99 + "\n")
     os.replace(replaced, path)
     metrics.update()

@@ -310,7 +310,7 @@ def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, 
     assert not (lost / "best.pth").exists() and "best" not in summary(lost)
 
 
-def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_resumes(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
     # in step 2, so that step 3 is the last
     stop = at_file("metrics.jsonl", 4, tmp_path / "run", interrupt)
@@ -322,9 +322,9 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
     assert validation_lines(tmp_path / "run") == validation_lines(tmp_path / "whole")
 
 
-def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
-    """Stopped before the evaluation of step 6; or gone on with when 6 steps are all that is asked for. No
-    state is better than the base, which the run that goes on remembers.
+def test_a_run_that_turns_out_to_be_over_when_it_resumes(files, tmp_path):
+    """Stopped before the evaluation of step 6; or resumed when 6 steps are all that is asked for. No
+    state is better than the base, which the resumed run remembers.
     """
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
     flags = "--eval_split 0.2 --eval_steps 3 --eval_samples 0 --micro_bsz 3 --early_stop 2".split()
@@ -408,7 +408,7 @@ def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_passes_with_an_early_stop_go_on_after_a_stop(files, tmp_path):
+def test_passes_with_an_early_stop_resume_after_a_stop(files, tmp_path):
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
     flags = [*EARLY_STOP, "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
     # better up to step 48
@@ -602,7 +602,7 @@ def scalars(folder, tag):
 def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_path):
     proj_dir = tmp_path / "run"
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
-    # the first run leaves none, the second goes on from step 2, the last as well
+    # the first run leaves none, the second and the last resume from step 2
     for checkpoint in ("step-00000002", "step-00000004"):
         code, output = start(
             files, proj_dir, *flags, "--resume", "auto", sabotage=at_file(checkpoint, 1, proj_dir, kill)
