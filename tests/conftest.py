@@ -2,8 +2,10 @@
 hand.
 """
 
+import contextlib
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import signal
@@ -88,6 +90,24 @@ def random_tensors(arch, dtype=torch.float32, seed=0):
     return tensors
 
 
+def save_base(path, version=7, dtype=torch.float32, seed=0, vocab_size=256, **sizes):
+    """Save a random model over bytes as torch does."""
+    torch.save(random_tensors(make_arch(version, vocab_size=vocab_size, **sizes), dtype, seed), path)
+
+
+def write_rows(path, rows):
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def unchanged(folder):
+    """Check that the block changes no file of a folder."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    yield
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """checkpoint(version, dtype=..., **sizes) -> path of a random file."""
@@ -170,10 +190,8 @@ class MergingFiles:
         )
 
     def refused(self, words, *args, **options):
-        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
-        with pytest.raises(UserError, match=words):
+        with unchanged(self.folder), pytest.raises(UserError, match=words):
             self.merge(*args, **options)
-        assert {path.name: path.read_bytes() for path in self.folder.iterdir()} == before
 
 
 @pytest.fixture

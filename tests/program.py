@@ -25,7 +25,7 @@ from src.model import RWKV
 from src.planning.step_memory import StepBytes
 from src.sources.estimates import Speed
 
-from .conftest import ROOT, close
+from .conftest import ROOT, close, write_rows
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported by the fork server, not by a worker of pytest, which would take 10 s for them. DeepSpeed's
@@ -353,4 +353,4 @@ def write_data(folder):
             ],
         }
         for kind, rows in kinds.items():
-            (folder / f"{held}{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(folder / f"{held}{kind}.jsonl", rows)

@@ -3,7 +3,6 @@ changed.
 """
 
 import functools
-import json
 import os
 import re
 import resource
@@ -23,7 +22,7 @@ from scripts import evaluate
 from src.model import RWKV
 from src.training import callbacks
 
-from .conftest import ROOT, make_arch, random_tensors, slow
+from .conftest import ROOT, make_arch, random_tensors, slow, write_rows
 from .program import CONTEXT, logged, run
 
 PROGRAMS = {"train": train.main, "merge": rwkv_miss_main, "chat": chat.main, "evaluate": evaluate.main}
@@ -46,7 +45,7 @@ def folder(tmp_path_factory):
     rwkv_miss.save_adapter(model, folder / "adapter.pth")
     next(iter(adapted_linears(model).values())).miss.data[0, 0] = torch.nan
     rwkv_miss.save_adapter(model, folder / "nan-adapter.pth")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_rows(folder / "rows.jsonl", ROWS)
     (folder / "empty").touch()
     return folder
 

@@ -17,7 +17,7 @@ from src.model.loss import loss_sum
 from src.planning.plan import device_here
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, save_base, write_rows
 from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
 from .tables import talk
 
@@ -188,10 +188,10 @@ def test_full_training_in_bf16():
 def train(tmp_path_factory):
     """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 5 to 170 bytes."""
     folder = tmp_path_factory.mktemp("infctx")
-    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    save_base(folder / "base.pth")
     rng = random.Random(0)
     rows = [talk("q" * rng.randint(1, 30), "ab c" * rng.choice([1, 10, 35])) for _ in range(21)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "data.jsonl", rows)
 
     def run(name, *flags):
         settings = {

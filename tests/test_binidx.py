@@ -14,6 +14,8 @@ from rwkv_miss import UserError
 from scripts.binidx import main
 from src.data.formats import Report, binidx, read_records
 
+from .conftest import write_rows
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -145,7 +147,7 @@ def test_negative_ids_are_a_bad_row():
 @pytest.mark.parametrize("tokenizer", ["world", "bytes", "utf16"])
 def test_there_and_back(tmp_path, capsys, tokenizer):
     texts = ["Hello, world.", "Zwei Zeilen,\n\nund eine Lücke", "三 个 字 🙂", "x"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
+    write_rows(tmp_path / "a.jsonl", ({"text": text} for text in texts[:3]))
     (tmp_path / "b.csv").write_text("question,answer\nwhat?,this\n")
     main(
         [str(tmp_path / "out"), str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"), "--tokenizer", tokenizer]

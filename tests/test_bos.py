@@ -41,7 +41,7 @@ from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 
 from .answering import Scripted, engine_of
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, write_rows
 from .test_generate import named
 
 WORLD, BYTES = named("world"), load_tokenizer("bytes", 256)
@@ -121,7 +121,7 @@ def test_a_document_that_begins_with_it_does_not_get_it_twice():
 
 def test_the_first_part_of_a_long_text_begins_with_it_and_every_packed_document(tmp_path):
     rows = [{"text": "abcdefghijklmnopqrstuvw"}, {"prompt": "x", "completion": "y"}, {"text": "z"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     path = str(tmp_path / "rows.jsonl")
     plain = load(path, Encoder(BYTES)).documents(10)
     documents = load(path, Encoder(BYTES, bos=(33,))).documents(10)

@@ -29,7 +29,7 @@ from src.training.run_folder import adapter_of_step, alone_in, list_checkpoints,
 from src.training.training_state import read_state, write_state
 
 from . import program
-from .conftest import make_arch, random_tensors, slow
+from .conftest import save_base, slow, write_rows
 from .program import at_file, flags_of, in_turn, interrupt, judge_late, kill, losses, spoil, succeed
 
 STEPS = 6
@@ -66,10 +66,10 @@ def test_one_of_two_processes_without_memory_ends_both_and_says_what_to_give(run
 def files(tmp_path_factory):
     """A random base of odd width, which two processes do not share evenly, and 24 rows: 6 steps of 4."""
     folder = tmp_path_factory.mktemp("durable")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
+    save_base(folder / "base.pth", n_embd=45, head_size=15)
     rng = random.Random(0)
     rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(3, 20)))} for _ in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     return folder
 
 

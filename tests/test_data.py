@@ -33,7 +33,7 @@ from src.reporting import data_text, document_text
 from src.sources import source_of
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +550,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
     rows = [{"text": f"text {i}"} for i in range(5)] + [
         {"prompt": "a question of many words", "completion": "cut"}
     ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     flags = f"""
         --load_model {tmp_path}/base.pth --data_file {tmp_path}/data.jsonl --proj_dir {tmp_path}/run
         --tokenizer bytes --peft {peft} --ctx_len 9 --micro_bsz 1 --packing 0 --epoch_count 2 --save_steps 1
@@ -586,7 +586,7 @@ def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
         ("texts", [{"text": "abc"}, {"text": "de"}]),
         ("mixed", [{"text": "abc"}, {"prompt": "p", "completion": "c"}]),
     ):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name, rows)
     texts, twice, mixed = (
         dataset.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed")
     )
@@ -620,7 +620,7 @@ def test_other_answers_to_one_question(tmp_path, monkeypatch, raw, rows, count, 
     """Thoughts, an answer without a weight, running text and blanks around an answer are none."""
     monkeypatch.setattr("src.data.contradictions.BLOCK", block)
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*ASKED, *rows]))
+    write_rows(path, [*ASKED, *rows])
     found = contradictions(dataset.load(f"{path}:2", Encoder(raw, bos=bos)))
     have = "has" if count == 1 else "have"
     assert found.startswith(f"{count} row{'' if count == 1 else 's'} {have} another answer") == bool(count)

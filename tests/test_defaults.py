@@ -3,12 +3,10 @@ saved, and equal when they are chosen again.
 """
 
 import dataclasses
-import json
 import random
 import shlex
 
 import pytest
-import torch
 
 from rwkv_miss import METHODS
 from rwkv_miss.errors import UserError
@@ -33,7 +31,7 @@ from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, save_base, write_rows
 from .program import losses, succeed
 
 AUTOMATIC = {name for name, field in FIELDS.items() if field.metadata["automatic"]}
@@ -452,10 +450,10 @@ def test_a_step_that_can_not_keep_its_rows_is_an_error_with_both_numbers(setting
 def files(tmp_path_factory):
     """A random base over bytes, and 120 documents of at most 60 bytes."""
     folder = tmp_path_factory.mktemp("choices")
-    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    save_base(folder / "base.pth")
     rng = random.Random(0)
     rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(40, 60)))} for _ in range(120)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     return folder
 
 

@@ -7,7 +7,6 @@ import random
 import re
 
 import pytest
-import torch
 
 from src.config import Config
 from src.config.parse import recorded_settings
@@ -29,7 +28,7 @@ from src.reporting.diagnosis import (
 from src.reporting.facts import FEW, FEWEST, GROUPS, WINDOW, RunFacts, bounds
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import save_base, write_rows
 from .program import succeed
 
 SFT = Config(load_model="base.pth", lr_init=1e-4, epoch_count=2, peft_config={"r": 8}).settled()
@@ -738,11 +737,11 @@ def test_what_keeps_chosen_answers_likely(settings, words):
 
 def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     """A run that was stopped is not judged."""
-    torch.save(random_tensors(make_arch(7, vocab_size=256)), tmp_path / "base.pth")
+    save_base(tmp_path / "base.pth")
     for name, count in (("rows", 24), ("held", 5)):
         texts = ["ab c" * random.Random(i).randint(1, 4) for i in range(count)]
         rows = [{"prompt": f"{name} {i}", "completion": text} for i, text in enumerate(texts)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     flags = (
         f"--load_model {tmp_path}/base.pth --data_file {tmp_path}/rows.jsonl"
         f" --eval_file {tmp_path}/held.jsonl --epoch_count 1 --tokenizer bytes --accelerator cpu"

@@ -29,7 +29,7 @@ from src.sources.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _V
 from src.training.short_runs import held_out_loss, put_back, train
 
 from . import program
-from .conftest import ROOT, make_arch, random_tensors
+from .conftest import ROOT, make_arch, save_base
 from .loss_cases import VOCAB, adapted_head, head_inputs, make_model
 from .program import lines, same_adapters, same_lines, succeed, write_data
 
@@ -213,10 +213,8 @@ def test_a_pass_that_ended_within_a_round_is_gone_on_with():
 def files(tmp_path_factory):
     """A base, a teacher of another size, and rows."""
     folder = tmp_path_factory.mktemp("distillation")
-    sizes = {"base": {"n_embd": 40}, "teacher": {"n_embd": 64, "n_layer": 3}}
-    for seed, (name, size) in enumerate(sizes.items()):
-        arch = make_arch(7, vocab_size=256, head_size=8, **size)
-        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+    save_base(folder / "base.pth", n_embd=40, head_size=8)
+    save_base(folder / "teacher.pth", seed=1, n_embd=64, n_layer=3, head_size=8)
     write_data(folder)
     return folder
 
@@ -319,7 +317,7 @@ def test_a_teacher_that_is_missing_or_has_other_tokens_is_refused(files, tmp_pat
     needed = ["--load_model", str(files / "base.pth"), "--data_file", "rows.jsonl", "--loss", "distill"]
     with pytest.raises(UserError, match="needs a teacher: give the file of a larger or better model"):
         parse(needed)
-    torch.save(random_tensors(make_arch(7, vocab_size=300)), tmp_path / "other.pth")
+    save_base(tmp_path / "other.pth", vocab_size=300)
     needed += ["--reference", str(tmp_path / "other.pth"), "--tokenizer", "bytes"]
     new = "--peft none --version x070 --n_layer 2 --n_embd 64 --vocab_size 256".split()
     for given in (needed, [*needed[2:], *new]):

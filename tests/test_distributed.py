@@ -2,7 +2,6 @@
 ranks that die.
 """
 
-import json
 import random
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ from src.common.zero_sizes import SIZES, ZeroSizes
 from src.model import RWKV
 
 from . import program
-from .conftest import ROOT, close, make_arch, random_tensors, slow
+from .conftest import ROOT, close, save_base, slow, write_rows
 from .program import flags_of, losses, succeed
 
 STAGES = [
@@ -31,16 +30,13 @@ STAGES = [
 def files(tmp_path_factory):
     """A random bf16 base of odd width, which two processes share unevenly, and 8 rows of unequal weight."""
     folder = tmp_path_factory.mktemp("scale")
-    torch.save(
-        random_tensors(make_arch(7, vocab_size=256, n_embd=135, head_size=15), torch.bfloat16),
-        folder / "base.pth",
-    )
+    save_base(folder / "base.pth", dtype=torch.bfloat16, n_embd=135, head_size=15)
     rng = random.Random(0)
     rows = []
     for weight in (1, 0.3, 4, 1, 1, 0.05, 1, 7):
         said = "".join(rng.choices("abcd ", k=rng.randint(3, 20)))
         rows.append({"messages": [{"role": "assistant", "content": said, "weight": weight}]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     return folder
 
 

@@ -9,12 +9,11 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from rwkv_miss import METHODS, read_checkpoint
 
 from . import program
-from .conftest import make_arch, random_tensors, slow
+from .conftest import save_base, slow
 from .program import flags_of, lines, same_adapters, same_lines, succeed, write_data
 
 # factors of 10,000 numbers and more, which are what stage 3 shares out; ranks that fit a width of 320
@@ -69,8 +68,7 @@ def files(tmp_path_factory):
     """A random v7 base over bytes, a teacher, and 16 rows of each kind, of unequal lengths."""
     folder = tmp_path_factory.mktemp("equal")
     for name, width in (("base", 320), ("teacher", 64)):
-        arch = make_arch(7, n_layer=1, vocab_size=256, n_embd=width, head_size=32)
-        torch.save(random_tensors(arch, seed=width), folder / f"{name}.pth")
+        save_base(folder / f"{name}.pth", seed=width, n_layer=1, n_embd=width, head_size=32)
     (folder / "judge.py").write_text(JUDGE)
     write_data(folder)
     return folder

@@ -14,7 +14,7 @@ from src.evaluation.likelihood import log_likelihoods
 from src.inference.load import load
 from src.model import RWKV
 
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def files(tmp_path_factory):
     texts = ["".join(draw.choices("abcdef", k=draw.randint(1, 30))) for _ in range(3 * 13)]
     pairs = list(zip(texts[0::3], texts[1::3], texts[2::3]))
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "pairs.jsonl", rows)
     rows = [{"prompt": p, "completion": c, "label": bool(i % 3)} for i, (p, c, _) in enumerate(pairs)]
-    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "labels.jsonl", rows)
     return folder, pairs
 
 

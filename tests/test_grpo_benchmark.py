@@ -1,10 +1,10 @@
 """Questions, table and summary of benchmarks.grpo."""
 
-import json
-
 from benchmarks import grpo
 from benchmarks.experiment import Lines, Ran
 from benchmarks.grpo import CASES, draw, summary, table
+
+from .conftest import write_rows
 
 
 def test_what_judges_is_not_trained_on(tmp_path):
@@ -38,7 +38,7 @@ def test_a_curve_has_the_means_of_ten_steps(tmp_path):
         for i in range(20)
     ]
     steps[3]["entropy"] = None  # a step may lack a figure
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    write_rows(tmp_path / "metrics.jsonl", steps)
     assert grpo.of_steps(Ran(tmp_path, 1.0)) == {
         "drawing": 0.25,
         "curves": {"reward": [1.0, 1.0], "entropy": [4.6666666667, 14.5]},

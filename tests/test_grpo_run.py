@@ -4,15 +4,13 @@ test_equal_runs.py.
 
 import functools
 import itertools
-import json
 import os
 import random
 
 import pytest
-import torch
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import save_base, write_rows
 from .program import lines, same_adapters, same_lines, succeed
 
 QUESTIONS = 12  # a draw has 4 of them
@@ -34,12 +32,12 @@ def low(*asked):  # after an evaluation of three questions, and two draws of fou
 def files(tmp_path_factory):
     """A base, whose width the rank does not divide, questions, and a function that judges answers."""
     folder = tmp_path_factory.mktemp("rewards")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=40, head_size=8)), folder / "base.pth")
+    save_base(folder / "base.pth", n_embd=40, head_size=8)
     rng = random.Random(0)
     for name, count in (("rows", QUESTIONS), ("held", 3)):
         prompts = [name[0] + "".join(rng.choices("abc ", k=rng.choice([1, 2, 9]))) for _ in range(count)]
         rows = [{"prompt": f"{prompt}{i}:", "completion": "ab"} for i, prompt in enumerate(prompts)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     (folder / "judge.py").write_text(REWARDS)
     return folder
 

@@ -4,7 +4,6 @@ model leaves no trace.
 
 import dataclasses
 import itertools
-import json
 import random
 
 import numpy as np
@@ -21,6 +20,8 @@ from src.data.tokenizer import load_tokenizer
 from src.planning.draft import Draft
 from src.planning.plan import read_data
 from src.sources.policy import undisturbed
+
+from .conftest import write_rows
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -63,7 +64,7 @@ def test_a_share_is_held_out_by_content():
 
 def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
     for name, letters in (("rows", "abcdef"), ("held", "xbyd")):
-        (tmp_path / name).write_text("".join(json.dumps({"text": letter * 5}) + "\n" for letter in letters))
+        write_rows(tmp_path / name, ({"text": letter * 5} for letter in letters))
     config = Config(data_file=str(tmp_path / "rows"), eval_file=str(tmp_path / "held"))
     read = read_data(Draft(config), BYTES, DEFAULT)
     train, held = read.documents, read.held_out
@@ -80,7 +81,7 @@ def test_what_is_cut_is_counted_on_the_side_where_it_is(tmp_path):
     rows = [{"prompt": f"{i:02}", "completion": "b" * (7 + 20 * (i % 2))} for i in range(20)] + [
         {"text": "".join(random.Random(letter).choices(letter + letter.upper(), k=40))} for letter in "vwxyz"
     ]
-    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows", rows)
     whole = load_documents(str(tmp_path / "rows"), BYTES, 9)
     assert (whole.cut, whole.cut_tokens, whole.split) == (10, 200, 5)
     train, held = hold_out(Config(data_file=str(tmp_path / "rows"), eval_split=0.3), whole, None)

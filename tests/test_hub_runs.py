@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 
@@ -19,7 +18,7 @@ from src.data.recorded_tokenizer import recorded_tokenizer
 from src.reporting.model_card import WRITTEN, model_card, write_model_card
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import save_base
 from .hub_server import serving
 from .program import losses, succeed
 from .test_hub import CLOSED
@@ -45,7 +44,7 @@ def at_hub(endpoint, cache, rank):
 def run(tmp_path_factory):
     """A hub, and a run of two processes from its names: (hub, folder, what was printed, cache)."""
     folder = tmp_path_factory.mktemp("hub")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
+    save_base(folder / "base.pth", n_embd=45, head_size=15)
     with serving() as hub:
         hub.add("o/n", {"base.pth": (folder / "base.pth").read_bytes()})
         hub.add("o/d", {"a.jsonl": to_jsonl(ROWS[:8]), "b.jsonl": to_jsonl(ROWS[8:])}, "datasets")

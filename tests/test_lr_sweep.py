@@ -25,7 +25,7 @@ from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
 from . import program
-from .conftest import make_arch, random_tensors, slow
+from .conftest import make_arch, random_tensors, save_base, slow, write_rows
 from .program import losses
 from .tables import talk
 
@@ -34,10 +34,10 @@ from .tables import talk
 def files(tmp_path_factory):
     """A random base over bytes, conversations to train on and others to hold out."""
     folder = tmp_path_factory.mktemp("sweep")
-    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    save_base(folder / "base.pth")
     for name, numbers in (("data", range(20)), ("other", range(30, 36))):
         rows = [talk(f"q{n}", "ab c" * (1 + n % 3)) for n in numbers]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 

@@ -21,7 +21,7 @@ from rwkv_miss.merging.merge import MERGED_FORMAT, MergeReport, merge_file
 from rwkv_miss.merging.rounding import Layer, Rounding
 from src.model import RWKV
 
-from .conftest import ROOT, make_arch, random_tensors
+from .conftest import ROOT, make_arch, random_tensors, unchanged
 
 
 def facts_of(method, options, linears, base):
@@ -120,10 +120,8 @@ def delta(folder, name):
 
 def refused(folder, words, **options):
     """The merge is a UserError with these words, and the folder is as before."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match=words):
+    with unchanged(folder), pytest.raises(UserError, match=words):
         merge(folder, **options)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def late(items):

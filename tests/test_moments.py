@@ -17,7 +17,7 @@ from src.planning.plan import check_optimizer
 from src.training.optimizer import adamw, parameter_groups
 
 from . import program
-from .conftest import make_arch, random_tensors, settled_config, slow
+from .conftest import make_arch, save_base, settled_config, slow
 from .program import flags_of, losses, succeed, write_data
 
 pytest.importorskip("bitsandbytes")
@@ -96,8 +96,7 @@ def test_moments_that_are_unpacked_and_packed_again_have_the_same_bits(monkeypat
 
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3"), slow("deepspeed_stage_1")])
 def test_a_stopped_run_resumes_with_the_same_bits(tmp_path, strategy):
-    arch = make_arch(7, n_layer=1, vocab_size=256, n_embd=64, head_size=32)
-    torch.save(random_tensors(arch), tmp_path / "base.pth")
+    save_base(tmp_path / "base.pth", n_layer=1, n_embd=64, head_size=32)
     write_data(tmp_path)
     flags = "--peft none --optimizer adamw8bit --lr_init 1e-3 --lr_schedule constant --epoch_steps 4"
     flags += " --save_steps 2 --save_total_limit 2 --strategy " + strategy

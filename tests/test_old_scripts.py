@@ -22,7 +22,7 @@ from src.planning.base_model import new_arch
 from src.training.outputs import write_new_model
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import save_base, write_rows
 
 pytestmark = pytest.mark.rare
 
@@ -96,12 +96,10 @@ def files(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("old")
     for version in (6, 7):
-        torch.save(
-            random_tensors(make_arch(version, n_embd=64, head_size=64, vocab_size=65536), torch.bfloat16),
-            folder / f"v{version}.pth",
-        )
+        sizes = {"n_embd": 64, "head_size": 64, "vocab_size": 65536}
+        save_base(folder / f"v{version}.pth", version, torch.bfloat16, **sizes)
     texts = [f"User: what is {i} + {i}?\n\nAssistant: {2 * i}, because it is twice {i}." for i in range(40)]
-    (folder / "roleplay.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(folder / "roleplay.jsonl", ({"text": text} for text in texts))
     world = load_tokenizer("world", 65536)
     write_binidx(folder / "roleplay", [[*world.encode(text), 0] for text in texts])
     return folder

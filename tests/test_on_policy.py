@@ -20,7 +20,7 @@ from src.planning.step_memory import Live
 from src.sources import source_of
 
 from . import program
-from .conftest import ROOT, make_arch, random_tensors
+from .conftest import ROOT, save_base, write_rows
 from .loss_cases import VOCAB, adapted_head, head_inputs
 from .program import lines, succeed
 
@@ -104,15 +104,13 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch):
 def files(tmp_path_factory):
     """A base, a teacher of another size, and questions; the held-out ones have no reference answers."""
     folder = tmp_path_factory.mktemp("on_policy")
-    sizes = {"base": {"n_embd": 40}, "teacher": {"n_embd": 64, "n_layer": 3}}
-    for seed, (name, size) in enumerate(sizes.items()):
-        arch = make_arch(7, vocab_size=256, head_size=8, **size)
-        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+    save_base(folder / "base.pth", n_embd=40, head_size=8)
+    save_base(folder / "teacher.pth", seed=1, n_embd=64, n_layer=3, head_size=8)
     rng = random.Random(0)
     for name, count in (("rows", 12), ("held", 3)):
         prompts = [name[0] + "".join(rng.choices("abc ", k=rng.choice([1, 2, 9]))) for _ in range(count)]
         rows = [{"prompt": f"{prompt}{i}:", "completion": "-"} for i, prompt in enumerate(prompts)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 

@@ -1,7 +1,6 @@
 """The README's picture of the demo."""
 
 import io
-import json
 import shutil
 import sys
 
@@ -12,7 +11,7 @@ from PIL import Image
 from demo import picture
 from rwkv_miss import write_checkpoint
 
-from .conftest import ROOT
+from .conftest import ROOT, write_rows
 
 
 @pytest.fixture
@@ -25,9 +24,7 @@ def run(tmp_path):
     )
     pairs = [("sort abc", "cba"), ("sort bca", "abc"), ("sort fed", "def"), ("sort cab", "abc")]
     rows = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
-    (tmp_path / "sort-heldout.jsonl").write_text(
-        "".join(json.dumps({"messages": row}) + "\n" for row in rows)
-    )
+    write_rows(tmp_path / "sort-heldout.jsonl", ({"messages": row} for row in rows))
     return tmp_path
 
 

@@ -39,7 +39,7 @@ from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.sources import source_of
 from src.sources.estimates import fullest_rows, largest_batch
 
-from .conftest import ROOT, make_arch, settled_config, slow
+from .conftest import ROOT, make_arch, settled_config, slow, write_rows
 
 SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
@@ -625,9 +625,7 @@ def test_the_plan_fits_or_names_what_to_change(counted_once, files, tmp_path, ca
     assert "it does not fit; add --micro_bsz 2 --accumulate_grad_batches 2" in output
     assert "two layers and the head were timed here just now" in output
     again = [*flags, "--memory", str(room), "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"tokens_per_second": n}) + "\n" for n in (1, 100, 300, 200))
-    )
+    write_rows(tmp_path / "metrics.jsonl", ({"tokens_per_second": n} for n in (1, 100, 300, 200)))
     assert plan.plan(*plan.parse([*again, "--metrics", str(tmp_path / "metrics.jsonl")])) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] == 200
     assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1

@@ -20,6 +20,8 @@ from src.planning import plan
 from src.planning.draft import Draft
 from src.planning.plan import Data, Device, check_data_files, device_here, memory_of, plan_steps, read_data
 
+from .conftest import write_rows
+
 ENCODER = Encoder(load_tokenizer("bytes", 256))
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 
@@ -109,7 +111,7 @@ def test_data_that_are_not_there_are_named_before_anything_is_read(tmp_path, mis
 def test_equal_rows_count_once_where_few_are_held_out(tmp_path, prompts, held):
     """30 rows; of one prompt or text none can be held out alone."""
     rows = [{"text": f"ab{i % prompts}"} for i in range(30)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     config = Config(data_file=str(tmp_path / "rows.jsonl"), data_cache="none")
     found = read_data(Draft(config), load_tokenizer("bytes", 256, ""), DEFAULT)
     assert (len(found.held_out) >= held) if held else not found.held_out

@@ -3,7 +3,6 @@ batches in both layouts, against plain loops over the records.
 """
 
 import itertools
-import json
 import random
 import tracemalloc
 
@@ -24,6 +23,7 @@ from src.data.preferences import Preferences, fit_examples
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
 
+from .conftest import write_rows
 from .test_data import assistant, user
 from .test_generate import named
 from .test_rewritten_turns import COLON, FORGETFUL, LASTING, g1
@@ -38,7 +38,7 @@ def read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(rows, rows_are=PAIRS, encoder=None, name="data.jsonl", **options):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name, rows)
         return load(name, encoder or Encoder(BYTES), reading=Reading(rows=rows_are), **options)
 
     return run

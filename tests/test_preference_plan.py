@@ -23,7 +23,7 @@ from src.sources import source_of
 from src.sources.estimates import SharedPrompts
 from src.sources.pairs import source
 
-from .conftest import make_arch, settled_config
+from .conftest import make_arch, settled_config, write_rows
 from .test_plan import SIZES
 
 BYTES = Encoder(load_tokenizer("bytes", 256))
@@ -41,7 +41,7 @@ def flags(checkpoint, tmp_path):
         ROWS[0] | {"prompt": "q" * 30},
     )
     data, base = tmp_path / "pairs.jsonl", checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
-    data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, equal, empty, long]))
+    write_rows(data, [*ROWS, equal, empty, long])
     given = {
         "load_model": base,
         "data_file": data,
@@ -116,7 +116,7 @@ def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
 
 def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, monkeypatch, tmp_path):
     rows = [row | {"prompt": "p" * (10 + i % 3)} for i, row in enumerate(ROWS)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "pairs.jsonl", rows)
     shown, alone = planned([*flags, "--loss", "simpo"], capsys)
     assert "prompts    each answer is read after its own prompt: a prompt read once would make " in shown
     monkeypatch.setattr(source, "PASS_COST", {"cpu": 0, "gpu": 0})
@@ -133,7 +133,7 @@ def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, mon
 
 def examples_of(tmp_path, rows):
     file = tmp_path / "examples.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     report = Report("stop")
     return load(str(file), BYTES, "none", Reading(rows=PAIRS), report, 1).preferences(999)
 

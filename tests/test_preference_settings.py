@@ -4,7 +4,6 @@ import dataclasses
 import os
 
 import pytest
-import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import write_checkpoint
@@ -18,7 +17,7 @@ from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.training.resume import MAY_CHANGE, inherit
 
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, save_base
 
 OF_LOSSES = {name: losses for name, (_, losses) in options_of().items()}
 LOSSES = [name for name, loss in ALL_LOSSES.items() if loss.source in ("pairs", "labels")]
@@ -128,9 +127,9 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     base = make_arch(7)
     path = str(tmp_path / "other.pth")
     config = Config(load_model="base.pth", reference=path)
-    torch.save(random_tensors(make_arch(6, vocab_size=base.vocab_size)), path)
+    save_base(path, 6, vocab_size=base.vocab_size)
     check_reference(config.reference, config.load_model, base.vocab_size)  # another version and size
-    torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
+    save_base(path, vocab_size=base.vocab_size + 3)
     with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
         check_reference(config.reference, config.load_model, base.vocab_size)
     write_checkpoint(path, [], {"format": "rwkv-miss adapter", "base": "base.pth"})

@@ -28,7 +28,7 @@ from src.sources.reference_model import a_few
 from src.sources.reference_pass import ReferencePass
 
 from . import program
-from .conftest import make_arch, random_tensors, slow
+from .conftest import make_arch, random_tensors, save_base, slow, write_rows
 from .program import at_file, call, interrupt, kill, lines, same_adapters, same_lines, spoil, succeed
 
 EXAMPLES = 12  # pairs or answers to train on, of which a step has 4
@@ -39,9 +39,8 @@ LN_2 = float(-F.logsigmoid(torch.zeros(())))
 def files(tmp_path_factory):
     """A base and another model, whose width the rank does not divide, and pairs and labelled answers."""
     folder = tmp_path_factory.mktemp("preferences")
-    arch = make_arch(7, vocab_size=256, n_embd=40, head_size=8)
     for seed, name in enumerate(("base", "other")):
-        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+        save_base(folder / f"{name}.pth", seed=seed, n_embd=40, head_size=8)
     rng = random.Random(0)
 
     def text():
@@ -52,7 +51,7 @@ def files(tmp_path_factory):
         pairs = [{"prompt": p, "chosen": text() + "!", "rejected": text() + "?"} for p in prompts]
         answers = [{"prompt": p, "completion": text(), "label": i % 3 > 0} for i, p in enumerate(prompts)]
         for kind, rows in (("pairs", pairs), ("answers", answers)):
-            (folder / f"{kind}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(folder / f"{kind}-{name}.jsonl", rows)
     return folder
 
 

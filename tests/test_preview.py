@@ -19,7 +19,7 @@ from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.data.tool_styles import STYLES
 
-from .conftest import ROOT
+from .conftest import ROOT, write_rows
 from .test_data import EMPTY_ANSWERS, assistant, user
 from .test_templates import CHATML
 
@@ -37,7 +37,7 @@ def show(tmp_path, capsys):
 
     def run(rows, *flags, held=()):
         for name, content in (("data", rows), ("held", held)):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+            write_rows(tmp_path / f"{name}.jsonl", content)
         code = preview.main(
             [
                 *f"--data_file {tmp_path}/data.jsonl --tokenizer bytes".split(),

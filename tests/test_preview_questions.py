@@ -12,6 +12,7 @@ from src.data.templates import load_template
 from src.planning.draft import Draft
 from src.planning.plan import read_data
 
+from .conftest import write_rows
 from .test_generate import named
 from .test_preview import show  # noqa: F401
 
@@ -145,7 +146,7 @@ def test_wrong_settings_are_one_line(show, capsys):  # noqa: F811
 def test_reading_for_a_run_counts_what_the_preview_finds(tmp_path):
     """--on_bad_row skip leaves out bad rows, and the report has what is empty."""
     rows = [*GOOD, {"question": "a", "answer": None}, {"question": " ", "answer": "1"}]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     config = Config(loss="grpo", data_file=str(tmp_path / "data.jsonl"), on_bad_row="skip")
     data = read_data(Draft(config), named("bytes"), load_template("rwkv"))
     assert len(data.documents) == 5 and isinstance(data.found, Report) and data.found.bad == 1

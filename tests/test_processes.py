@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import re
@@ -35,7 +34,7 @@ from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment
 
 from . import program
-from .conftest import ROOT, make_arch, random_tensors, slow
+from .conftest import ROOT, make_arch, random_tensors, slow, write_rows
 
 FLAGS = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--strategy", "ddp"]
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -301,9 +300,7 @@ def machines(tmp_path_factory):
                 folder / f"{number}/{name}.pth",
                 random_tensors(make_arch(7, vocab_size=256), seed=seed).items(),
             )
-            (folder / f"{number}/{name}.jsonl").write_text(
-                "".join(json.dumps({"text": f"{seed} and {row}"}) + "\n" for row in range(8))
-            )
+            write_rows(folder / f"{number}/{name}.jsonl", ({"text": f"{seed} and {row}"} for row in range(8)))
     return folder
 
 

@@ -1,7 +1,6 @@
 """A quantised base: the numbers of its formats, products with it, training on it, and what it takes."""
 
 import ctypes
-import json
 import random
 
 import numpy as np
@@ -31,7 +30,7 @@ from src.sources import source_of
 from src.training.short_runs import held_out_loss, train
 
 from . import program
-from .conftest import ROOT, close, make_arch, random_tensors, settled_config
+from .conftest import ROOT, close, make_arch, random_tensors, settled_config, write_rows
 from .program import flags_of, succeed
 
 SHAPES = [(3, 64), (5, 131), (2, 9), (7, 63), (4, 128), (1, 200)]  # out, in
@@ -500,7 +499,7 @@ def test_a_run_keeps_its_kind_and_its_merge_takes_the_unquantised_file(tmp_path)
     base = base_file(tmp_path, vocab_size=256)
     draw = random.Random(0)
     rows = [{"text": "".join(draw.choices("abcd ", k=draw.randint(20, 40)))} for _ in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
 
     own = ("--load_model", base, "--peft_config", "r=5", "--epoch_count", "1")
     flags = flags_of(tmp_path, tmp_path / "one", *own)

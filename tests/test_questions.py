@@ -2,8 +2,6 @@
 what scripts.evaluate reads of the same files.
 """
 
-import json
-
 import numpy as np
 import pytest
 
@@ -17,6 +15,7 @@ from src.data.held_out import hold_out, in_hash_order
 from src.data.questions import NO_ANSWER, NO_QUESTION, QuestionReader, read_questions
 from src.data.templates import load_template
 
+from .conftest import write_rows
 from .test_data import assistant, user
 from .test_generate import named
 
@@ -40,7 +39,7 @@ def read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(rows, encoder=None, name="data.jsonl", **options):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name, rows)
         return QuestionReader(encoder or Encoder(BYTES), **options).load(name)
 
     return run

@@ -1,7 +1,6 @@
 """The plan of --loss grpo: how long answers may be, its steps, its work and time, and its memory."""
 
 import dataclasses
-import json
 import types
 
 import numpy as np
@@ -32,7 +31,7 @@ from src.sources import source_of
 from src.sources.drawn.sizes import TOGETHER, largest_groups, longest_answer
 from src.sources.estimates import DRAWN, Speed, Work
 
-from .conftest import make_arch
+from .conftest import make_arch, write_rows
 from .test_plan import SIZES
 from .test_preference_plan import planned
 
@@ -49,7 +48,7 @@ def flags(checkpoint, tmp_path, monkeypatch):
         tmp_path / "questions.jsonl",
         checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256),
     )
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_rows(data, ROWS)
     given = {
         "load_model": base,
         "data_file": data,
@@ -133,8 +132,8 @@ def test_a_run_takes_what_was_chosen(tmp_path):
     """max_tokens and ctx_len are filled in, and what a given ctx_len leaves out is told, of both files."""
     data, held = tmp_path / "data.jsonl", tmp_path / "held.jsonl"
     rows = [*ROWS[:20], {"question": "y" * 60, "answer": "1"}]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held.write_text("".join(json.dumps(row) + "\n" for row in (rows[-1], {"question": "z", "answer": "1"})))
+    write_rows(data, rows)
+    write_rows(held, (rows[-1], {"question": "z", "answer": "1"}))
     files = {"loss": "grpo", "data_file": str(data), "eval_file": str(held)}
     draft = Draft(Config(**files))
     found = read_data(draft, BYTES, load_template("rwkv"))

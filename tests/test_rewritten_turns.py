@@ -25,6 +25,7 @@ from src.inference.sampling import GREEDY
 from src.reporting import data_text
 
 from .answering import scripted
+from .conftest import write_rows
 from .test_data import assistant, user, whole_blank_line_tokenizer
 from .test_generate import named
 from .test_templates import CHATML, MARKED, reference, shown, system, thinking
@@ -451,7 +452,7 @@ def rows(tmp_path):
     """A file of 40 conversations: every fourth of one turn, the others of three."""
     path = tmp_path / "rows.jsonl"
     content = [conversation(f"n{i}", 3 if i % 4 else 1) for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    write_rows(path, content)
     return str(path)
 
 
@@ -550,7 +551,7 @@ def test_questions_of_an_evaluation_are_those_of_the_training(rows, tmp_path):
     documents, encoder = load(rows), Encoder(BYTES, TEMPLATE)
     path = tmp_path / "questions.jsonl"
     lines = [conversation("n0", 1)] + [conversation("n1", turns) for turns in (1, 2, 3)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    write_rows(path, lines)
     asked = read_questions(path, TEMPLATE)
     each = [questions(documents.take(np.array([i])), 1, encoder)[0].prompt for i in range(4)]
     assert [question.ids(BYTES) for question in asked] == each

@@ -9,7 +9,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 
 from rwkv_miss import progress
 from scripts import plan as plan_program
@@ -25,7 +24,7 @@ from src.sources import source_of
 from src.training import callbacks, trainer
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import save_base, write_rows
 from .program import at_file, interrupt, losses, succeed
 
 LABELS = "rwkv-miss model data steps trained rates device needs evaluation files sample".split()
@@ -35,14 +34,14 @@ LABELS = "rwkv-miss model data steps trained rates device needs evaluation files
 def files(tmp_path_factory):
     """A random base over bytes, 48 conversations to train on and 40 others."""
     folder = tmp_path_factory.mktemp("plan")
-    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    save_base(folder / "base.pth")
     rng = random.Random(0)
     for name, count in (("rows", 48), ("held", 40)):
         rows = [
             {"prompt": f"{name} {i}" + "?" * rng.randint(1, 9), "completion": " ab c" * rng.choice([1, 3])}
             for i in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 

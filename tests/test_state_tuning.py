@@ -2,7 +2,6 @@
 in the package rwkv.
 """
 
-import json
 import re
 import string
 
@@ -27,7 +26,7 @@ from src.training.optimizer import parameter_groups
 
 from . import program
 from .answering import engine_of
-from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow
+from .conftest import close, make_arch, pypi_rwkv, random_tensors, save_base, slow, write_rows
 from .tables import talk
 
 # documents of 1 to 41 tokens; the second row goes on from before and is one document
@@ -448,9 +447,9 @@ def test_a_new_conversation_starts_from_the_state(version, tmp_path, capsys):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     for version in (6, 7):
-        torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
+        save_base(folder / f"v{version}.pth", version)
     rows = [talk("q" * i, "ab c" * (1 + i % 3)) for i in range(1, 22)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "data.jsonl", rows)
     return folder
 
 

@@ -45,7 +45,7 @@ from src.studio.jobs import PROGRESS
 from src.studio.trial import Mounted, TriedModel
 from src.training.run_folder import alone_in, running
 
-from .conftest import ROOT
+from .conftest import ROOT, write_rows
 from .serving import LOCAL, Scripted, no_adapters, records
 
 BASE = "rwkv7-reverse.pth"
@@ -102,7 +102,7 @@ def made_run(folder, steps=20, peft="lora", **summary):
         f"load_model: base.pth\npeft: {peft}\nmicro_bsz: 4\nchosen:\n  micro_bsz: as many as fit\n"
     )
     lines = [{"step": i, "loss": 1 / i, "lr": 0.1} for i in range(1, steps + 1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(folder / "metrics.jsonl", lines)
     if summary:
         (folder / "run.json").write_text(json.dumps({"steps": steps, "planned_steps": steps, **summary}))
     return folder

@@ -28,7 +28,7 @@ from src.studio.app import PAGE
 from src.studio.settings import ALLOWED
 
 from .answering import engine_of, greedy_text
-from .conftest import ROOT
+from .conftest import ROOT, write_rows
 from .test_studio import eventually, made_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -276,7 +276,7 @@ def evaluated(step, loss, answer):
 def test_curves_are_read_zoomed_and_laid_over_each_other(browser, tmp_path):
     long = made_run(tmp_path / "runs" / "long", 3000, verdict=VERDICT, best="best.pth", best_step=2000)
     lines = [evaluated(0, 1.5, "cba"), evaluated(2000, 0.2, "abc"), evaluated(3000, 0.25, "acb")]
-    (long / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(long / "validation.jsonl", lines)
     rewards = made_run(tmp_path / "runs" / "rewards", 20)  # no step has a loss yet
     metrics = (rewards / "metrics.jsonl").read_text()
     (rewards / "metrics.jsonl").write_text(re.sub('"loss": [^,]*', '"loss": null, "reward": 0.25', metrics))
@@ -453,7 +453,7 @@ def test_a_run_that_is_not_worth_using_has_no_green_merge_and_a_lower_rate(brows
     }
     run = made_run(tmp_path / "runs" / "poor", planned_steps=55, verdict=poor)
     held_out = [{"step": step, "loss": loss} for step, loss in ((0, 1.5), (15, 0.75), (20, 0.9))]
-    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
+    write_rows(run / "validation.jsonl", held_out)
     base = shutil.copy(BASE, tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text(rows(20))
@@ -489,7 +489,7 @@ def test_pairs_choose_their_loss_and_bad_rows_are_left_out_by_a_button(browser, 
     shutil.copy(BASE, tmp_path)
     (tmp_path / "data").mkdir()
     pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)]
-    (tmp_path / "data" / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_rows(tmp_path / "data" / "pairs.jsonl", pairs)
     (tmp_path / "data" / "rows.jsonl").write_text(rows(20) + '{"x": 1}\n{"y": 1}\n')
     with serving(tmp_path) as url, visiting(browser, url) as visitor:
         page = visitor.page

@@ -27,7 +27,7 @@ from src.data.rwkv_template import DEFAULT
 from src.evaluation.scoring import SCORES, final_number, normalised, numbers, result, same_number, same_result
 
 from . import program
-from .conftest import ROOT
+from .conftest import ROOT, write_rows
 
 
 def gsm8k(data_dir, name="gsm8k_test.jsonl"):
@@ -324,10 +324,10 @@ def evaluated(capsys, *flags):
 def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, problems, capsys):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     rows = gsm8k(data_dir)[:40]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(questions, rows)
 
     def score(texts, name="number", file=questions, *flags):
-        answers.write_text("".join(json.dumps({"answer": text}) + "\n" for text in texts))
+        write_rows(answers, ({"answer": text} for text in texts))
         return evaluated(capsys, "--answers", answers, "--questions", file, "--score", name, *flags)[0][
             "accuracy"
         ]
@@ -395,7 +395,7 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
 def test_mistakes_are_explained(tmp_path, flags, message, capsys):
     (tmp_path / "one.jsonl").write_text('{"answer": "7"}\n')
     samples = [{"question": i, "sample": j, "answer": "7"} for i, j in ((0, 0), (0, 1), (1, 0))]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_rows(tmp_path / "samples.jsonl", samples)
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "q", "answer": "7"}\n{"question": "p", "answer": "8"}\n')
     _, error = evaluated(capsys, "--questions", questions, *(flag.format(folder=tmp_path) for flag in flags))
@@ -406,10 +406,10 @@ def test_the_first_questions_alone_and_those_that_rewards_can_teach(tmp_path, ca
     answers, questions = tmp_path / "answers.jsonl", tmp_path / "questions.jsonl"
     said = [(0, 0, "7"), (0, 1, "8"), (1, 0, "8"), (1, 1, "8")]
     rows = [{"question": question, "sample": sample, "answer": text} for question, sample, text in said]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(answers, rows)
     # the third right answer cannot be read, and is not asked for
     rights = ["7", "8", "none"]
-    questions.write_text("".join(json.dumps({"question": "q", "answer": text}) + "\n" for text in rights))
+    write_rows(questions, ({"question": "q", "answer": text} for text in rights))
     evaluate.main(
         ["--answers", str(answers), "--questions", str(questions), "--score", "number", "--limit", "2"]
     )
@@ -432,7 +432,7 @@ def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):
 def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeypatch):
     """A second call asks nothing and says the same; another model is refused before it is read."""
     questions, kept = tmp_path / "questions.jsonl", tmp_path / "kept.jsonl"
-    questions.write_text("".join(json.dumps({"prompt": p, "completion": "7"}) + "\n" for p in "abc"))
+    write_rows(questions, ({"prompt": p, "completion": "7"} for p in "abc"))
     base = checkpoint(7, vocab_size=256)
     flags = ["--tokenizer", "bytes", "--questions", questions, "--score", "number", "--max_tokens", 8]
     flags += ["--samples", 3, "--temperature", 2, "--top_k", 200, "--save", kept]
@@ -489,7 +489,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     merge_file(base, adapter, merged)
     answers = [metamath(row)["response"] for row in rows]
     rows[3]["answer"] = "#### 16"
-    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "gsm8k.jsonl", rows)
     flags = ["--questions", tmp_path / "gsm8k.jsonl", "--score", "number", "--max_tokens", 60]
     assert evaluated(capsys, "--model", base, "--tokenizer", "bytes", *flags)[0]["accuracy"] == 0
     found, _ = evaluated(capsys, "--model", merged, *flags, "--save", kept)
@@ -510,7 +510,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert "limit" in cut and score == "score: 0.0%, 0 of 4 answers are right", "the score is before the JSON"
     assert json.loads(last)["cut"] == 4
     assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4
-    kept.write_text("".join(json.dumps({"answer": row["answer"]}) + "\n" for row in saved))
+    write_rows(kept, ({"answer": row["answer"]} for row in saved))
     evaluate.main(["--answers", str(kept), "--show", "0", *map(str, flags[:4])])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == ["score: 75.0%, 3 of 4 answers are right"]

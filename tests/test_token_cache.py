@@ -31,6 +31,7 @@ from src.data.parallel import TokenConverter, in_parallel
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 
+from .conftest import write_rows
 from .test_data import assistant, user
 from .test_templates import CHATML
 
@@ -69,7 +70,7 @@ def make_rows(count, seed=0):
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(700)))
+    write_rows(path, make_rows(700))
     return str(path)
 
 

@@ -2,8 +2,6 @@
 another runtime.
 """
 
-import json
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from src.model import RWKV
 from src.model.loss import loss_sum
 
 from . import program
-from .conftest import close, pypi_rwkv
+from .conftest import close, pypi_rwkv, write_rows
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def test_miss_teaches_an_english_rwkv6_shakespeare(data_dir, tmp_path):
     text = (data_dir / "tinyshakespeare.txt").read_text()
     pieces = [text[i : i + 200] for i in range(0, len(text) - 200, 200)]
     seen, heldout = pieces[:4800:60], pieces[-20:]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in seen))
+    write_rows(tmp_path / "data.jsonl", ({"text": text} for text in seen))
     flags = (
         f"--load_model {base} --data_file {tmp_path}/data.jsonl --proj_dir {tmp_path}/run --tokenizer utf16"
     )

@@ -1,6 +1,5 @@
 """Training as a user runs it: one process, many, interrupted and resumed, all to the same losses."""
 
-import json
 import os
 import random
 import shutil
@@ -26,7 +25,7 @@ from src.training.callbacks import StepReport
 from src.training.resume import earlier_settings
 
 from . import program
-from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors, slow
+from .conftest import ROOT, close, pypi_rwkv, save_base, slow, write_rows
 from .program import losses, succeed
 from .tables import talk
 
@@ -36,10 +35,10 @@ def files(tmp_path_factory):
     """Random v6 and v7 bases over bytes, and 21 conversations with very unequal answers."""
     folder = tmp_path_factory.mktemp("training")
     for version in (6, 7):
-        torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
+        save_base(folder / f"v{version}.pth", version)
     rng = random.Random(0)
     rows = [talk("q" * rng.randint(1, 30), "ab c" * rng.choice([1, 1, 15])) for _ in range(21)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "data.jsonl", rows)
     return folder
 
 

@@ -42,7 +42,7 @@ from src.training.validation_log import base_wins, best_trained, is_over
 
 from . import program
 from .answering import engine_of, greedy_text
-from .conftest import make_arch, random_tensors, slow
+from .conftest import save_base, slow, write_rows
 from .program import at_file, dropout, flags_of, in_turn, interrupt, judge_late, kill, losses, succeed
 from .tables import cases, talk
 
@@ -58,7 +58,7 @@ def files(tmp_path_factory):
     unequal length, and of unequal weight.
     """
     folder = tmp_path_factory.mktemp("watch")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
+    save_base(folder / "base.pth", n_embd=45, head_size=15)
     rng = random.Random(0)
     for name, count in (("rows", 24), ("held", 11)):
         pairs = [(name + "?" * rng.randint(1, 9), "ab c" * rng.choice([1, 1, 9])) for _ in range(count)]
@@ -66,7 +66,7 @@ def files(tmp_path_factory):
         if name == "held":
             for row, weight in zip(rows, itertools.cycle([1, 0.25, 3])):
                 row["messages"][1]["weight"] = weight
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 
@@ -260,7 +260,7 @@ def test_right_answers_end_a_run_and_choose_its_best_state(files, tmp_path):
     proj_dir, held = tmp_path / "run", tmp_path / "held.jsonl"
     for path, count in ((tmp_path / "rows.jsonl", 24), (held, 6)):
         rows = [talk(f"{path.stem} {n}", "ab") for n in range(count)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
     flags = f"""
         --data_file {tmp_path}/rows.jsonl --eval_file {held} --eval_steps 4 --early_stop 2 --epoch_count 20
         --train_parts emb,head
@@ -363,7 +363,7 @@ def test_passes_end_when_the_held_out_loss_rises(files, tmp_path):
     """Held-out rows are unlike the trained ones, and get worse with every pass."""
     proj_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
     rows = [{"prompt": f"{n}?", "completion": "ca" * 3} for n in range(5)]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(other, rows)
     slowly = [*EARLY_STOP, "--lr_init", "1e-3", "--eval_samples", "0"]
     output = succeed(start(files, proj_dir, *slowly, "--eval_file", str(other)))
     assert (

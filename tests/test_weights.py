@@ -25,7 +25,7 @@ from src.reporting import document_text
 from src.sources import source_of
 from src.training.short_runs import held_out_loss, put_back, train
 
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, write_rows
 from .test_data import assistant, user
 
 BYTES, WORLD = load_tokenizer("bytes", 256), load_tokenizer("world", 65536)
@@ -181,7 +181,7 @@ def test_a_sample_asks_what_stands_before_the_answer_also_where_prompts_are_trai
 def test_a_wrong_weight_is_an_error_with_file_and_row(tmp_path, weight):
     path = tmp_path / "rows.jsonl"
     rows = [[user("a"), assistant("b")], [{**user("a"), "weight": 1}, {**assistant("b"), "weight": weight}]]
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    write_rows(path, ({"messages": messages} for messages in rows))
     with pytest.raises(UserError) as error:
         load(path, Encoder(BYTES))
     assert f"{path}, line 2: " in str(error.value)
