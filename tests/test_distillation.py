@@ -149,8 +149,8 @@ def test_a_sweep_of_rates_judges_by_the_cross_entropy():
     documents, model = documents_with_values([6, 4, 9, 12, 3], 67, 3), make_model(7, torch.float32)
     taught = Config(
         loss="distill", distill_mix=1.0, distill_temperature=1.5, micro_bsz=5, accumulate_grad_batches=1,
-        ctx_len=64, lr_init=1e-3, warmup_steps=0, precision="fp32",
-    )  # fmt: skip
+        ctx_len=64, lr_init=1e-3, warmup_steps=0, lr_schedule="cos", precision="fp32",
+    ).settled()  # fmt: skip
     alone, found = dataclasses.replace(taught, loss="sft"), {}
     for config, data in ((taught, documents), (alone, Documents(documents.items))):
         with put_back(model):

@@ -19,7 +19,7 @@ from src.sources import source_of
 from src.training.callbacks import StepReport
 from src.training.validation_log import describe
 
-DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
+DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3).settled()
 METRICS = dict(nll=1.25, logp_chosen=-30.0, logp_rejected=-34.5, reward_chosen=0.75, reward_rejected=-0.5)
 METRICS |= dict(margin=1.25, reward_accuracy=0.9375, raw_accuracy=0.5)
 FINE = Verdict(LEARNT, "the loss fell", "", True)
@@ -127,7 +127,9 @@ def test_the_card_has_the_metrics_first_last_and_best():
         assert words in text, text
     assert "loss, nats" not in text
     log = RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], [])
-    assert "preferences.png" not in run_card.card(Config(load_model="b.pth"), [], summary, log, FINE)
+    assert "preferences.png" not in run_card.card(
+        Config(load_model="b.pth").settled(), [], summary, log, FINE
+    )
 
 
 NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapter off"
@@ -177,7 +179,7 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
     assert capsys.readouterr().out == ""
     report._remark(line(1, 25.0, nll=11.0), 25.0)
     assert "the loss of the chosen answers is 11.00, worse than guessing" in capsys.readouterr().out
-    supervised = Config(load_model="base.pth")
+    supervised = Config(load_model="base.pth").settled()
     report.metrics, report.early_warning = source_of(supervised).loss.metrics, Warnings(supervised, [])
     report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
     assert "worse than guessing" in capsys.readouterr().out

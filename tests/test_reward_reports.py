@@ -39,7 +39,7 @@ GRPO = Config(
     max_tokens=24,
     beta=0.0,
     precision="fp32",
-)
+).settled()
 DESCRIBED = source_of(GRPO).loss.metrics
 ANSWERS = dict(reward=0.75, reward_exact=0.5, reward_partial=0.625, reward_std=0.25, length=9.5, cut=0.03125)
 GROUPS = dict(dead_groups=0.4375, failed_groups=0.0, entropy=0.3125, kl=0.02, clip=0.0)

@@ -72,12 +72,12 @@ def config_of(**given):
         "load_model": "base.pth", "data_file": "rows.jsonl", "loss": "grpo", "accelerator": "cpu",
         "strategy": "auto", "precision": "fp32", "wkv": "torch", "lr_init": 1e-2, "micro_bsz": 4,
         "ctx_len": 64, "epoch_count": 1, "accumulate_grad_batches": 1, "group_size": 3, "max_tokens": 6,
-        "eval_steps": 0, "early_stop": 0,
+        "eval_steps": 0, "early_stop": 0, "lr_schedule": "cos",
         "rewards": {"mean": 1.0, "brief": 1.0},
     }  # fmt: skip
     draft = Draft(Config(**settings | given))
     choose_loss(draft)
-    return draft.config
+    return draft.config.settled()
 
 
 def questions_of(config, prompts=QUESTIONS):

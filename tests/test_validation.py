@@ -499,7 +499,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     proj_dir, output = watched
     text = (proj_dir / "run_card.md").read_text()
     [line] = [line for line in text.splitlines() if line.startswith("    python train.py")]
-    assert parse(shlex.split(line)[2:]) == recorded_settings(str(proj_dir / "config.yaml")).settings
+    assert parse(shlex.split(line)[2:]).settled() == recorded_settings(str(proj_dir / "config.yaml")).settings
     lines, end = validation_lines(proj_dir), summary(proj_dir)
     base = RWKV.load(files / "base.pth")
     assert (
@@ -536,7 +536,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         steps=9, planned_steps=12, loss_first=2.0, loss_last=1.5, output="out/adapter.pth", forgetting={}
     )
     text = card(
-        Config(load_model="m.pth", data_file="d.jsonl"),
+        Config(load_model="m.pth", data_file="d.jsonl").settled(),
         ["a plan"],
         summary,
         RunLog(metrics, history),

@@ -186,8 +186,8 @@ class Exam:
             ctx_len=self.task.width,
             packing=False,
             precision="fp32",
-            **settings,
-        )
+            **{"lr_schedule": "cos", **settings},
+        ).settled()
 
     @functools.cached_property
     def base(self) -> RWKV:

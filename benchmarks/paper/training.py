@@ -211,9 +211,10 @@ def _train(run: Run, task: Task) -> Outcome:
         packing=False,
         lr_init=run.lr,
         warmup_steps=0,
+        lr_schedule="cos",
         random_seed=run.seed,
         precision="fp32",
-    )
+    ).settled()
     torch.manual_seed(run.seed)
     model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
     losses = list(train(model, source_of(config), task.train, run.steps))
