@@ -113,7 +113,9 @@ class FromReference:
     def _head(self, module) -> Callable[[Tensor], Tensor]:
         """Return a function from features (T, C) to the reference's logits (T, V)."""
         if self.before is None:
-            return lambda x: _of_base(module.model, x)
+            head = module.model.head
+            is_trained = any(parameter.requires_grad for parameter in head.parameters())
+            return (lambda x: _of_base(module.model, x)) if is_trained else head
         weight = read_tensors(self.file)["head.weight"].to(module.device, module.model.dtype)
         return lambda x: F.linear(x, weight)
 

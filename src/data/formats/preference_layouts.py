@@ -170,7 +170,7 @@ def find_columns(
     elif fields:
         question = fields[:-2]
     else:
-        question = _question({lower: name for lower, name in by_name.items() if name not in answers}, present)
+        question = _question_columns({lower: name for lower, name in by_name.items() if name not in answers}, present)
         if label and not question and answers[0].strip().lower() not in CONVERSATIONS:
             raise UserError(f"{EXPECTED[LABELS]}; got keys {shown(names)}")
     others = {lower: name for lower, name in by_name.items() if name not in (*question, *answers, label)}
@@ -178,7 +178,7 @@ def find_columns(
     return RecordColumns(question, answers, label, _first(SYSTEMS, others), history, others.get("tools"))
 
 
-def _question(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
+def _question_columns(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
     """Find the columns of the question; () for none."""
     found = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if by_name.get(name) in present]
     instruction = by_name.get("instruction")
