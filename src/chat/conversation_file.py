@@ -188,9 +188,9 @@ def _generator(path, state: Tensor | None) -> torch.Generator:
 def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
     """Build the state from a file's tensors, on the model's device."""
     arch, device = adapters.model.arch, adapters.model.emb.weight.device
-    shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
+    layer = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
     layers = range(arch.n_layer)
-    expected = {f"blocks.{i}.{name}": shape for i in layers for name, shape in shapes._asdict().items()}
+    expected = {f"blocks.{i}.{name}": shape for i in layers for name, shape in layer._asdict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
         different = (name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name))

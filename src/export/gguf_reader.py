@@ -51,9 +51,9 @@ class _Reader:
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.take(4) != MAGIC or self.scalar(4) not in (2, 3):
             raise UserError(f"{self.path} is no GGUF file of version 2 or 3, little-endian")
-        tensors, keys = self.count(UINT64), self.count(UINT64)
-        fields = {self.text(): self.value(self.scalar(4)) for _ in range(keys)}
-        infos = [self.info() for _ in range(tensors)]
+        tensor_count, field_count = self.count(UINT64), self.count(UINT64)
+        fields = {self.text(): self.value(self.scalar(4)) for _ in range(field_count)}
+        infos = [self.info() for _ in range(tensor_count)]
         alignment = fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
             raise ValueError(f"an alignment of {alignment}")

@@ -170,7 +170,9 @@ def find_columns(
     elif fields:
         question = fields[:-2]
     else:
-        question = _question_columns({lower: name for lower, name in by_name.items() if name not in answers}, present)
+        question = _question_columns(
+            {lower: name for lower, name in by_name.items() if name not in answers}, present
+        )
         if label and not question and answers[0].strip().lower() not in CONVERSATIONS:
             raise UserError(f"{EXPECTED[LABELS]}; got keys {shown(names)}")
     others = {lower: name for lower, name in by_name.items() if name not in (*question, *answers, label)}
