@@ -23,7 +23,7 @@ from src.planning.base_model import read_base
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
 from src.sources import source_of
-from src.sources.reference_blocks import Blocks
+from src.sources.reference_blocks import ValueBlocks
 from src.sources.reference_model import build_reference
 from src.sources.reference_pass import LOG_PROBS, ReferencePass, TokenValues, _Values, longest_row
 from src.training.short_runs import held_out_loss, put_back, train
@@ -194,7 +194,7 @@ def test_a_pass_that_ended_within_a_round_is_gone_on_with():
         for chosen in order
     ]
     more = len(values[2])
-    blocks, known = Blocks(None, dtype), len(values[0]) + more
+    blocks, known = ValueBlocks(None, dtype), len(values[0]) + more
     found = _Values(documents, known, blocks)
     assert found.known_place(rounds[0]) == slice(0, len(values[0]))
     found.put(rounds[0], values[0])

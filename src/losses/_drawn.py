@@ -13,25 +13,25 @@ from .base import QUESTIONS, Facts, Loss, Words
 # them into metrics.
 SUMS = (
     "gap_max",  # the largest |ln old - ln drawn|
-    # of the answers that were drawn and scored
+    # about the answers that were drawn and scored
     "answers",
     "groups",
-    "dead_groups",  # of equal rewards
-    "failed_groups",  # whose rewards failed; they count nowhere else
+    "dead_groups",  # groups of equal rewards
+    "failed_groups",  # groups whose rewards failed; they count nowhere else
     "reward",  # summed over answers
     "spread",  # standard deviation, summed over groups
     "length",  # tokens of each answer
     "cut",  # answers that were cut
     "entropy",  # -ln drawn of each token
-    # of drawing
+    # about drawing
     "draws",  # processes that drew
-    "draw_seconds",  # of each of them
+    "draw_seconds",  # seconds of each of these processes
     "drawn_tokens",
-    # of training
+    # about training
     "tokens",
     "clipped",  # tokens that the clip keeps from going on
     "gap",  # |ln old - ln drawn| of each token
-    "kl",  # of each token that has a reference
+    "kl",  # KL of each token that has a reference
     "kl_tokens",
 )
 

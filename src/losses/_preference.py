@@ -1,12 +1,12 @@
 """Losses on preferences between answers, from the log-probabilities of their tokens.
 
-A loss is one file beside this one: its formula for an example. In the formulas c is the chosen answer, r the
+A loss is one file of this folder: its formula for an example. In the formulas c is the chosen answer, r the
 rejected one, p(y) the probability of an answer y under the model, ref(y) that under the reference model, |y|
 the number of its tokens with the end, and s the logistic function. A is the number of answers of a batch, n
 that of their tokens.
 
-All of it is computed in float64, which costs nothing beside the model. Policy and reference are subtracted
-token by token before the sum: if they are equal, it is exactly 0, in whatever order a device adds.
+The loss is computed in float64, which costs nothing compared with the model. Policy and reference are
+subtracted token by token before the sum: if they are equal, it is exactly 0, in whatever order a device adds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUMS = (
     "rejected",
     "pairs",  # examples of two answers
     "singles",  # examples of one answer
-    "nll",  # per token, of the chosen answers
+    "nll",  # cross entropy per token of the chosen answers
     "logp_chosen",
     "logp_rejected",
     "reward_chosen",
@@ -47,7 +47,7 @@ SUMS = (
     "baseline",  # one of each single
 )
 
-# of the formula's options: what a loss without them has in their place
+# options of the formula -> what a loss without them has in their place
 NO_AVERAGE = {"loss_average": "ipo, orpo and simpo always take the mean, and kto the sum"}
 NO_REFERENCE = {"reference": "orpo and simpo compare with no other model"}
 

@@ -48,7 +48,7 @@ class Words:
     duplicate: str = "word for word"  # how an example is in two files
     reference: str = "reference"  # the model of --reference
     row: str = "row"  # name of the parts that a step consists of
-    content: str = ""  # of a row; "": as many documents as fit
+    content: str = ""  # content of a row; "": as many documents as fit
     evaluation: str = "loss on"
 
 
@@ -59,11 +59,11 @@ class Facts:
     passes: int = 1  # forward passes over an example in a step or an evaluation
     rate_share: float = 1.0  # the chosen rate, as a part of a supervised training's
     usual_rows: int = 8  # the most rows that are chosen for a step
-    usual_steps: int = 600  # of a run over few data, which are read several times
+    usual_steps: int = 600  # steps of a run over few data, which are read several times
     has_small_steps: bool = True  # whether a step has fewer of them over few data
     evaluations_between: int = 0  # the most that are chosen between the first evaluation and the last
-    asks_samples: bool = True  # whether an evaluation has sample answers beside its loss
-    keeps_reference: bool = False  # whether the model of --reference stays beside the one in training
+    asks_samples: bool = True  # whether an evaluation has sample answers in addition to its loss
+    keeps_reference: bool = False  # whether the model of --reference stays in memory during the training
 
 
 class Loss(abc.ABC):
@@ -78,7 +78,7 @@ class Loss(abc.ABC):
     words: ClassVar[Words] = Words()
     helps: ClassVar[dict[str, str]] = {}  # option that losses share -> what it is for this one, in the help
     instead: ClassVar[dict[str, str]] = {}  # option of other losses -> what this one has in its place
-    metrics: LossMetrics = SUPERVISED  # beside the loss
+    metrics: LossMetrics = SUPERVISED  # metrics that are reported in addition to the loss
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -108,7 +108,7 @@ class Loss(abc.ABC):
         return ""
 
     def reads(self) -> Reads:
-        """Name a batch's entries beside tokens."""
+        """Name the entries of a batch that the loss reads in addition to the tokens."""
         return Reads()
 
     def judge(self) -> Loss:
@@ -131,7 +131,7 @@ class Loss(abc.ABC):
         return self(model, batch, chunks)
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        """Return the loss of a batch that reports show, summed as the trained one is, from __call__()'s
+        """Return the loss of a batch that reports show, summed as the trained loss is, from __call__()'s
         results."""
         return loss.detach()
 
@@ -168,7 +168,7 @@ class DocumentLoss(Loss):
 class TokenLoss(DocumentLoss, LogProbLoss):
     """Loss on documents that is a function of ln p of each trained token, times the token's weight.
 
-    Reports show the cross entropy, and beside it the loss as a metric of the loss's name.
+    Reports show the cross entropy, and the loss as a metric of the loss's name.
     """
 
     @property

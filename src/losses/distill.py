@@ -10,7 +10,7 @@ bound of KL over the vocabulary. Inside the last class the gradient keeps the mo
 
 `distillation_sums` defines the loss, from logits. `TeacherBlocks` compute it with its gradient by blocks of
 tokens. The cross entropy has the term of L2Wrap, and the KL none. The loss that reports show is the cross
-entropy, which can be compared with any other run's; the KL stands beside it.
+entropy, which can be compared with any other run's; the KL is a metric.
 """
 
 from __future__ import annotations
@@ -162,11 +162,11 @@ def kl_and_gradient(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
     ids, log_p = teacher.classes(exact.dtype)
     scaled = exact / teacher.temperature
     top = scaled.amax(1, keepdim=True)
-    known = scaled.gather(1, ids) - top
-    q = scaled.sub_(top).exp_().scatter_(1, ids, 0.0)  # of the others, still times `total`
+    listed = scaled.gather(1, ids) - top
+    q = scaled.sub_(top).exp_().scatter_(1, ids, 0.0)  # q of the other ids, still times `total`
     others = q.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    total = others + known.exp().sum(1, keepdim=True)
-    log_q = torch.cat([known, others.log()], 1) - total.log()
+    total = others + listed.exp().sum(1, keepdim=True)
+    log_q = torch.cat([listed, others.log()], 1) - total.log()
     p = log_p.exp()
     kl = (p * (log_p - log_q)).sum(1)
     q.mul_(1 / total - p[:, -1:] / others).scatter_(1, ids, log_q[:, :-1].exp() - p[:, :-1])

@@ -26,7 +26,7 @@ class Ipo(PreferenceLoss):
     @classmethod
     def usual_weight(cls, beta: float) -> tuple[float, str]:
         reason = super().usual_weight(beta)[1]
-        # its own gradient is 1 / beta at first
+        # the gradient of ipo's own term is 1 / beta at first
         return float(f"{1 / beta:.3g}"), f"1 / beta, as much as the preference pulls; {reason}"
 
     def example_losses(self, scores: Tensor, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ class Kto(PreferenceLoss):
 
     @property
     def facts(self) -> Facts:
-        """Each example is looked at once more with another prompt, for the baseline."""
+        """Each example is read a second time with another prompt, for the baseline."""
         return dataclasses.replace(super().facts, passes=2)
 
     def settings(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Metrics beside the loss in metrics.jsonl and validation.jsonl, and their text.
+"""Metrics in metrics.jsonl and validation.jsonl other than the loss, and their text.
 
 Each loss has one description: LossMetrics. The bar, the printed lines, the pictures, the
 cards, run.json and the writers all follow it.
@@ -45,8 +45,8 @@ class LossMetrics:
     nats: tuple[str, ...] = ()  # the number, if any, that is a cross entropy per token; and its name
     picture: str = ""  # the file with the panels; "": none
     panels: tuple[Panel, ...] = ()
-    caption: str = ""  # of the picture
-    heading: str = ""  # of the table of the training data in the run card
+    caption: str = ""  # caption of the picture
+    heading: str = ""  # heading of the table of the training's metrics in the run card
     explanation: str = ""  # below that table
 
     @property
@@ -70,7 +70,7 @@ class LossMetrics:
         return {name: line[name] for name in self.titles if line.get(name) is not None}
 
     def numbers(self, kind: str, line: dict) -> dict[str, float]:
-        """Return them as a Writer takes them: {"train/margin": 0.3}."""
+        """Return the metrics of a line as a Writer takes them: {"train/margin": 0.3}."""
         return {f"{kind}/{name}": value for name, value in self.known(line).items()}
 
     def rows(self, lines: Sequence[dict]) -> list[tuple[str, str, list[str]]]:
@@ -98,8 +98,8 @@ class LossMetrics:
 
     def step_text(self, line: dict, loss: float) -> str:
         """Write a step for a printed line; `loss` may be NaN, which is not in the line."""
-        told = f"loss {loss:.4f} per {self.loss_of}" if line["trained_tokens"] else "no loss"
-        shown = [told] * self.by_loss
+        loss_part = f"loss {loss:.4f} per {self.loss_of}" if line["trained_tokens"] else "no loss"
+        shown = [loss_part] * self.by_loss
         return ", ".join(shown + _said(self.line, line))
 
     def value_text(self, name: str, value: float | None) -> str:
@@ -158,10 +158,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-# of greedy answers to held-out questions, beside every loss
+# metric of greedy answers to held-out questions, which every loss has
 RIGHT = {"right_answers": "right answers, greedy"}  # title of the share in tables
 SHOWN = Shown(("right_answers",), lambda share: f"right answers {percent(share)}", of="asked")
-BITS = {"bits_per_byte": "bits a byte"}  # of running text; title of the score in tables
+BITS = {"bits_per_byte": "bits a byte"}  # metric of running text; its title in tables
 SUPERVISED = LossMetrics(
     RIGHT | BITS,
     shares=(*RIGHT,),

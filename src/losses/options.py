@@ -57,7 +57,7 @@ class Teacher(Reference):
 class SftWeight:
     sft_weight: float = opt(
         -1.0,
-        "the weight of the cross entropy of the chosen answer, per token, beside the preference. At"
+        "the weight of the cross entropy of the chosen answer, per token, added to the preference. At"
         " weight 0 right answers can get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
         alias=("rpo_alpha", "pref_ftx"),
         automatic=True,

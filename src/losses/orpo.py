@@ -26,7 +26,7 @@ class Orpo(PreferenceLoss):
     @dataclasses.dataclass(frozen=True)
     class Options(options.SftWeight):
         orpo_lambda: float = opt(
-            0.1, "the weight of the odds ratio beside the cross entropy", low=0, high=1e30
+            0.1, "the weight of the odds ratio, added to the cross entropy", low=0, high=1e30
         )
 
     @classmethod

@@ -20,7 +20,7 @@ from ..model.layers import Head
 from ..model.rwkv import replace_tensors
 from ..sources import source_of
 from ..sources.estimates import Speed
-from ..sources.held_out_answers import ASKED
+from ..sources.held_out_answers import MOST_ASKED
 from .plan import Plan
 from .step_memory import model_on_meta
 
@@ -49,8 +49,8 @@ def measured_speed(
     """Time one process with rows of at most `row` tokens, forward and backward.
 
     Rows of a narrow model are timed together, because one would not occupy the device. The share `trained` of
-    its tokens are targets. Answers are timed with one token after ASKED prompts, and drawing, if a run draws,
-    with one token of each row.
+    its tokens are targets. Answers are timed with one token after MOST_ASKED prompts, and drawing, if a run
+    draws, with one token of each row.
     """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     full = config.peft == "none"
@@ -108,7 +108,7 @@ def measured_speed(
     accelerator = "gpu" if device == "cuda" else "cpu"
     if rows := source_of(config).cost.sampled_at_once(arch, precision, accelerator):
         return Speed(ids.numel() / seconds, source=reason, drawn=rows / next_tokens(rows))
-    answer = next_tokens(ASKED) if config.eval_samples else 0.0
+    answer = next_tokens(MOST_ASKED) if config.eval_samples else 0.0
     return Speed(ids.numel() / seconds, answer, reason)
 
 

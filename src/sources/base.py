@@ -34,9 +34,9 @@ from ..evaluation.rewards import Rewards
 from ..losses import Loss, loss_of
 from ..model.batch_loss import Chunks
 from .estimates import BatchSizes, Speed, Times, largest_batch
-from .held_out_answers import ASKED, affordable, limit_of
+from .held_out_answers import MOST_ASKED, affordable, limit_of
 from .policy import Policy
-from .reference_model import TeacherBeside
+from .reference_model import LiveTeacher
 
 
 class BetweenSteps(UserError):
@@ -55,11 +55,11 @@ class Evaluated(NamedTuple):
     """Result of an evaluation."""
 
     loss: float  # lower is better; it may be not finite
-    metrics: dict[str, float]  # beside it, by the names of LossMetrics
+    metrics: dict[str, float]  # other metrics, by the names of LossMetrics
     examples: float  # the number of examples in the mean
     tokens: int  # predicted or drawn tokens
     samples: list[dict[str, Any]]  # prompt, answer, right, and for a training on rewards reward
-    answers: Mapping[str, Any] = MappingProxyType({})  # what in_common() and Judge tell of greedy answers
+    answers: Mapping[str, Any] = MappingProxyType({})  # results of in_common() and Judge for greedy answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,11 @@ class TrainingData:
 
     documents: Examples
     held_out: Examples | None = None
-    evaluated: Examples | None = None  # those of held_out that evaluations read; None: all
+    evaluated: Examples | None = None  # examples of held_out that evaluations read; None: all
     # for a training on rewards
-    encoder: Encoder | None = None  # it made the questions
+    encoder: Encoder | None = None  # the encoder that made the questions
     rewards: Rewards | None = None
-    teacher: TeacherBeside | None = None  # of a training on drawn answers
+    teacher: LiveTeacher | None = None  # teacher of a training on drawn answers
 
 
 class Feed:
@@ -97,7 +97,7 @@ class Feed:
         return {}
 
     def size(self, step: int) -> StepSize:
-        """Return the size of a step (0-based), the present one."""
+        """Return the size of a step (0-based), which is under way."""
         schedule = self.schedule
         return StepSize(schedule.step_tokens(step), schedule.step_targets(step), schedule.step_weight(step))
 
@@ -142,7 +142,7 @@ class SourceCost:
         self.source, self.config, self.loss = source, source.config, source.loss
 
     def estimated(self, examples: Examples, loaded: Loaded, tokenizer: Tokenizer) -> Examples:
-        """Return the examples with what an estimate of the time needs of all that was loaded."""
+        """Return the examples with numbers from all loaded data, for the estimate of the time."""
         return examples
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
@@ -158,7 +158,7 @@ class SourceCost:
         return 0
 
     def sampling_bytes(self, arch: Arch, precision: str, accelerator: str) -> int:
-        """Count the bytes that this takes."""
+        """Count the bytes that sampling these answers takes."""
         return 0
 
     def trained_tokens(self, schedule: Schedule, steps: int) -> float:
@@ -178,23 +178,23 @@ class SourceCost:
         return FORWARD * (held_out.lengths - 1)
 
     def evaluation_budget(self, held_out: Examples, schedule: Schedule, steps: int) -> float:
-        """Return what all evaluations of a run may take, in the same."""
+        """Return the budget of all evaluations of a run, in trained tokens."""
         return EVALUATION * self.trained_tokens(schedule, steps) / self.loss.facts.passes
 
     def chosen_questions(
         self, held_out: Examples, encoder: Encoder, schedule: Schedule, steps: int, evaluations: int
     ) -> list[SampleQuestion]:
-        """Choose the questions of every evaluation: --eval_samples, and up to ASKED to count right answers.
+        """Choose the questions of every evaluation: --eval_samples, up to MOST_ASKED to count right answers.
 
         All answers take at most a tenth of the run. The first ones are the samples.
         """
         samples = self.config.eval_samples
         if not samples:
             return []
-        found = questions(held_out, max(ASKED, samples), encoder)
+        candidates = questions(held_out, max(MOST_ASKED, samples), encoder)
         budget = self.evaluation_budget(held_out, schedule, steps) / evaluations
-        more = [question for question in found[samples:] if not question.is_text]
-        return found[:samples] + more[: affordable(found[:samples], more, budget)]
+        more = [question for question in candidates[samples:] if not question.is_text]
+        return candidates[:samples] + more[: affordable(candidates[:samples], more, budget)]
 
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
@@ -244,7 +244,7 @@ class Source(abc.ABC):
         return loaded.longest, loaded.texts, self.loss.words.example
 
     def examples(self, loaded: Loaded) -> Examples:
-        """Return what a run has of a file, with rows of ctx_len."""
+        """Return the examples of a file that fit into rows of ctx_len."""
         return loaded.examples(self.config.ctx_len)
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
@@ -257,7 +257,7 @@ class Source(abc.ABC):
         return PromptReading()
 
     def reads(self) -> Reads:
-        """Name a batch's entries beside tokens, as for a step."""
+        """Name the entries of a step's batch that are read in addition to the tokens."""
         return self.loss.reads()
 
     def having(self, config: Config | None = None, loss: Loss | None = None) -> Source:
@@ -280,15 +280,15 @@ class Source(abc.ABC):
         return [f"loss       {said}"] if (said := self.description) else []
 
     def warnings(self, documents: Examples, tokenizer: Tokenizer) -> list[str]:
-        """Tell what of the loss or of its data is probably not meant so."""
+        """Return warnings about likely mistakes in the loss or in its data."""
         return []
 
     @abc.abstractmethod
     def trained_text(self, documents: Examples) -> str:
-        """Tell how many of the documents' tokens are trained, behind their number."""
+        """Tell how many of the documents' tokens are trained, to follow the number of documents."""
 
     def evaluated_text(self, evaluated: Examples) -> str:
-        """Tell what evaluations do with these."""
+        """Tell what evaluations do with these examples."""
         examples = counted(len(evaluated), self.loss.words.example)
         return f"the loss is on {counted(evaluated.targets, 'token')} of {examples}"
 
@@ -327,5 +327,5 @@ class Source(abc.ABC):
         return contextlib.nullcontext()
 
     def callbacks(self, folder: str) -> list:
-        """Make the trainer's callbacks that write into the run's folder beside the report."""
+        """Make the trainer's callbacks that write into the run's folder in addition to the report."""
         return []

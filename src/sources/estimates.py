@@ -43,8 +43,8 @@ class BatchSizes:
 
     row: int  # tokens of the longest row
     targets: int  # trained tokens
-    shared: SharedPrompts | None = None  # its sizes where prompts are read once
-    documents: Sequence[Sequence[int]] = ()  # the lengths of those in each row
+    shared: SharedPrompts | None = None  # sizes of the micro-batch where prompts are read once
+    documents: Sequence[Sequence[int]] = ()  # the lengths of each row's documents
 
 
 def largest_batch(schedule: Schedule, ctx_len: int, micro_bsz: int) -> tuple[int, int]:
@@ -121,9 +121,9 @@ class Times:
     """Estimated seconds of a run's parts, without the search for a learning rate."""
 
     tokens: float  # to train on, with repetitions
-    evaluation_share: float  # of all evaluations without sample answers, of the training's work
+    evaluation_share: float  # work of all evaluations without sample answers, as a share of the training's
     training: float = 0.0  # seconds; 0 where no speed is known
-    evaluation: float = 0.0  # with sample answers
-    reference: float = 0.0  # of the pass of the reference, where none is kept already
+    evaluation: float = 0.0  # seconds of evaluations, with sample answers
+    reference: float = 0.0  # seconds of the pass of the reference, unless its values are kept already
     sampling: float = 0.0  # seconds of the training in which answers are sampled
     provided: str = ""  # assumption behind the time, as "if ..."

@@ -18,7 +18,7 @@ from ..evaluation.scoring import SCORES, concluded
 from ..inference.request import Answer
 from .estimates import DRAWN
 
-ASKED = 40  # the most questions; two standard errors of a half of them are 16 points
+MOST_ASKED = 40  # the most questions; two standard errors of a half of them are 16 points
 SHORT = 40  # characters of an answer that is compared as a whole: a longer one has other words for the same
 LOOP = re.compile(r"(.{1,60}?)\1{3}$", re.DOTALL)  # an end that says the same four times
 

@@ -63,7 +63,7 @@ class HeldOutLoss(Evaluation):
             }
             for question, answer in list(zip(self.questions, answers))[: self.module.config.eval_samples]
         ]
-        # rank 0's, as two GPUs may round differently, and all ranks must agree on the best state
+        # take rank 0's loss: two GPUs may round differently, and all ranks must agree on the best state
         judged = trainer.strategy.broadcast(self.judge.counted(answers[: len(self.judge.right)]))
         if self.bytes and math.isfinite(found[0]):
             bits = found[0] * evaluated.weight / math.log(2) / self.bytes
@@ -137,9 +137,9 @@ def validation_loss(
         return _batches(trainer, examples, weight, is_stopped)
 
     try:
-        beside = source.before_evaluation(documents, batches, module.policy)
+        entries = source.before_evaluation(documents, batches, module.policy)
         for turn, batch in enumerate(batches(documents)):
-            loss, metrics = strategy.validation_step(batch.having(**beside), turn)
+            loss, metrics = strategy.validation_step(batch.having(**entries), turn)
             total += loss
             sums = metrics if sums is None else sums + metrics
     except _Stopped:

@@ -17,11 +17,12 @@ from rwkv_miss.progress import print_notes
 from ..ops.build import locked
 
 PAUSE, PAUSE_SHARE = 10.0, 0.05  # seconds between two blocks, and in a long pass the share of its time
-NAMES = "[0-9]" * 12  # of the files
+NAMES = "[0-9]" * 12  # pattern of the files' names
 
 
-class Blocks:
-    """Blocks of values of one dtype in the files of a folder. A file's name is the count of values before it.
+class ValueBlocks:
+    """Values of one dtype in the files of a folder, block by block. A file is named by the count of values
+    before it.
 
     One process writes. The others, and one whose folder is None, keep nothing.
     """
@@ -77,7 +78,7 @@ class Blocks:
 
 
 @contextlib.contextmanager
-def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool, called: str) -> Iterator[Blocks]:
+def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool, called: str) -> Iterator[ValueBlocks]:
     """Open the blocks of a folder. The writing process locks it, and another run with the same one waits.
 
     `called` names the model that reads, in notes.
@@ -89,11 +90,11 @@ def blocks_in(folder: pathlib.Path, dtype: np.dtype, is_writer: bool, called: st
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", f"the values of the {called}"))
                 os.utime(folder)  # time of the last use
-                for left in folder.glob("*.tmp"):  # of a killed pass
+                for left in folder.glob("*.tmp"):  # leftovers of a killed pass
                     left.unlink()
                 place = folder
             except OSError as error:
                 print_notes([f"the values of the {called} can't be kept in {folder} ({error})"])
-        blocks = Blocks(place, dtype, called)
+        blocks = ValueBlocks(place, dtype, called)
         yield blocks
         blocks.write()

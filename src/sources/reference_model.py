@@ -41,7 +41,7 @@ def reference_of(reference: str) -> Identity | None:
 
 
 def build_reference(config: Config) -> RWKV:
-    """Load the model of --reference as a frozen base is loaded, also where all of the own one is trained."""
+    """Load the model of --reference as a frozen base, also where the model in training has none."""
     dtype = PRECISIONS[config.precision]
     model = RWKV.load(config.reference, None if config.quant != "none" else dtype, kernel=config.wkv)
     if config.quant != "none":
@@ -61,21 +61,21 @@ def relative_work(reference: str, arch: Arch) -> float:
     return other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
 
 
-class TeacherBeside:
-    """Model of --reference that stays beside the one in training, and reads its answers."""
+class LiveTeacher:
+    """Model of --reference that stays in memory during the training, and reads the drawn answers."""
 
     def __init__(self, config: Config, chunks: Chunks, device: torch.device):
         self.model, self.chunks = build_reference(config).to(device), chunks
 
     @torch.no_grad()
-    def beside(self, batch: Batch) -> Batch:
+    def with_entries(self, batch: Batch) -> Batch:
         """Give a batch on the device the teacher's entries for losses.distill_on_policy.WholeTeacher."""
         inputs = token_features(self.model, batch, self.chunks)
         return batch.having(teacher=inputs, teacher_head=self.model.head.weight)
 
 
 class FromReference:
-    """Logits of the reference beside those of the model in training.
+    """Logits of the reference, for a comparison with those of the model in training.
 
     The reference is the base in `file`, or the model that `load` reads from there. With an adapter on linears
     alone the base is always available, under disabled(). Otherwise the inputs of its head are computed at the

@@ -42,14 +42,14 @@ from ..model import RWKV
 from ..ops.build import announce
 from .base import Source
 from .policy import Policy, policy_of
-from .reference_blocks import NAMES, Blocks, blocks_in
+from .reference_blocks import NAMES, ValueBlocks, blocks_in
 from .reference_model import build_reference, reference_of
 
 VERSION = 2  # raised when the code changes the values
 FOLDER = "reference"  # in the run's folder
 ALL = "evaluation"  # the order of a pass over all examples
 
-Rows = list[list[int]]  # of a batch: the places of the examples of each row
+Rows = list[list[int]]  # the places of the examples of each row of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +86,10 @@ def held_out_rounds(batches: list[Rows], world: int) -> Rounds:
 class TokenValues:
     """Values of trained tokens, and how a model gives them."""
 
-    dtype: np.dtype  # of a token's, one of data/reference_values.py
-    # their numbers for a batch on the device, (n,) or (n, columns)
+    dtype: np.dtype  # dtype of a token's values, one of data/reference_values.py
+    # a batch on the device -> the numbers of its values, (n,) or (n, columns)
     read: Callable[[Policy, Batch], Tensor]
-    settings: tuple = ()  # which decide the values, too
+    settings: tuple = ()  # settings that decide the values, too
     as_in_steps: bool = True  # whether they have the bits of the run's own steps, perhaps by its own model
 
 
@@ -110,7 +110,7 @@ class ReferencePass:
         reference = reference_of(self.config.reference)
         self.other = reference and reference.fingerprint
         is_base = self.other == self.model.base_fingerprint
-        # then it is not read a second time
+        # the model in training is then the reference, and no second base is loaded
         if values.as_in_steps and is_base and not self.config.init_adapter:
             self.other = None
 
@@ -232,7 +232,7 @@ class ReferencePass:
         parts = config.train_parts
         method = [config.peft, config.written("peft_config"), parts, config.train_tokens, config.layers]
         start = [self.model.base_fingerprint, *method]
-        batch = []  # what decides which examples are in a batch together
+        batch = []  # the settings that decide which examples are in a batch together
         if self.values.as_in_steps:
             batch = [config.packing, config.micro_bsz, config.accumulation, self.processes.world]
             batch += [config.random_seed, config.chunk_ctx, self.shared]
@@ -248,7 +248,7 @@ def folder_of(
     described = [
         VERSION,
         torch.__version__,
-        np.__version__,  # its random numbers are the order
+        np.__version__,  # numpy's random numbers are the order
         order,
         documents.digest,
         model,
@@ -280,7 +280,7 @@ def kept_share(config: Config, values: TokenValues, documents: Examples) -> floa
 class _Values:
     """Values of examples as they come in, round by round; the first `known` are those of an earlier pass."""
 
-    def __init__(self, documents: Examples, known: int, blocks: Blocks):
+    def __init__(self, documents: Examples, known: int, blocks: ValueBlocks):
         self.documents, self.known, self.blocks = documents, known, blocks
         self.sizes = documents.target_counts.astype(np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes

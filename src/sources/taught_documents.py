@@ -42,12 +42,12 @@ class TaughtDocumentCost(DocumentCost):
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
     ) -> Times:
-        found = super().times(data, arch, schedule, steps, evaluations, speed)
-        if not found.reference:
-            return found
-        asked = asked_of(data.documents, schedule, steps)
-        missing = 1 - kept_share(self.config, self.source.values(arch), asked)
-        return dataclasses.replace(found, reference=missing * found.reference)
+        times = super().times(data, arch, schedule, steps, evaluations, speed)
+        if not times.reference:
+            return times
+        read = read_documents(data.documents, schedule, steps)
+        missing = 1 - kept_share(self.config, self.source.values(arch), read)
+        return dataclasses.replace(times, reference=missing * times.reference)
 
 
 class TaughtDocumentSource(DocumentSource):
@@ -56,7 +56,7 @@ class TaughtDocumentSource(DocumentSource):
     cost_type = TaughtDocumentCost
 
     def values(self, arch: Arch) -> TokenValues:
-        """Return what the teacher is asked."""
+        """Return the values that the teacher gives: its likeliest tokens."""
         config = self.config
         count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
 
@@ -82,21 +82,21 @@ class TaughtDocumentSource(DocumentSource):
         count, size = row_shape(values.dtype)[0] // 2, values.dtype.itemsize
         likeliest = counted(count, "likeliest token")
         fewer = f", fewer than --distill_top {config.distill_top}," if count < config.distill_top else ""
-        asked = asked_of(documents, schedule, config.total_steps(schedule.steps_per_pass))
-        found = "found once before step 1 and"
-        if known := kept_share(config, values, asked):
-            found = f"{percent(known)} of them are" if known < 1 else "they are"
+        read = read_documents(documents, schedule, config.total_steps(schedule.steps_per_pass))
+        origin = "found once before step 1 and"
+        if share := kept_share(config, values, read):
+            origin = f"{percent(share)} of them are" if share < 1 else "they are"
         return [
             f"loss       {self.loss.description}",
             f"teacher    {teacher}; its {likeliest} of {arch.vocab_size:,}{fewer} at each trained token take"
-            f" {size} bytes, {size_text(size * asked.targets)} in all; {found} kept in {kept_in}",
+            f" {size} bytes, {size_text(size * read.targets)} in all; {origin} kept in {kept_in}",
         ]
 
 
 SOURCE = TaughtDocumentSource
 
 
-def asked_of(documents: Examples, schedule: Schedule, steps: int) -> Examples:
+def read_documents(documents: Examples, schedule: Schedule, steps: int) -> Examples:
     """Return the documents whose values a run of `steps` steps needs."""
     whole = steps >= schedule.steps_per_pass
     return documents if whole else documents.take(documents_of(schedule, steps))

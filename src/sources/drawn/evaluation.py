@@ -39,21 +39,21 @@ from .sizes import rows_at_once
 class Judged(NamedTuple):
     """Answer to a question, with its rewards."""
 
-    place: int  # of the question
+    place: int  # place of the question
     text: str
     tokens: int
     cut: bool
-    values: tuple[float, ...]  # of each reward; empty if they failed
+    values: tuple[float, ...]  # one for each reward; empty if they failed
     total: float  # their weighted sum; NaN if they failed
 
 
 @dataclasses.dataclass
-class Share:
-    """Share of one process in the answers."""
+class ProcessAnswers:
+    """Answers of one process."""
 
     judged: list[Judged] = dataclasses.field(default_factory=list)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)  # why rewards failed, by kind
-    error: str = ""  # why it could not go on
+    error: str = ""  # why the process could not go on
 
     def add(self, place: int, answer: Answer, scored: GroupRewards | Failed) -> None:
         values, total = (), math.nan
@@ -69,7 +69,7 @@ class DrawnEvaluation(Evaluation):
 
     def __init__(self, encoder: Encoder, rewards: Rewards, timeout: float):
         self.encoder, self.rewards, self.timeout = encoder, rewards, timeout
-        self.told: set[str] = set()  # kinds of failures that were reported
+        self.reported: set[str] = set()  # kinds of failures that were reported
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
         module, processes = trainer.lightning_module, processes_of(trainer)
@@ -90,47 +90,47 @@ class DrawnEvaluation(Evaluation):
         model overflows. The caller turns dropout and gradients off.
         """
         blocks = list(_blocks(len(questions), _rows(model)))
-        own = sum(map(len, blocks[processes.rank :: processes.world]))
-        mine, rewards = Share(), PatientRewards(self.rewards, self.timeout, own)
-        with Progress("answering", own, "questions", is_first_process()) as bar:
+        count = sum(map(len, blocks[processes.rank :: processes.world]))
+        answered, rewards = ProcessAnswers(), PatientRewards(self.rewards, self.timeout, count)
+        with Progress("answering", count, "questions", is_first_process()) as bar:
             for turn in range(0, len(blocks), processes.world):
                 stopped = torch.tensor(float(is_stopped()), device=model.emb.weight.device)
                 if processes.total(stopped):
                     return None
                 number = turn + processes.rank
                 # after an error this process still takes turns, as the others wait for it
-                if number >= len(blocks) or mine.error:
+                if number >= len(blocks) or answered.error:
                     continue
                 try:
-                    given = self._given(model, questions, blocks[number], bar)
+                    answers = self._answers(model, questions, blocks[number], bar)
                 except UserError as error:
-                    mine.error = str(error)
+                    answered.error = str(error)
                     continue
-                for place, answer in zip(blocks[number], given, strict=True):
-                    mine.add(place, answer, rewards.score(questions[place], [answer]))
-        everything = processes.gathered(mine)
+                for place, answer in zip(blocks[number], answers, strict=True):
+                    answered.add(place, answer, rewards.score(questions[place], [answer]))
+        everything = processes.gathered(answered)
         if error := next(filter(None, (part.error for part in everything)), None):
             raise UserError(f"held-out questions: {error}; lower --lr_init")
         self._tell({kind: why for part in everything for kind, why in part.failures.items()})
         judged = sorted(one for part in everything for one in part.judged)
         return self._evaluated(questions, judged, samples)
 
-    def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
+    def _answers(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
         """Answer the questions at these places. Raises UserError if the model overflows."""
         engine = Engine(TorchDecoder(model, len(block)), self.encoder.tokenizer)
         stops = self.encoder.template.stops
         requests = [
             Request(questions.prompts[place].tolist(), questions.max_tokens, stops=stops) for place in block
         ]
-        given = dict(completed(engine, requests, bar))
-        return [given[number] for number in range(len(block))]
+        answers = dict(completed(engine, requests, bar))
+        return [answers[number] for number in range(len(block))]
 
     def _tell(self, failures: dict[str, str]) -> None:
         """Report each kind of failure once."""
         for kind, reason in failures.items():
-            if kind not in self.told and is_first_process():
+            if kind not in self.reported and is_first_process():
                 say(f"note: a held-out question is left out, as its rewards failed: {reason}")
-        self.told |= failures.keys()
+        self.reported |= failures.keys()
 
     def _evaluated(self, questions: Questions, judged: list[Judged], samples: int) -> Evaluated:
         loss, metrics = self._scores(questions, judged)

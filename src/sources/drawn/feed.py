@@ -45,10 +45,10 @@ class AllFailed(BetweenSteps):
 class Totals:
     """Totals of a phase over all processes."""
 
-    answers: float = 0  # scored ones
-    tokens: float = 0  # of the scored answers
-    groups: float = 0  # scored ones
-    failed: float = 0  # groups
+    answers: float = 0  # scored answers
+    tokens: float = 0  # tokens of the scored answers
+    groups: float = 0  # scored groups
+    failed: float = 0  # groups whose rewards failed
     trained: float = 0  # tokens of answers in the batches
     read: float = 0  # tokens of the batches
     broken: float = 0  # processes whose model overflows
@@ -86,11 +86,11 @@ def _without_adapter(policy: Policy, batch: Batch) -> Tensor:
 class RolloutFeed(Feed):
     """The micro-batches of one rank in order, on its device, which Lightning iterates over.
 
-    They are those of data.batches.Batches, of rollouts. At the first micro-batch of a phase the model is
-    asked, as it is then.
+    They are as those of data.batches.Batches, but of rollouts. At the first micro-batch of a phase the model
+    draws the answers, as it is then.
     """
 
-    always_has_loss = True  # of groups of equal rewards it is 0
+    always_has_loss = True  # groups of equal rewards have the loss 0
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class RolloutFeed(Feed):
         self.loss: DrawnLoss = source.loss
         self.rewards, self.chunk = rollouts.rewards, source.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
-        self.first_group: Group | None = None  # of the newest phase, for whoever shows it
+        self.first_group: Group | None = None  # the newest phase's, for samples.jsonl
         self.totals = Totals()
         self.batches: list[Batch] = []
         self.phase_sums: Tensor | None = None  # metrics of this rank's newest phase
-        # the same for the step that is under way, and for the first one of a phase the time that it took
+        # metrics of the step under way: phase_sums, in the first step of a phase with the drawing time
         self.step_sums: Tensor | None = None
 
     def __len__(self) -> int:
@@ -136,13 +136,13 @@ class RolloutFeed(Feed):
         return StepSize(int(totals.read), int(totals.trained), totals.groups + totals.failed)
 
     def waits_for(self, step: int) -> bool:
-        # who samples waits for the GPU anyway, and a bad state should sample nothing
+        # drawing waits for the GPU anyway, and a model that is about to be rolled back should draw nothing
         return step % self.schedule.repeats == 0
 
     may_stop_after = waits_for  # a checkpoint has no answers in it, so the next step has to sample new ones
 
     def abandon(self) -> None:
-        """Train no further on the newest phase: the state that sampled it, or that it made, is gone."""
+        """Drop the answers of the newest phase after a rollback: the model that drew them is gone."""
         self.totals = dataclasses.replace(self.totals, trained=0, read=0)
         self._share_out([])
 
@@ -177,11 +177,11 @@ class RolloutFeed(Feed):
         return True
 
     def _complete(self, phase: int) -> None:
-        """Add what the batches of a phase have besides."""
+        """Add further entries to the batches of a phase."""
 
     def _totals(self, groups: list[Group], examples: list[AnswerGroup], error: UserError | None) -> Totals:
         scored = [group for group in groups if not group.failed]
-        mine = Totals(
+        of_process = Totals(
             answers=sum(len(group.answers) for group in scored),
             tokens=sum(group.tokens for group in scored),
             groups=len(scored),
@@ -191,7 +191,7 @@ class RolloutFeed(Feed):
             broken=float(error is not None),
         )
         device = self.policy.device
-        return Totals(*self.policy.processes.total(mine.tensor().to(device)).tolist())
+        return Totals(*self.policy.processes.total(of_process.tensor().to(device)).tolist())
 
     def _check(self, step: int, groups: list[Group], error: UserError | None) -> None:
         """Raise UserError on all ranks if one of them could not sample, or no group has rewards."""

@@ -42,9 +42,9 @@ class Group:
     """Group of answers to one question."""
 
     phase: int  # the number of the sampling, which is for `inner_steps` steps
-    place: int  # of the question in the data
+    place: int  # place of the question in the data
     question: Question
-    prompt: np.ndarray  # its tokens
+    prompt: np.ndarray  # tokens of the question
     answers: list[Answer]  # all sampled tokens: an end of document, or the text that ended it, too
     scored: GroupRewards | Failed
     advantages: Tensor | None  # (G,) float64; None if the reward failed
@@ -113,7 +113,7 @@ class Rollouts:
     def __init__(self, model: RWKV, questions: Questions, encoder: Encoder, rewards: Rewards, config: Config):
         self.model, self.questions, self.encoder = model, questions, encoder
         self.rewards, self.config = rewards, config
-        self.told: set[str] = set()  # kinds of failures that were reported
+        self.reported: set[str] = set()  # kinds of failures that were reported
 
     def groups(self, phase: int, places: Sequence[int]) -> list[Group]:
         """Draw a group for each of these questions. Raises UserError if the model overflows.
@@ -158,11 +158,11 @@ class Rollouts:
     def _judged(self, rewards: PatientRewards, phase: int, place: int, answers: list[Answer]) -> Group:
         question = self.questions[place]
         scored = rewards.score(question, answers)
-        found = None
+        better_by = None
         if isinstance(scored, Failed):
-            if scored.kind not in self.told:
-                self.told.add(scored.kind)
+            if scored.kind not in self.reported:
+                self.reported.add(scored.kind)
                 say(f"note: a group of draw {phase + 1} is left out, as its reward failed: {scored.reason}")
         else:
-            found = advantages(scored.total[None], self.config.advantage_scale == "group")[0]
-        return Group(phase, place, question, self.questions.prompts[place], answers, scored, found)
+            better_by = advantages(scored.total[None], self.config.advantage_scale == "group")[0]
+        return Group(phase, place, question, self.questions.prompts[place], answers, scored, better_by)

@@ -29,13 +29,13 @@ from ..estimates import BatchSizes, SharedPrompts, Work
 WITHOUT_REFERENCE_ANSWER = ("regex", "length")  # built-in rewards that ignore the reference answer
 FREE = 512  # tokens of an answer for rewards without a limit on its length
 MEASURED = 1000  # reference answers whose lengths are the estimate of an answer's length
-BESIDE = 1.5  # assume answers 1.5 x as long as the reference answers: wrong answers are longer
+LONGER = 1.5  # assume answers 1.5 x as long as the reference answers: wrong answers are longer
 # More rows make a token's operators larger and no more of them. At the end of a phase few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
 STATES = 3  # states of a row while a token is made: the old one, the new one, and a copy in between
 TOGETHER = 4096  # tokens of prompts that are read as one batch, with padding
-# numbers for each channel of such a token, while a layer reads it
-READING = 22
+# numbers that a layer holds for each channel of a prompt's token while it reads the prompt
+READ_NUMBERS = 22
 # fp32 numbers of a row for each token of the vocabulary: the logits, and values made from them
 LIKELIHOODS = 3
 STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # the most for these
@@ -116,14 +116,14 @@ def usual_length(loaded: LoadedQuestions, tokenizer: Tokenizer, rewards: Mapping
         return math.inf
     answers = [question.answer for question in loaded.questions if question.answer.strip()]
     lengths = [text_length(tokenizer, answer) for answer in answers[:: len(answers) // MEASURED + 1]]
-    return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
+    return LONGER * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
 
 def largest_groups(questions: Questions, micro_bsz: int, chunk_ctx: int) -> BatchSizes:
     """Return the sizes of the largest micro-batch, with answers as long as they may be."""
     prompt = int(questions.prompt_lengths.max(initial=1))
     trained = micro_bsz * questions.answer_tokens
-    # of all answers to a question, each after its prompt
+    # the length of all answers to a question, each after its prompt
     row = questions.group_size * (prompt - 1 + questions.max_tokens)
     if chunk_ctx:
         return BatchSizes(row, trained)

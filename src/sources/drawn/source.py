@@ -28,7 +28,7 @@ from ..estimates import BatchSizes, Speed, Times, Work
 from ..policy import Policy
 from .sizes import (
     LIKELIHOODS,
-    READING,
+    READ_NUMBERS,
     STATES,
     TOGETHER,
     evaluation_work,
@@ -64,7 +64,7 @@ class DrawnCost(SourceCost, abc.ABC):
         config, itemsize = self.config, PRECISIONS[precision].itemsize
         a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
         prompts = min(TOGETHER, config.micro_bsz * config.accumulation * config.ctx_len)
-        read = READING * itemsize * arch.n_embd * prompts
+        read = READ_NUMBERS * itemsize * arch.n_embd * prompts
         return self.sampled_at_once(arch, precision, accelerator) * a_row + read
 
     def evaluation_costs(self, held_out: Questions) -> np.ndarray:

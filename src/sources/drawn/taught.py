@@ -1,4 +1,4 @@
-"""Questions, whose answers the model draws, and a teacher beside it, as --loss distill_on_policy reads them.
+"""Questions, whose answers the model draws, and a teacher that reads them, for --loss distill_on_policy.
 
 The teacher tells what it would have written at each token: all probabilities of the vocabulary.
 """
@@ -21,7 +21,7 @@ from ...data.questions import LoadedQuestions, Questions, answer_limit
 from ...data.tokenizer import Tokenizer
 from ..base import Evaluation, Feed, TrainingData
 from ..policy import Policy
-from ..reference_model import TeacherBeside, reference_arch, relative_work
+from ..reference_model import LiveTeacher, reference_arch, relative_work
 from .sizes import FREE, have_answers, usual_length, within_row
 from .source import DrawnCost, DrawnSource
 
@@ -65,13 +65,13 @@ class TaughtDrawnSource(DrawnSource):
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         teacher = reference_arch(self.config.reference).describe()
-        beside = f"teacher    {teacher}; stays beside the model, and reads each answer once a step"
-        return [*super().lines(documents, schedule, arch), beside]
+        line = f"teacher    {teacher}; stays in memory with the model, and reads each answer once a step"
+        return [*super().lines(documents, schedule, arch), line]
 
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
     ) -> TrainingData:
-        return dataclasses.replace(data, teacher=TeacherBeside(self.config, self.chunks, policy.device))
+        return dataclasses.replace(data, teacher=LiveTeacher(self.config, self.chunks, policy.device))
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool

@@ -32,19 +32,19 @@ class TaughtEvaluation(DrawnEvaluation):
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
         self.module = trainer.lightning_module
-        # of this process's answers: the KL, and tokens
+        # sums over this process's answers: the KL, and the tokens
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.module.device)
         return super().measure(trainer, is_stopped)
 
-    def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
-        given, size = super()._given(model, questions, block, bar), self.module.config.micro_bsz
+    def _answers(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
+        answers, size = super()._answers(model, questions, block, bar), self.module.config.micro_bsz
         groups = [
             AnswerGroup.of(questions.prompts[place], [answer.tokens], [0.0], [np.zeros(len(answer.tokens))])
-            for place, answer in zip(block, given, strict=True)
+            for place, answer in zip(block, answers, strict=True)
         ]
         for start in range(0, len(groups), size):
             self._read(model, groups[start : start + size])
-        return given
+        return answers
 
     def _read(self, model: RWKV, groups: list[AnswerGroup]) -> None:
         """Add the KL of some answers."""
@@ -52,7 +52,8 @@ class TaughtEvaluation(DrawnEvaluation):
         loss = source.loss
         rows = [[group] for group in groups]
         batch = collate_answers(rows, 1.0, source.chunks.size, shared, GROUP).to(self.sums.device)
-        self.sums[0] += loss.reported(*loss(model, self.module.data.teacher.beside(batch), source.chunks))
+        batch = self.module.data.teacher.with_entries(batch)
+        self.sums[0] += loss.reported(*loss(model, batch, source.chunks))
         self.sums[1] += batch.targets.numel()
 
     def _scores(self, questions: Questions, judged: list[Judged]) -> tuple[float, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The batches of on-policy distillation: drawn answers, with what the teacher makes of each token."""
+"""The batches of on-policy distillation: drawn answers, with the teacher's entries for each token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...common.batch import Batch
-from ..reference_model import TeacherBeside
+from ..reference_model import LiveTeacher
 from .feed import RolloutFeed
 
 
@@ -14,10 +14,10 @@ class TaughtFeed(RolloutFeed):
     """Feed of all drawn answers. The teacher reads a micro-batch when its turn comes, so that only its inputs
     of the head are in memory."""
 
-    def __init__(self, *drawn: Any, teacher: TeacherBeside):
+    def __init__(self, *drawn: Any, teacher: LiveTeacher):
         super().__init__(*drawn)
         self.teacher = teacher
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
-            yield self.teacher.beside(batch)
+            yield self.teacher.with_entries(batch)

@@ -27,7 +27,7 @@ class WithBaseline(Feed):
     def __init__(self, batches: Batches, schedule: Schedule, steps: range, policy: Policy, chunk: int):
         super().__init__(batches, schedule)
         others = batches.documents.others
-        # the same examples in each step, in rows of other lengths
+        # each step has the examples of the trained step, in rows of other lengths
         lengths = dataclasses.replace(schedule, lengths=schedule.rows.sums(others.lengths - 1))
         self.others = iter(Batches(others, lengths, steps.stop, policy.processes.rank, steps.start, chunk))
         self.policy = policy
@@ -43,9 +43,9 @@ def baseline(batches: Iterable[Batch], policy: Policy) -> Tensor:
     """Compute the baseline of the mismatched examples of all processes, a scalar in fp32."""
     sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for batch in batches:
-        found = policy.log_probs(batch)  # also without examples: all ranks run the same operations
+        log_probs = policy.log_probs(batch)  # also without examples: all ranks run the same operations
         if len(batch.chosen):
-            sums[0] += (found - batch.reference).double().sum()
+            sums[0] += (log_probs - batch.reference).double().sum()
             sums[1] += len(batch.chosen)
     moved, answers = policy.processes.total(sums)
     return (moved / answers.clamp(min=1)).clamp(min=0).float()

@@ -7,9 +7,9 @@ import numpy as np
 from ...data.batches import Schedule
 from ...data.preferences import Preferences
 
-# Cost of a pass through the layers beside its tokens, in tokens times n_embd. A wider model takes longer for
-# a token, but as long for the overhead of each operator. The CPU's number was measured at width 96
-# (docs/speed.md); the GPU's is an estimate from its launches.
+# Overhead of a pass through the layers, whatever its tokens, in tokens times n_embd. A wider model takes
+# longer for a token, but as long for the overhead of each operator. The CPU's number was measured at width
+# 96 (docs/speed.md); the GPU's is an estimate from its launches.
 PASS_COST = {"cpu": 32_000, "gpu": 2_000_000}
 LEAST_GAIN = 1.05  # the least speed-up for which prompts are shared
 SAMPLED_STEPS = 32  # number of steps of the first pass that are sampled

@@ -38,13 +38,13 @@ class PairCost(SourceCost):
         return shared / separate
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
-        config, found = self.config, super().largest_batch(schedule, documents, arch)
+        config, sizes = self.config, super().largest_batch(schedule, documents, arch)
         if documents is None:
-            return found
+            return sizes
         sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
         if not self.source.prompt_reading(documents, sized, arch).shared:
-            return found
-        return dataclasses.replace(found, shared=largest_shared(documents, sized))
+            return sizes
+        return dataclasses.replace(sizes, shared=largest_shared(documents, sized))
 
     def reference_work(self, arch: Arch, trained: float, held_out: float) -> float:
         if not self.loss.needs_reference:
@@ -126,23 +126,23 @@ class PairSource(Source):
             return dataclasses.replace(data, documents=documents, evaluated=evaluated)
 
     def _with_values(self, documents: Preferences, read: Callable[..., np.ndarray], what: str) -> Preferences:
-        """Add values to the documents, and under kto to the mismatched examples beside them."""
+        """Add values to the documents, and under kto to their mismatched examples."""
         if not len(documents):
             return documents
-        known = documents.with_reference(read(documents, what=what))
+        with_values = documents.with_reference(read(documents, what=what))
         if self.loss.paired:
-            return known
+            return with_values
         others = documents.mismatched()
         others = others.with_reference(read(others, what=f"{what}, with other prompts"))
-        return dataclasses.replace(known, others=others)
+        return dataclasses.replace(with_values, others=others)
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool
     ) -> Feed:
-        found = super().feed(data, schedule, steps, policy, shared)
+        feed = super().feed(data, schedule, steps, policy, shared)
         if self.loss.paired:
-            return found
-        return WithBaseline(found.batches, schedule, steps, policy, self.chunks.size)
+            return feed
+        return WithBaseline(feed.batches, schedule, steps, policy, self.chunks.size)
 
     def before_evaluation(
         self, examples: Examples, batches: Callable[[Examples], Iterator[Batch]], policy: Policy
@@ -157,7 +157,7 @@ SOURCE = PairSource
 
 
 class WithKl(HeldOutLoss):
-    """Evaluations with the KL to the reference beside the other metrics."""
+    """Evaluations with the KL to the reference as a further metric."""
 
     def __init__(self, module):
         super().__init__(module)
@@ -167,7 +167,7 @@ class WithKl(HeldOutLoss):
         self.kl.reference.start(trainer, self.module)
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
-        found = super().measure(trainer, is_stopped)
-        if found:
-            found.metrics["kl"] = self.kl.measure(trainer)
-        return found
+        evaluated = super().measure(trainer, is_stopped)
+        if evaluated:
+            evaluated.metrics["kl"] = self.kl.measure(trainer)
+        return evaluated
