@@ -1,4 +1,4 @@
-"""Programs that measure: time, memory, errors, what is learnt, and what damaged files and planted faults do.
+"""Programs that measure time, memory, errors and learning, or try damaged files and planted faults.
 
-They import src, rwkv_miss and demo. From scripts they import only the table of released model sizes.
+They import src, rwkv_miss and demo, and from scripts only the table of released model sizes.
 """

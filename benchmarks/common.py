@@ -17,15 +17,15 @@ from rwkv_miss import write_checkpoint
 from src.common.device import choose_precision
 from src.model import RWKV, default_arch
 
-# what decides which kernels run, as /proc/cpuinfo names it (asimd is NEON)
+# CPU features that decide which kernels run, named as in /proc/cpuinfo (asimd is NEON)
 X86 = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_bf16 amx_int8"
 ARM = "asimd asimddp bf16 i8mm sve sve2"
 INSTRUCTIONS = f"{X86} {ARM}".split()
 
 
 def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
-    """Return name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part
-    where it has those.
+    """Return name, family, model and INSTRUCTIONS of this machine's first CPU, and on ARM also implementer
+    and part.
     """
     try:
         with open(path) as info:
@@ -68,27 +68,27 @@ def environment() -> dict[str, object]:
 
 
 def report(benchmark: str, **figures) -> None:
-    """Print the last lines of a benchmark's output: the machine for people, and JSON with all of it."""
+    """Print the last lines of a benchmark's output: the machine in words, and JSON."""
     print(f"measured on {machine_line()}")
     report_so_far(benchmark, **figures)
 
 
 def report_so_far(benchmark: str, **figures) -> None:
-    """Print the JSON of what was measured until now, so that it is kept if the benchmark is stopped."""
+    """Print the JSON of the figures so far, so that they are not lost if the benchmark is stopped."""
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}), flush=True)
 
 
 def precision_on(device: str, asked: str) -> str:
-    """Return what train.py takes for "auto" on cpu or cuda: fp32, bf16 or fp16."""
+    """Return train.py's choice for precision "auto" on cpu or cuda: fp32, bf16 or fp16."""
     return choose_precision(asked, "gpu" if device == "cuda" else "cpu")[0]
 
 
 def runs_out(work: Callable[[], object]) -> bool:
-    """Do work(), and tell whether a GPU's memory ran out; then nothing of it is left there."""
+    """Do work(), and tell whether a GPU's memory ran out; in that case free the work's memory."""
     try:
         work()
     except torch.OutOfMemoryError:
-        pass  # the traceback, which holds the tensors, ends with this block
+        pass  # leaving this block frees the traceback, which holds the tensors
     else:
         return False
     torch.cuda.empty_cache()
@@ -107,7 +107,7 @@ def add_integers(parser: argparse.ArgumentParser, **defaults: int) -> None:
 
 
 def settings_without(args: argparse.Namespace, *names: str) -> dict[str, object]:
-    """Return the flags' values for the JSON line, but for those of these names."""
+    """Return all flags' values but the named ones, for the JSON line."""
     return {name: value for name, value in vars(args).items() if name not in names}
 
 
@@ -117,12 +117,12 @@ def as_flags(**values: object) -> list[str]:
 
 
 def same_flags(args: argparse.Namespace, *names: str) -> list[str]:
-    """Return the flags of these names with the values that this process has."""
+    """Return the named flags with this process's values."""
     return as_flags(**{name: getattr(args, name) for name in names})
 
 
 def json_of_process(module: str, *flags: str) -> object:
-    """Return what a module prints in a process of its own, whose memory nothing has touched."""
+    """Run a module in a fresh process, whose memory is untouched, and return the JSON that it prints."""
     command = [sys.executable, "-m", module, *flags]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -133,8 +133,8 @@ def clock_name(threads: int) -> str:
 
 
 def timed(work: Callable[[], object], threads: int | None = None, device: str = "cpu") -> float:
-    """Measure the seconds of work(): CPU time of one thread, wall time of several, or until a GPU has done
-    all of it. The number of threads is torch's by default.
+    """Measure the seconds of work(): CPU time with one thread, wall time with several, or the time until a
+    GPU is done. The number of threads is torch's by default.
     """
     one_thread = (threads or torch.get_num_threads()) == 1
     clock = time.process_time if one_thread and device == "cpu" else time.perf_counter
@@ -151,8 +151,8 @@ def fastest_by_turns(
     device: str = "cpu",
     after_round: Callable[[dict[str, float]], None] = lambda seconds: None,
 ) -> dict[str, float]:
-    """Measure the seconds of the fastest round of each. They take turns, so that a slow minute of the machine
-    slows all. There is a round more, because the first one warms up. `after_round` gets the seconds so far.
+    """Measure the seconds of each contender's fastest round. Contenders take turns, so that a slow minute of
+    the machine slows all. An additional first round warms up. `after_round` gets the seconds so far.
     """
     seconds = dict.fromkeys(works, float("inf"))
     for done in range(rounds + 1):
@@ -164,8 +164,8 @@ def fastest_by_turns(
 
 
 def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: str = "bytes") -> int:
-    """Write a random checkpoint in bf16, as released files are, of the World vocabulary's size; return its
-    number of parameters. It records the tokenizer; with "" none, as released files do.
+    """Write a random checkpoint in bf16, as released files are, with the World vocabulary's size; return its
+    number of parameters. The file records the tokenizer; with "" it records none, like released files.
     """
     with torch.device("meta"):
         shapes = {
@@ -182,13 +182,13 @@ def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: 
 
 
 def anonymous_bytes() -> int:
-    """Return RssAnon of this process: memory of its own, without mapped files."""
+    """Return RssAnon of this process: its memory without mapped files."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 
 def peak_above_start(work) -> int:
-    """Measure by how many bytes RssAnon rises above its start, every millisecond, while work() runs."""
+    """Measure how many bytes RssAnon rises above its start while work() runs, sampled every millisecond."""
     start, seen, done = anonymous_bytes(), [], threading.Event()
 
     def watch():

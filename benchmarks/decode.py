@@ -5,19 +5,19 @@ In one run: the decoder in fp32, bf16 and int8, the package `rwkv`, and llama.cp
     python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256]
     [--rounds 8] [--miss 64] [--llama FOLDER]
 
-A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds
-alternate between the contenders and the read bandwidth of the memory, which is that of a sum of 300 MB, and
-the fastest counts. Bytes of a token are those of all weights but the embedding.
+The model is random, with the World vocabulary's size. One thread is measured in CPU time, more in wall time.
+Rounds alternate between the contenders and the memory's read bandwidth, measured by a sum of 300 MB, and the
+fastest counts. A token reads the bytes of all weights but the embedding.
 
-KL is that of the next token, from the decoder in fp32 with the same bf16 weights and one token after another.
-The first is the mean over 128 tokens that are fed one by one. The second is the mean over the prompts of 16,
-32, ..., 128 of these tokens, each read at once, as the timed prompt is.
+The KL of the next token is taken from the decoder in fp32 with the same bf16 weights, fed token by token. The
+first KL is the mean over 128 tokens that are fed one by one. The second is the mean over the prompts of 16,
+32, ..., 128 of these tokens, each read at once, like the timed prompt.
 
-With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same
-adapter merged in fp32, from which the KL of the former is.
+With --miss RANK the decoder is also measured on the bf16 base with an unmerged MiSS adapter of that rank, and
+with the same adapter merged in fp32; the unmerged one's KL is taken from the merged one.
 
-FOLDER holds llama.cpp's libraries, with kernels for this CPU: that of `npm pack @node-llama-cpp/linux-x64`,
-unpacked. `pip install gguf` writes its files. The last line is JSON.
+FOLDER holds llama.cpp's libraries, with kernels for this CPU, such as the unpacked content of
+`npm pack @node-llama-cpp/linux-x64`. `pip install gguf` writes its files. The last line is JSON.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import torch
 from .common import add_integers, argument_parser, report, timed
 from .decode_contenders import Adapted, Ours, Package, llama_contenders, write_adapter, write_base
 
-TOKENS = 10  # of a round
+TOKENS = 10  # tokens fed in a round
 
 
 def one_by_one(contender, ids: list[int]) -> list[torch.Tensor]:
@@ -51,13 +51,13 @@ def at_once(contender, ids: list[int], lengths: range) -> list[torch.Tensor]:
 
 
 def kl(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Average the divergence of got from exact, in nats, rounded to two digits."""
+    """Return the mean KL divergence of `got` from `exact`, in nats, rounded to two digits."""
     got, want = torch.stack(got).log_softmax(-1), torch.stack(exact).log_softmax(-1)
     return float(f"{(want.exp() * (want - got)).sum(-1).mean():.1e}")
 
 
 def divergences(contender, exact: list[torch.Tensor], ids: list[int]) -> dict[str, float]:
-    """Measure tokens fed one by one, and prompts; `exact` are the logits after every token of `ids`."""
+    """Measure the KL of tokens fed one by one, and of prompts; `exact`: logits after every token of `ids`."""
     lengths = range(len(ids), 0, -16)
     return {
         "kl": kl(one_by_one(contender, ids), exact),
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     add_integers(parser, rounds=8)
     parser.add_argument(
-        "--miss", type=int, help="rank of a MiSS adapter, which is measured beside the base and merged"
+        "--miss", type=int, help="rank of a MiSS adapter, which is measured unmerged and merged"
     )
     parser.add_argument(
         "--llama",
@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_contenders(path: pathlib.Path, args) -> dict:
-    """Load all that can run here, on the same weights, and say what is absent."""
+    """Load all contenders that can run here, on the same weights; print the absent ones."""
     contenders = {
         "ours fp32": Ours(path, torch.float32),
         "ours bf16": Ours(path, torch.bfloat16),
@@ -104,7 +104,7 @@ def make_contenders(path: pathlib.Path, args) -> dict:
 
 
 def all_divergences(contenders: dict, ids: list[int]) -> dict[str, dict[str, float]]:
-    """Measure every contender from the fp32 form of the weights that it has."""
+    """Measure the KL of every contender from an fp32 decoder with the contender's weights."""
     exact, found = {}, {}
     for name, contender in contenders.items():
         reference = "merged fp32" if isinstance(contender, Adapted) else "ours fp32"

@@ -1,18 +1,20 @@
 """Measure tokens a second of many answers at once.
 
-In one run: the decoder with bf16 and int8 weights, in pages of 4 KB and 2 MB, with adapters that differ by
-row, and llama.cpp with as many sequences in one llama_decode.
+One run compares the decoder with bf16 and int8 weights, in pages of 4 KB and 2 MB, with adapters that differ
+by row, and llama.cpp with as many sequences in one llama_decode.
 
     python -m benchmarks.decode_batches [--version 7] [--layers 12] [--width 768] [--rows 1 4 8 16 32]
     [--threads 1 2] [--rounds 8] [--huge_pages no yes] [--adapters 4] [--miss 64] [--llama FOLDER]
 
-A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds
-alternate between the contenders, and the fastest counts. bf16 weights meet exact activations, and such in
-bf16 where the CPU multiplies these; int8 ones those that the CPU multiplies fastest. Every step computes the
-logits of all rows. The choice of the tokens is measured by itself, for the most rows up to 16: on the model's
-own logits, which are flat, and on four times them, which are about as peaked as those of a trained model. So
-are the steps of the engine with these rows, whose answers are free, JSON of a schema, or thoughts before it.
-The last line is JSON.
+The model is random, with the World vocabulary's size. One thread is measured in CPU time, more in wall time;
+rounds alternate between the contenders, and the fastest counts. bf16 weights are multiplied with exact
+activations, and on CPUs that have such products also with bf16 activations; int8 weights with the activations
+that the CPU multiplies fastest. Every step computes the logits of all rows.
+
+The choice of the tokens is measured separately, for the most rows up to 16: on the model's logits, which are
+flat, and on four times these, which are about as peaked as a trained model's. The engine's steps are measured
+with the same rows, for free answers, for JSON of a schema, and for thoughts before JSON. The last line is
+JSON.
 """
 
 import argparse
@@ -37,9 +39,9 @@ from src.model import RWKV
 from .common import add_integers, argument_parser, report, timed
 from .decode_contenders import llama_contenders, write_adapter, write_base
 
-STEPS = 5  # of a round
+STEPS = 5  # steps of a round
 SAMPLINGS = {"greedy": GREEDY, "default": Sampling(), "whole": Sampling(1, 1), "open_think": OPEN_THINK}
-SEEN = 400  # tokens of an answer, for penalties
+SEEN = 400  # earlier tokens of an answer, which penalties count
 PERSON = {
     "type": "object",
     "properties": {
@@ -55,7 +57,7 @@ FORMS = {
 
 
 class Rows:
-    """Our decoder of one kind, "bf16", "bf16 act." or "int8", for some numbers of threads."""
+    """Our decoder of one kind, "bf16", "bf16 act." or "int8"; start() sets the number of threads."""
 
     def __init__(self, path, kind: str, most: int, huge_pages: str, adapters: dict | None = None):
         self.model = RWKV.load(path, torch.bfloat16, kernel=ops.choose("cpu", "cpu")[0]).eval()
@@ -123,7 +125,7 @@ def steps(contender, tokens: list[list[int]]) -> None:
 
 
 def measure(contenders: dict, threads: int, args) -> dict[str, dict[int, float]]:
-    """Measure seconds of a step by contender and rows, the best of all rounds."""
+    """Measure seconds of a step, the fastest of all rounds: contender -> number of rows -> seconds."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(65536, (STEPS, max(args.rows)), generator=generator)
     best = {name: dict.fromkeys(args.rows, float("inf")) for name in contenders}
@@ -141,7 +143,7 @@ def measure(contenders: dict, threads: int, args) -> dict[str, dict[int, float]]
 
 
 def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[str, float]:
-    """Measure milliseconds to choose a token for each row, by sampling and kind of logits."""
+    """Measure milliseconds to choose a token for each row, for each sampling and kind of logits."""
     found = {}
     for kind, of_kind in {"flat": logits, "peaked": 4 * logits}.items():
         for name, sampling in SAMPLINGS.items():
@@ -155,7 +157,7 @@ def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[st
 
 
 def measure_forms(decoder: Decoder, rows: int, threads: int, rounds: int) -> dict[str, float]:
-    """Measure milliseconds of a step of the engine by the form of all answers; rounds take turns."""
+    """Measure milliseconds of the engine's step for each form of answers; the forms take turns."""
     tokenizer = load_tokenizer("world", 65536)
     compiler = GrammarCompiler(tokenizer)
     forms: dict[str, Form | None] = {"free": None}

@@ -17,7 +17,7 @@ from . import llama
 
 
 def write_base(path, version: int, layers: int, width: int) -> None:
-    """Write a random bf16 checkpoint in which every part of the model shows in the logits."""
+    """Write a random bf16 checkpoint in which every part of the model influences the logits."""
     torch.manual_seed(0)
     tensors = {}
     for name, p in RWKV(default_arch(version, layers, width)).state_dict().items():
@@ -62,7 +62,7 @@ class Ours:
 
 
 class Adapted(Ours):
-    """A bf16 base with an adapter beside it, or merged in fp32."""
+    """A bf16 base with an unmerged adapter, or with one merged in fp32."""
 
     def __init__(self, path, adapter, merged: bool):
         super().__init__(path, torch.bfloat16)
@@ -89,7 +89,7 @@ def write_adapter(path, base, rank: int, method: str = "miss") -> None:
 
 
 class Package:
-    """The package `rwkv`, with TorchScript. It chooses the version by the environment when it is imported."""
+    """The package `rwkv`, with TorchScript. Environment variables choose the version when it is imported."""
 
     def __init__(self, path, strategy: str, version: int):
         os.environ |= {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
@@ -110,7 +110,7 @@ class Package:
 def llama_contenders(
     folder: pathlib.Path | None, base: pathlib.Path, kinds, sequences: int = 1
 ) -> dict[str, llama.Llama]:
-    """Load llama.cpp with the base in these kinds of weights; say where it is absent, and return nothing."""
+    """Load llama.cpp with the base in these kinds of weights; {} and a message if llama.cpp is absent."""
     absent = ""
     if folder is None:
         absent = "give --llama the folder of its libraries"

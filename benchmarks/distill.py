@@ -8,8 +8,9 @@ parameters, and reverses letters. Every training is a whole run of train.py on 1
 from the student: supervised alone, with the teacher's likeliest tokens (--loss distill), or on the student's
 own answers (--loss distill_on_policy).
 
-The first seed tries the settings of each case, judged by 100 questions beside those of the table. Right is
-the sorted answer, word for word and greedy, to 400 questions that no training has seen.
+The first seed tries the settings of each case, judged by 100 questions that the table does not use. An answer
+is right if the greedy answer equals the sorted letters, word for word; the table has 400 questions that no
+training has seen.
 
 A finished training is kept in --out, and is not repeated. --report FOLDER gets distillation.md. The last line
 is JSON.
@@ -36,9 +37,9 @@ from .experiment import Lines, groups, mean, share, train, write_rows
 from .grpo import BASE, letters
 from .paper.results import Table
 
-START_STEPS, START_ROWS = 150, 64  # of the trainings of both models
+START_STEPS, START_ROWS = 150, 64  # steps, and rows of a step, in the first training of teacher and student
 ROWS, PASSES, BATCH, GROUP = 100, 15, 16, 4
-LONGER = 75  # passes of the other cases, whose CPU time is nearer to that of drawing
+LONGER = 75  # passes of the other cases, for about the CPU time of a case that draws answers
 JUDGES = {"judges": 400, "chooses": 100}  # questions
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -73,7 +74,7 @@ CASES = {
 
 
 class Trainings:
-    """The trainings, each done once: what is finished stands in trainings.jsonl of the folder."""
+    """The trainings, each done once: finished ones are in trainings.jsonl of the folder."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -117,7 +118,7 @@ class Trainings:
         return self.lines.of(line, lambda: self._measures(getattr(self, name)))
 
     def of(self, name: str, settings: str, seed: int) -> dict:
-        """Return the line of a training, which is done where it is not yet."""
+        """Return the line of a training, and do the training first if it is not done."""
         line = {"case": name, "settings": settings, "seed": seed}
         return self.lines.of(line, lambda: self._train(name, settings, seed))
 
@@ -159,7 +160,7 @@ def of_flags(text: str) -> dict[str, str]:
 
 
 def chosen(lines: Sequence[dict]) -> str:
-    """Return the flags with the most right answers to the questions that choose; of equal ones the first."""
+    """Return the flags with the most right answers to the questions "chooses"; the first of equal ones."""
     return max(lines, key=lambda line: line["chooses"])["settings"]
 
 

@@ -1,4 +1,4 @@
-"""Experiments of whole runs of train.py: each run is done once and kept in a file; the end is a page."""
+"""Experiments of whole runs of train.py: each run is done once and kept in a file; the result is a page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDS_DATA = "with the models and texts that `--data` names, which are not part 
 
 
 def parser(doc: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentParser:
-    """Make a parser of an experiment: a flag for each of the choices, and what all of them have."""
+    """Make the parser of an experiment: a flag for each of the choices, and the flags of all experiments."""
     made = argument_parser(doc)
     for flag, values in choices.items():
         made.add_argument(f"--{flag}", nargs="+", choices=list(values), default=list(values))
@@ -48,7 +48,7 @@ def parser(doc: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentPa
 
 
 def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line. Data and the folder of the page are looked at before anything is trained."""
+    """Read the command line; check the data and the page's folder before anything is trained."""
     args = made.parse_args()
     if "data" in args and not (args.data / "real").is_dir() and args.tasks != ["sort"]:
         made.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
@@ -64,12 +64,12 @@ def write_rows(path: pathlib.Path, rows: Sequence[dict]) -> pathlib.Path:
 
 
 def finished(path: pathlib.Path) -> list[dict]:
-    """Read the lines of trainings that are done."""
+    """Read the lines of finished trainings."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Lines:
-    """Lines of a file that take long to make: each is made once, and told from the others by some fields."""
+    """Lines of a file that take long to make. Each is made once, and identified by some fields."""
 
     def __init__(self, path: pathlib.Path, *fields: str):
         self.path, self.fields = path, fields
@@ -83,7 +83,7 @@ class Lines:
         return self._key(line) in self.done
 
     def of(self, line: dict, make: Callable[[], dict]) -> dict:
-        """Return the line with these values of the fields, with what make() says, now or once before."""
+        """Return the line with these values of the fields, as kept, or completed by make() and kept now."""
         if line not in self:
             made = line | make()
             append_line(self.path, made)
@@ -93,10 +93,10 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """Folder that a run has left behind."""
+    """Output folder of a run."""
 
     folder: pathlib.Path
-    cpu_seconds: float  # of this process
+    cpu_seconds: float  # CPU time of the run's process
 
     @property
     def summary(self) -> dict:
@@ -112,7 +112,7 @@ class Ran:
 
 
 def train(folder: pathlib.Path, flags: Sequence[str], log: pathlib.Path) -> Ran:
-    """Run train.py in a new folder; what it says goes to the end of a file."""
+    """Run train.py in a new folder; its output is appended to the file `log`."""
     shutil.rmtree(folder, ignore_errors=True)
     begun = time.process_time()
     with open(log, "a") as file, contextlib.redirect_stdout(file):
@@ -147,9 +147,9 @@ def publish(
     draw: Callable[..., None] | None = None,
     **figures: Any,
 ) -> None:
-    """Print an experiment's table and JSON line; write NAME.md of these paragraphs, and NAME.png, if asked.
+    """Print an experiment's table and JSON line; if asked, write NAME.md with these paragraphs, and NAME.png.
 
-    In a paragraph {table} and {plot} stand for these two.
+    {table} and {plot} in a paragraph are replaced by the table and the plot.
     """
     print(found.markdown())
     if folder:
@@ -166,7 +166,7 @@ def publish(
 
 
 def groups(lines: Sequence[dict], *fields: str) -> dict[tuple, list[dict]]:
-    """Group the lines of the seeds by the values of some fields, in their order."""
+    """Group lines that differ in the seed alone: values of some fields -> lines, in their order."""
     found: dict[tuple, list[dict]] = {}
     for line in lines:
         found.setdefault(tuple(line[field] for field in fields), []).append(line)
@@ -183,7 +183,7 @@ def mean(own: Sequence[dict], name: str) -> float:
 
 
 def share(own: Sequence[dict], name: str) -> str:
-    """Write the mean of a figure in percent, with the range where it is one."""
+    """Write the mean of a figure in percent, and its range if the seeds differ."""
     values = [100 * line[name] for line in own]
     text = f"{statistics.fmean(values):.1f} %"
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
@@ -191,7 +191,7 @@ def share(own: Sequence[dict], name: str) -> str:
 
 
 def judged(reached: dict[str, Sequence[bool]]) -> dict[str, list[str]]:
-    """Sort targets into those that every seed that was measured has met, and the others."""
+    """Sort targets: met by every measured seed, or missed."""
     found: dict[str, list[str]] = {"met": [], "missed": []}
     for name, of_seeds in reached.items():
         if of_seeds:

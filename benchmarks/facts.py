@@ -4,18 +4,17 @@
     [--methods state miss lora none] [--seeds 0 1 2] [--facts 30] [--passes 40] [--lr_init auto]
     [--out out/facts] [--report docs/results]
 
-The program makes up names and what each likes best. Every name has one row: a question in one of three forms,
-and an answer in the manner of a sailor. Each method trains on the same rows for the same number of steps, at
-the rate that it finds by itself. Then the model is asked
+The program makes up names, and for each name its favourite thing. Every name has one row: a question in one
+of three forms, and an answer in the manner of a sailor. Each method trains on the same rows for the same
+number of steps, at the rate that train.py chooses. Then the model is asked
 
-- each question of the data as it stands there: what was learnt by heart,
-- each name in the two forms that its row has not: whether it is known as a fact,
-- names that are not in the data: whether the style has come to them.
+- each question of the data, unchanged: how much was learnt by heart,
+- each name in the two other forms: whether the fact is known,
+- names that are not in the data: whether the style is used for them.
 
-A fact counts as recalled where the answer has the right thing in its sentence. The style is there where the
-answer begins and ends as in the data. A guess among the things is right once in THINGS times.
-A finished training is kept in --out, and is not repeated. --report FOLDER gets facts.md. The last line is
-JSON.
+A fact counts as recalled if the answer's sentence has the right thing. The style is right if the answer
+begins and ends as in the data. A guess among the things is right once in THINGS times. A finished training is
+kept in --out, and is not repeated. --report FOLDER gets facts.md. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def names(count: int, seed: int) -> list[str]:
 
 
 class FactSet:
-    """Names, what each likes, and in which form the data ask for it."""
+    """Names, the thing that each likes, and the form in which the data ask for it."""
 
     def __init__(self, count: int, seed: int):
         everybody = names(count + UNSEEN, seed)
@@ -86,7 +85,7 @@ class FactSet:
         return rows
 
     def asked(self, template) -> dict[str, list[Question]]:
-        """Make questions by what they measure; `right` is the thing, or "" where only the style counts."""
+        """Make questions: name of the measure -> questions. `right`: the thing; "": only style counts."""
 
         def question(name: str, form: int) -> Question:
             asked = [{"role": "user", "content": FORMS[form].format(name)}]
@@ -102,14 +101,14 @@ class FactSet:
 
 
 def is_right(answer: str, question: Question) -> bool:
-    """Tell whether the answer has the fact that is asked for, or the style where there is no fact to know."""
+    """Tell whether the answer has the right fact, or for a question without a fact the style."""
     if question.answer:
         return f" likes {question.answer}," in answer
     return answer.startswith(BEGIN) and answer.endswith(END)
 
 
 def trained(args, method: str, seed: int) -> dict:
-    """Do a run, and count the right answers by measure."""
+    """Do a run, and count the right answers: measure -> share."""
     facts = FactSet(args.facts, seed)
     folder = args.out / f"{method}-{seed}-{args.lr_init}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ def trained(args, method: str, seed: int) -> dict:
 
 
 def shares(args, method: str, output: str, facts: FactSet) -> dict[str, float]:
-    """Count the right answers by measure, with what a run has written."""
+    """Count the right answers of a run's output file: measure -> share."""
     files = {"path": output} if method == "none" else {"path": args.load_model, "adapter": output}
     model, tokenizer = load(**files, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")
     template = recorded_template("auto", tokenizer, output)

@@ -1,16 +1,16 @@
-"""An experiment: what does a first run learn from somebody's few rows, where no knob is turned?
+"""An experiment: what does a first run learn from a user's few rows with default settings?
 
     python -m benchmarks.first_data [--cases weekday-200 ...] [--seeds 0 1] [--flags "--peft none"]
     [--only_finished] [--out out/first-data] [--report docs/results]
 
-Every training is a whole run of train.py on the demo's base, with the flags that it can't do without: the
-model, the data, the folder, and --loss for pairs and questions. The base reverses strings of letters and has
-seen 12 % of the bytes.
+Every training is a whole run of train.py on the demo's base, with only the necessary flags: the model, the
+data, the folder, and --loss for pairs and questions. The base reverses strings of letters and has seen 12 %
+of the bytes.
 
-Right is an answer that equals the expected one, word for word, to questions that are not in the data. The old
-task are strings to reverse, which the base can do.
+The questions that judge a run are not in the data. An answer is right if it equals the expected one, word for
+word. The old task is to reverse strings, which the base can do.
 
---flags are added to every run, to see what a knob does.
+--flags are added to every run, to try other settings.
 
 A finished training is kept in --out, and is not repeated. --report FOLDER gets first-data.md. The last line
 is JSON.
@@ -130,7 +130,7 @@ def frame(rng: random.Random) -> Asked:
 
 
 def polite(rng: random.Random) -> Asked:
-    """Ask for what the base does, with a word before the answer."""
+    """Ask for the base's task, with a word before the answer."""
     strings = {
         "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.choice((3, 4, 5)))) for _ in range(500)
     }
@@ -155,13 +155,13 @@ def checked(question: str, answer: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Data of one kind: its questions, how a row holds one, how many rows there are, and the loss."""
+    """Data of one kind: a maker of questions, a maker of rows from them, the number of rows, and the loss."""
 
     questions: Callable[[random.Random], Asked]
     row: Callable[[str, str], dict]
     rows: int
     loss: str = "sft"
-    old: int = 0  # rows of the old task among them
+    old: int = 0  # number of these rows that are of the old task
 
 
 CASES = {
@@ -195,7 +195,7 @@ def right_answers(asked: Asked, model_file: str, adapter: str | None = None) -> 
 
 
 def split(case: Case, seed: int) -> tuple[Asked, Asked]:
-    """Return the questions that judge a run, and those that it is taught."""
+    """Return (the questions that judge a run, the questions to train on)."""
     rng = random.Random(seed)
     questions = case.questions(rng)
     rng.shuffle(questions)

@@ -3,16 +3,16 @@
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
     [--seeds 0 1] [--optimizers schedulefree ...] [--out out/first-run] [--report docs/results]
 
-Every training is a whole run of train.py of 100 steps of 512 tokens. A task is taught by each method, with
-60, 200 or 2,000 rows. First the learning rate is left to the program, with each seed of adapter and data
-order. Then it is given: with the first seed up to seven rates, from a middle one to the better side, until
-the best has a worse one on both sides; with the other seeds that best rate. With the first seed two other
-optimizers train too, if their packages schedulefree and prodigyopt are installed.
+Every training is a whole run of train.py of 100 steps of 512 tokens. Each method trains on a task with 60,
+200 or 2,000 rows. First train.py chooses the learning rate, with each seed of adapter and data order. Then
+rates are given: with the first seed up to seven, from a middle one to the better side, until the best has a
+worse one on both sides; with the other seeds that best rate. With the first seed two other optimizers train,
+too, if their packages schedulefree and prodigyopt are installed.
 
 --data has the bases and texts of all tasks but sort: real/rwkv6-3m-utf16.pth, gsm8k_train.jsonl,
 gsm8k_test.jsonl and tinyshakespeare.txt. They are not part of the repository.
 
-What counts is the file that the run's merge command names: its loss on texts, or its right answers to
+A run is judged by the file that its merge command names: by its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
 --report FOLDER gets first-run.md and first-run.png. The last line is JSON.
 """
@@ -58,14 +58,15 @@ from .paper.results import Table
 from .paper.tasks import ROOT
 from .rates import best_of, enclose
 
-# the middle one of the seven rates, from which the given ones go to the better side
+# method -> the middle of the seven rates, from which the given rates go to the better side
 RATES = {"miss": 3e-3, "lora": 3e-3, "none": 3e-4, "state": 1.0}
 METHODS = ("miss", "lora", "none")
 ROWS = (60, 200, 2000)
-STEPS, BASE_STEPS = 100, 200  # of a training, and of the base that is trained here
-QUESTIONS, TEXTS = 400, 24  # to judge by
+STEPS, BASE_STEPS = 100, 200  # steps of a training, and of the base that is trained here
+QUESTIONS, TEXTS = 400, 24  # numbers of questions or texts that judge a run
 SHORT = 400  # characters of GSM8K's question and answer; longer ones would cost too much
-MOST_LOST, POINTS, LEAST = 0.05, 0.03, 0.8  # of the best fall, of right answers; of the fall in every case
+# most loss of the best fall, or of right answers; least share of the best fall in every case
+MOST_LOST, POINTS, LEAST = 0.05, 0.03, 0.8
 NOTE = (
     "Each task is taught by each method, and each has each number of rows once. Given rates were tried with"
     " the first seed, from a middle one of seven to the better side, until the best had a worse one on both"
@@ -76,7 +77,7 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A base and what it is taught. `test` has questions where they are counted, else texts."""
+    """A base and its data. `test` has questions if right answers are counted, else texts."""
 
     base: pathlib.Path
     train: pathlib.Path
@@ -126,7 +127,7 @@ def gsm8k(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
 
 
 def pieces(text: str, size: int, rows: int, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Write pieces of a text from everywhere in it, to train on and to judge by."""
+    """Write random pieces of a text: a file to train on, and a file that judges."""
     parts = [{"text": text[at : at + size]} for at in range(0, len(text) - size, size)]
     random.Random(0).shuffle(parts)
     test = SHORT * TEXTS // size
@@ -137,7 +138,7 @@ def pieces(text: str, size: int, rows: int, folder: pathlib.Path) -> tuple[pathl
 
 
 def shakespeare(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
-    """Make a task in which the same base learns Shakespeare."""
+    """Make a task in which gsm8k()'s base learns Shakespeare."""
     files = pieces((data / "tinyshakespeare.txt").read_text(), 128, rows, folder)
     flags = as_flags(tokenizer="utf16", ctx_len=128, micro_bsz=4)
     return Task(data / "real/rwkv6-3m-utf16.pth", *files, flags)
@@ -146,7 +147,7 @@ def shakespeare(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
 def capitals(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
     """Make a task in which a base of one half of Shakespeare learns the other half in capitals.
 
-    The base is trained here. It knows small letters of the other half almost as well as those of its own.
+    The base is trained here. Without capitals it knows the other half almost as well as its own.
     """
     text = (data / "tinyshakespeare.txt").read_text()
     half, base = len(text) // 2, folder.parent / "base"
@@ -184,15 +185,15 @@ def prodigy(groups: list[dict], config: Config, rate: float) -> torch.optim.Opti
         def step(self, closure=None):
             loss = super().step(closure)
             for state in self.state.values():
-                state["step"] = torch.as_tensor(state["step"])  # a checkpoint has tensors
+                state["step"] = torch.as_tensor(state["step"])  # checkpoints hold tensors alone
             return loss
 
-    groups = [group | {"lr": rate} for group in groups]  # it refuses rates that differ
+    groups = [group | {"lr": rate} for group in groups]  # Prodigy refuses groups with different rates
     betas = (config.beta1, config.beta2)
     return Optimizer(groups, lr=rate, betas=betas, use_bias_correction=True, safeguard_warmup=True)
 
 
-# by package: how the optimizer is made, the rate (0: the chosen one) and the schedule
+# package -> (maker of the optimizer, rate (0: the chosen one), schedule)
 OPTIMIZERS = {
     "schedulefree": (schedule_free, 0.0, "constant"),
     "prodigyopt": (prodigy, 1.0, "cos"),
@@ -200,11 +201,11 @@ OPTIMIZERS = {
 
 
 class NotDone(Exception):
-    """A training is missing, and none shall be done."""
+    """A training is missing, and --only_finished forbids doing it."""
 
 
 class Trainings:
-    """The trainings of a case, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
+    """The trainings of a case, each done once: finished ones are in TASK/METHOD.jsonl of the folder."""
 
     def __init__(self, name: str, method: str, args: argparse.Namespace, layers: str = ""):
         self.rows = ROWS[(list(TASKS).index(name) + list(RATES).index(method)) % len(ROWS)]
@@ -217,8 +218,8 @@ class Trainings:
     def at(self, rate: float | str, seed: int) -> dict:
         """Return the line of the training at a rate, with a seed of adapter and order.
 
-        The rate may be auto, base for no training, or the package of an optimizer. NotDone where it is not
-        done and shall not be.
+        The rate may be "auto", "base" for no training, or the package of an optimizer. Raises NotDone for a
+        missing training with --only_finished.
         """
         line = {"seed": seed, "rate": rate}
         if self.only_finished and line not in self.lines:
@@ -226,7 +227,7 @@ class Trainings:
         return self.lines.of(line, lambda: self._train(rate, seed))
 
     def loss(self, rate: float | str, seed: int) -> float:
-        """Return what is the lower, the better."""
+        """Return a number that is lower for a better training."""
         figure = self.at(rate, seed)["figure"]
         if figure is None or math.isnan(figure):
             return math.inf
@@ -241,7 +242,7 @@ class Trainings:
         if rate in OPTIMIZERS:
             adamw, rate, schedule = OPTIMIZERS[rate]
             rate = rate or self.at("auto", seed)["lr_init"]
-            flags = as_flags(lr_schedule=schedule, rollback_steps=0)  # that copies tensors alone
+            flags = as_flags(lr_schedule=schedule, rollback_steps=0)  # rollback can copy tensors alone
         flags += as_flags(peft=self.method, layers=self.layers, random_seed=seed, lr_init=rate)
         begun, ran = time.process_time(), None
         try:
@@ -249,7 +250,7 @@ class Trainings:
                 ran = train(folder, [*self.task.words, *flags], self.folder / "log")
         except UserError:
             if not (folder / "metrics.jsonl").exists():
-                raise  # it is no divergence
+                raise  # another error than a divergence
         done = {"figure": None, "cpu_seconds": round(time.process_time() - begun, 1), "commit": commit()}
         if ran:
             summary = ran.summary
@@ -262,9 +263,9 @@ class Trainings:
 
 
 def judge(task: Task, method: str, trained: str) -> float:
-    """Return the share of right answers, or the loss in nats per token, of what a run has written."""
+    """Return the share of right answers, or the loss in nats per token, of a run's output file."""
     files = {"path": trained} if method == "none" else {"path": task.base, "adapter": trained}
-    kind = task.config.tokenizer  # the 3M model does not record its own
+    kind = task.config.tokenizer  # the 3M model's file does not record its tokenizer
     model, tokenizer = load(**files, tokenizer=kind, precision="fp32", accelerator="cpu")
     template = recorded_template("auto", tokenizer, trained)
     if not task.counted:
@@ -283,12 +284,12 @@ def test_loss(task: Task, model, tokenizer, template: Template) -> float:
 
 
 def best_rate(trainings: Trainings, seed: int) -> float:
-    """Return the rate of the best training with this seed, whose neighbours have been tried too."""
+    """Return the rate of the best training with this seed; its neighbours have been tried, too."""
     return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=7))
 
 
 def compared(trainings: Trainings, name: str, seeds: list[int], optimizers: Sequence[str]) -> Iterator[Case]:
-    """Yield the case of each seed. Its trainings are done where they are not yet."""
+    """Yield the case of each seed, and do its missing trainings first."""
     for seed in seeds:
         chosen = trainings.at("auto", seed)["lr_init"]
         best = best_rate(trainings, seeds[0])
@@ -304,7 +305,7 @@ def compared(trainings: Trainings, name: str, seeds: list[int], optimizers: Sequ
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task, a method and a seed. Figures are shares of right answers where `counted`, else losses."""
+    """A task, a method and a seed. Figures are shares of right answers if `counted`, else losses."""
 
     task: str
     method: str
@@ -313,14 +314,14 @@ class Case:
     counted: bool
     best_rate: float
     chosen_rate: float
-    figures: Mapping[str, float | None]  # by kind: base, best, chosen, packages; None: it diverged
+    figures: Mapping[str, float | None]  # base, best, chosen, or a package -> figure; None: diverged
 
     @property
     def name(self) -> str:
         return f"{self.task} {self.method} {self.seed}"
 
     def share(self, kind: str) -> float:
-        """Return the share that a training has of the gain by the best given rate; -inf if it diverged."""
+        """Return a training's gain as a share of the gain at the best given rate; -inf if it diverged."""
         figure = self.figures.get(kind)
         if figure is None:
             return -math.inf
@@ -329,13 +330,13 @@ class Case:
 
     @property
     def is_near(self) -> bool:
-        """Tell whether the chosen rate is within MOST_LOST of the fall, or within POINTS of right answers."""
+        """Tell whether the chosen rate is within MOST_LOST of the best fall, or POINTS of right answers."""
         if self.counted and self.figures["chosen"] is not None:
             return round(self.figures["best"] - self.figures["chosen"], 6) <= POINTS
         return self.share("chosen") >= 1 - MOST_LOST
 
     def text(self, kind: str, rate: float | None = None) -> str:
-        """Write a figure, with its share, as it is printed."""
+        """Write a figure and its share for people."""
         figure = self.figures.get(kind)
         if figure is None:
             return "diverged" if kind in self.figures else "-"
@@ -410,7 +411,7 @@ def main() -> None:
             everything[f"{name} {method}"] = list(trainings.lines.done.values())
     sums = verdicts(cases) | {"not measured": unfinished}
     parts = [
-        "# A first run beside the best learning rate",
+        "# A first run compared with the best learning rate",
         f"{len(cases) - len(sums['missed'])} of {len(cases)} cases have at least 95 % of the best fall of the"
         f" loss, or are within 3 points of the most right answers. {experiment.in_words(sums)}",
         NOTE,

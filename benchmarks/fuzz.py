@@ -1,13 +1,13 @@
 """Damage data files of every format at random, and read them.
 
-Reading must give rows, or a message that names the file. It must give nothing else, and soon.
+Reading must soon end with rows, or with a message that names the file, and with nothing else.
 
     python -m benchmarks.fuzz [--inputs 10000] [--seed 0]
 
-Each input is a sound file that was mutated one to six times: bytes changed, cut out, doubled, swapped, put
-in; numbers made huge; another file's part taken over. Half of the inputs are read with --on_bad_row skip,
-half with stop. Rows that are read must have one of the forms of src/data/formats, and are tokenised. The last
-line is JSON. An input that fails is kept, and its number and seed are printed.
+Each input is a valid file that was mutated one to six times: bytes changed, cut out, doubled, swapped, put
+in; numbers made huge; a part of another file put in. Half of the inputs are read with --on_bad_row skip, half
+with stop. Rows that are read must have one of the forms of src/data/formats, and are tokenised. The last line
+is JSON. An input that fails is kept, and its number and seed are printed.
 """
 
 import collections
@@ -31,9 +31,7 @@ from src.data.tokenizer import load_tokenizer
 
 from .common import add_integers, argument_parser, report
 
-SECONDS = (
-    10  # for one input, on a machine that is busy with other things; the slowest takes some milliseconds
-)
+SECONDS = 10  # limit for one input on a busy machine; the slowest takes some milliseconds
 CHAT = [
     {"role": "system", "content": "s"},
     {"role": "user", "content": [{"type": "text", "text": "quéstion\n\n?"}]},
@@ -93,7 +91,7 @@ def cells(rows: list[dict], mark: str) -> bytes:
 
 
 def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
-    """Map each format to {file name: content} of sound files; what is read is the first name."""
+    """Map each format to {file name: content} of valid files; the first name is the one to read."""
     table = cells(PAIRS, ",")
     files = {
         "JSONL": {"d.jsonl": lines(ROWS)},
@@ -116,7 +114,7 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
         import pyarrow.parquet
 
         names = dict.fromkeys(name for row in (*PAIRS, *ROWS) for name in row)
-        del names["history"]  # a list of pairs
+        del names["history"]  # this format holds no list of pairs
         rows = [{name: row.get(name) for name in names} for row in (*PAIRS, ROWS[0], ROWS[2], ROWS[5])]
         for name, compression in (("parquet", "snappy"), ("parquet, plain", "none")):
             pyarrow.parquet.write_table(
@@ -157,13 +155,13 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
             rng.choice(["<i", "<q", ">i"]), rng.choice([-1, 0, 1, 2**31 - 1, -(2**31), rng.randrange(2**20)])
         )
         data[at : at + len(number)] = number
-    else:  # what most often leaves a file sound, so that several changes meet
+    else:  # the change that most often leaves a file valid, so that several changes can add up
         data[at : at + 1] = rng.choice(b"aeiou0123456789 ").to_bytes(1, "little")
     return bytes(data)
 
 
 def check(row: dict) -> None:
-    """Assert that a row has one of the forms that src/data/formats promises."""
+    """Assert that a row has one of the forms of src/data/formats."""
     if "ids" in row:
         assert (
             row["ids"].dtype == np.int32
@@ -190,7 +188,7 @@ class TooSlow(Exception):
 
 @contextlib.contextmanager
 def limit(seconds: float):
-    """Raise TooSlow after this many seconds, as a context."""
+    """Raise TooSlow if the block takes more than this many seconds."""
 
     def stop(signum, frame):
         raise TooSlow(f"not done after {seconds} s")
@@ -205,8 +203,8 @@ def limit(seconds: float):
 
 
 def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
-    """Count how the inputs with these numbers ended: (format, "rows" | "some rows" | "message") -> inputs.
-    Raises AssertionError for anything else.
+    """Count the results of the inputs with these numbers: (format, "rows" | "some rows" | "message") ->
+    inputs. Raises AssertionError for any other result.
     """
     encoder = Encoder(load_tokenizer("bytes", 256))
     sound = sound_files(folder)

@@ -4,11 +4,11 @@ Reading must give a result or one clear message, in little memory and time.
 
     python -m benchmarks.fuzz_files [--inputs 5000] [--seed 0] [--readers NAME ...]
 
-An input is a sound file or folder, damaged one to four times: bytes changed, cut out, doubled; records of an
-archive dropped, exchanged, compressed, blown up; values in JSON and in headers exchanged for odd ones;
-tensors of other shapes, dtypes, names, or with NaN. Each reader gets the same number of inputs. Memory is the
-highest RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that
-fails is kept, and its number and seed are printed.
+An input is a valid file or folder, damaged one to four times: bytes changed, cut out, doubled; records of an
+archive dropped, exchanged, compressed, blown up; values in JSON and in headers replaced by odd ones; tensors
+with other shapes, dtypes, names, or with NaN. Each reader gets the same number of inputs. A reader's memory
+is the highest rise of RssAnon above its start over all inputs. The last line is JSON. An input that fails is
+kept, and its number and seed are printed.
 """
 
 import collections
@@ -48,7 +48,7 @@ from .common import add_integers, argument_parser, peak_above_start, report
 
 Files = dict[str, bytes]
 SECONDS = 10
-MEGABYTES = 256  # of RssAnon above the start: libraries loaded late and the allocator's own reserve are in it
+MEGABYTES = 256  # allowed rise of RssAnon, with libraries loaded late and the allocator's reserve
 ODD = [
     None,
     True,
@@ -81,8 +81,8 @@ ODD = [
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """make(folder) writes sound files there; use(folder) reads them as a user's command does. `sealed` are
-    files that are not damaged.
+    """Reader of a kind of files: make(folder) writes valid files, use(folder) reads them as a user's command
+    does. `sealed`: files that are not to be damaged.
     """
 
     make: Callable[[pathlib.Path], None]
@@ -171,7 +171,7 @@ def package(embedded: bool) -> Reader:
 
 
 def written(to: str, method: str) -> Reader:
-    """Make the writer of a format, from a native file that came from there."""
+    """Make the writer of a format, for a native file that was converted from this format."""
 
     def make(folder: pathlib.Path) -> None:
         make_merge(method, rank=4)(folder)
@@ -187,7 +187,7 @@ def written(to: str, method: str) -> Reader:
 
 
 def exported(to: str, **named) -> Reader:
-    """Make the reader of a model's other form, back to a checkpoint."""
+    """Make the reader that turns another form of a model back into a checkpoint."""
 
     def make(folder: pathlib.Path) -> None:
         sizes = default_arch(7, 2, 64, 67, 64)
@@ -206,8 +206,8 @@ def make_trainers_file(folder: pathlib.Path) -> None:
     """Write a base as a trainer saves it."""
     write_base(folder)
     tensors = rwkv_miss.read_checkpoint(folder / "base.pth")
-    beside = {"epoch": 3, "optimizer_states": [{"state": {0: {"step": torch.ones(1)}}, "betas": (0.9, 0.99)}]}
-    whole = {**beside, "state_dict": {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}}
+    extra = {"epoch": 3, "optimizer_states": [{"state": {0: {"step": torch.ones(1)}}, "betas": (0.9, 0.99)}]}
+    whole = {**extra, "state_dict": {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}}
     torch.save(whole, folder / "base.pth")
 
 
@@ -297,7 +297,7 @@ def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
         content = damaged_safetensors(content, rng)
     elif content[:1] == b"{" and rng.random() < 0.7:
         content = damaged_json(content, rng)
-    elif rng.random() < 0.5:  # where headers are
+    elif rng.random() < 0.5:  # near the beginning, where headers are
         content = fuzz.mutate(content[:512], others, rng) + content[512:]
     else:
         content = fuzz.mutate(content, others, rng)
@@ -308,7 +308,7 @@ def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
 
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
-    """Drop one value somewhere in a JSON object, or exchange it for an odd one."""
+    """Drop one value somewhere in a JSON object, or replace it by an odd one."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
@@ -379,7 +379,7 @@ def damaged_archive(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
-    """Write the same checkpoint soundly, with one tensor that does not belong there."""
+    """Write the same checkpoint as a valid file, with one tensor that does not fit."""
     try:
         tensors = torch.load(io.BytesIO(content), weights_only=True)
         name = rng.choice(sorted(tensors))
@@ -446,15 +446,15 @@ def write_files(folder: pathlib.Path, files: Files) -> None:
 
 
 def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> collections.Counter:
-    """Count how the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for
-    anything else, for an executed pickle, and for an input that was changed or left a half-written file.
+    """Count how the inputs with these numbers ended: "result" | "message" -> inputs. Raises AssertionError
+    for any other end, an executed pickle, a changed input, and a half-written file.
     """
     reader, here = READERS[name], folder / "input"
     write_files(here, {})
     torch.manual_seed(0)
     reader.make(here)
     sound = read_files(here)
-    reader.use(here)  # which is no damage's fault
+    reader.use(here)  # undamaged files must be readable
     sealed = {name: content for name, content in sound.items() if name in reader.sealed}
     ends: collections.Counter = collections.Counter()
     for number in numbers:

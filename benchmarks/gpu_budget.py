@@ -1,4 +1,4 @@
-"""Arithmetic of a training step on a GPU: what it asks for, and how long that should take.
+"""Arithmetic of a training step on a GPU: its bytes and operations, and the time that these should take.
 
     python -m benchmarks.gpu_budget --model 7 --n_layer 24 --n_embd 2048 --peft miss --r 64 \
         --micro_bsz 8 --ctx_len 1024 --card h100
@@ -6,21 +6,21 @@
     python -m benchmarks.gpu_budget --predict
 
 The model runs on the GPU that computes nothing (gpu_emulation/fake_gpu), with two and three layers. Every
-launch is counted by kind, with its bytes and multiply-adds; a deeper model has as many of the third layer as
-it needs. A card's bandwidth and speed turn them into milliseconds:
+launch is counted by kind, with its bytes and multiply-adds; each layer of a deeper model counts as the third
+layer. A card's bandwidth and speed turn the counts into milliseconds:
 
-- a product takes its multiply-adds, or its bytes where those take longer;
-- everything else takes its bytes, each tensor read or written once;
-- no kernel reaches a card's peak: PRODUCTS and BANDWIDTH are the shares that are reckoned with;
-- the WKV takes its bytes, the scratch that the card's L2 does not hold, and its counted instructions, one
-  after the other (benchmarks/wkv_budget.py). What takes longest of these is the card's class;
-- a launch costs the host LAUNCH microseconds, which is what counts where the sum of launches is longer.
+- a product takes the time of its multiply-adds, or of its bytes if that is longer;
+- any other operation takes the time of its bytes, with each tensor read or written once;
+- no kernel reaches a card's peak: PRODUCTS and BANDWIDTH are the assumed shares of it;
+- the WKV takes the time of its bytes, of the scratch that the card's L2 does not hold, and of its counted
+  instructions, one after the other (benchmarks/wkv_budget.py). The longest of these is the card's class;
+- a launch costs the host LAUNCH microseconds; if the sum of all launches is longer, it is the step's time.
 
---predict writes gpu_predictions.json: the tokens a second of each card in MEASURED, the steps that
+--predict writes gpu_predictions.json: for each card the tokens a second of the steps in MEASURED, which
 scripts/gpu_check.sh measures.
 
-For RWKV-7 the last lines set RWKV-LM's trainer beside it: bytes by its published kernels, all parts in bf16.
-The last line is JSON. It needs g++ and torch's wheel for CPUs.
+For RWKV-7 the last lines compare with RWKV-LM's trainer: the bytes of its published kernels, all parts in
+bf16. The last line is JSON. The program needs g++ and torch's wheel for CPUs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from gpu_emulation.fake_gpu import stub
 from . import wkv_budget
 from .wkv_budget import Card
 
-# multiprocessors, clocks and L2 are those of NVIDIA's data sheets
+# multiprocessors, clocks and L2 come from NVIDIA's data sheets
 CARDS = {
     "h100": Card(3.35e12, 989e12, "H100 SXM", 132, 1.755e9, 50e6),
     "a100": Card(2.04e12, 312e12, "A100 SXM 80 GB", 108, 1.41e9, 40e6),
@@ -43,19 +43,19 @@ CARDS = {
     "3060": Card(0.360e12, 25.5e12, "RTX 3060", 28, 1.777e9, 3e6),
     "t4": Card(0.320e12, 65e12, "T4", 40, 1.59e9, 4e6),
 }
-# what --predict writes; names are those of the steps in scripts/gpu_check.sh
+# steps that --predict computes, under their names in scripts/gpu_check.sh
 MEASURED = {
     "training": "--n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024",
     "published": "--n_layer 12 --n_embd 768 --micro_bsz 16 --ctx_len 512 --peft none",
 }
 PREDICTIONS = pathlib.Path(__file__).with_name("gpu_predictions.json")
-# Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32.
+# a card whose tensor cores lack bf16 and the WKV's instructions: it computes in fp16, the recurrence in fp32
 OLD_CARD = "t4"
 PRODUCTS, BANDWIDTH = 0.6, 0.9
-L2_SIZES = (3, 6, 40, 50, 72, 96)  # MB, for which --card's WKV is reckoned, too
-HEAD_SIZE = 64  # of all released models
-LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
-# of a trained parameter: the norm reads g, Adam reads p, g, m, v and writes p, m, v, and g is set to zero
+L2_SIZES = (3, 6, 40, 50, 72, 96)  # MB; --card's WKV is also computed for these sizes
+HEAD_SIZE = 64  # head size of all released models
+LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; measured on CPUs
+# bytes for a trained parameter: the norm reads g, Adam reads p, g, m, v, writes p, m, v, and g is set to zero
 OPTIMIZER_BYTES = 36
 
 # RWKV-7's layer in RWKV-LM's train_temp, in tensors of (B, T, C) in bf16: (read, written) forward, backward.
@@ -75,7 +75,7 @@ RWKV_LM = {
     "sums of gradients of r, k, v, v_first": ((0, 0), (8, 4)),
 }
 RWKV_LM_TENSORS = sum(sum(read_written) for parts in RWKV_LM.values() for read_written in parts)
-# of the logits in bf16: the loss reads them; its gradient reads them and is written
+# passes over the logits in bf16: the loss reads them; the gradient reads them and is written
 RWKV_LM_LOGITS = 3
 
 
@@ -124,7 +124,7 @@ def main() -> None:
         stub.load()
     except stub.Unavailable as reason:
         sys.exit(f"gpu_budget: {reason}; it counts with torch's wheel for CPUs")
-    from gpu_emulation.fake_gpu.device import install  # imports torch, which has to come after the stub
+    from gpu_emulation.fake_gpu.device import install  # imports torch, which must come after the stub
     from rwkv_miss.errors import one_line_errors
 
     install()
@@ -174,7 +174,7 @@ def report(args: argparse.Namespace) -> dict:
     settings = {"quant": args.quant, "grad_cp": args.grad_cp, "micro_bsz": rows, "ctx_len": width}
     config = config_of(args.peft, args.r, precision="fp16" if args.card == OLD_CARD else "bf16", **settings)
     layer, few = layer_tallied(arch, config, rows, width)
-    # a layer of which a model has n_layer, and what it has beside its layers
+    # counts of the whole model: those of the small one, plus a layer's counts for each further layer
     whole = {
         what: {
             kind: few[what].get(kind, 0) + (arch.n_layer - FEW) * layer[what].get(kind, 0)
@@ -216,7 +216,7 @@ def report(args: argparse.Namespace) -> dict:
     calls = wkv_budget.Calls(arch.version, tensor_cores, forward, backward, rows, width, heads)
     beyond, busy = wkv_budget.beyond(calls, card.l2), wkv_budget.work(calls, card)
     wkv = {
-        "bandwidth": parts["WKV"]["ms"],  # its arguments read and its results written once
+        "bandwidth": parts["WKV"]["ms"],  # reading the arguments and writing the results once
         "L2": 1e3 * beyond * seconds_of_bytes,
         "compute": 1e3 * max(busy.values()),
         "launches": 1e3 * parts["WKV"]["launches"] * wkv_budget.START,
@@ -285,9 +285,9 @@ def report(args: argparse.Namespace) -> dict:
 
 
 def segments_by_l2(calls: wkv_budget.Calls, card: Card, gpu: float, launches: int) -> dict[str, int]:
-    """Print how many chunks a segment of time should have with each of L2_SIZES, and return it by MB.
+    """Print the best number of chunks in a segment of time for each of L2_SIZES; returns MB -> number.
 
-    `gpu`: seconds of all but the scratch and the launches of the WKV. `launches`: of the whole step.
+    `gpu`: seconds of the step without the WKV's scratch and launches. `launches`: number in the whole step.
     """
     forward, scratch = wkv_budget.scratch(calls)
     host = (launches - wkv_budget.launches(calls)) * LAUNCH / 1e6

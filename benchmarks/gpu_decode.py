@@ -1,13 +1,13 @@
-"""Measure tokens a second of answers on a GPU, of one row and of many, with adapters beside the base.
+"""Measure tokens a second of answers on a GPU, of one row and of many, with unmerged adapters.
 
     python -m benchmarks.gpu_decode [--version 7] [--layers 24] [--width 2048] [--rank 64] [--prompt 1024]
     [--tokens 64] [--rounds 5] [--rows 1 8 32] [--device cuda] [--dtype auto]
 
-A random base with the World vocabulary's size, alone, with MiSS and with LoRA (half the rank) beside it, with
-rows of which each has one of two by MiSS and two by LoRA ("mixed"), and with peft's LoRA. A token of all rows
-is recorded as one CUDA graph where that works, and is measured without a graph, too; peft's only so. The
-fastest round counts. The share is the bytes of all weights but the embedding over a token's time, of the
-bandwidth that a copy of the head reaches. The last line is JSON.
+The base is random, with the World vocabulary's size. It is measured alone, with MiSS, with LoRA of half the
+rank, with rows that have one of two MiSS and two LoRA adapters ("mixed"), and with peft's LoRA. A token of
+all rows is recorded as one CUDA graph where that works, and is also measured without a graph; peft's only
+without. The fastest round counts. The share is the bytes of all weights but the embedding over a token's
+time, divided by the bandwidth that a copy of the head reaches. The last line is JSON.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .common import add_integers, argument_parser, precision_on, report, report_
 from .decode_contenders import write_adapter, write_base
 from .step import add_peft
 
-# what the rows of "mixed" have, in turns
+# adapters of the rows of "mixed", in turns
 OF_MIXED = [("miss",), ("lora",), ("miss2",), ("lora2",)]
 
 
@@ -40,7 +40,7 @@ def load(base, args) -> RWKV:
 class Contender(NamedTuple):
     name: str
     decoder: Any
-    applied: list[Applied]  # of each row
+    applied: list[Applied]  # each row's adapters
 
 
 def contenders(folder: pathlib.Path, args):
@@ -52,9 +52,9 @@ def contenders(folder: pathlib.Path, args):
         method = name.removesuffix("2")
         write_adapter(path, base, args.rank if method == "miss" else args.rank // 2, method)
     adapters = Adapters(load(base, args), files)
-    for name, beside in {"base": [()], "miss": [("miss",)], "lora": [("lora",)], "mixed": OF_MIXED}.items():
+    for name, of_rows in {"base": [()], "miss": [("miss",)], "lora": [("lora",)], "mixed": OF_MIXED}.items():
         for rows in args.rows:
-            applied = [Applied(beside[row % len(beside)]) for row in range(rows)]
+            applied = [Applied(of_rows[row % len(of_rows)]) for row in range(rows)]
             decoder, how = fastest(adapters.model, adapters, rows)
             if type(decoder) is not TorchDecoder:
                 yield Contender(f"{name}, {how}", decoder, applied)
@@ -68,9 +68,8 @@ def contenders(folder: pathlib.Path, args):
 
 
 def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[float, float]:
-    """Measure seconds of the fastest round: of a token of all rows, and of reading the prompt for one of
-    them.
-    """
+    """Measure seconds of the fastest round: for a token of all rows, and for reading the prompt of one
+    row."""
     _, decoder, applied = contender
     device, found = prompt.device.type, []
     for _ in range(rounds + 1):

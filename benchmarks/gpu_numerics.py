@@ -47,8 +47,8 @@ SHAPES = [
 VARIANTS = ((False, False), (False, True), (True, True))
 # floats of all states that autograd keeps for the recurrence
 MOST_STATES = 1 << 24
-# What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16
-# operands of the tensor cores
+# largest errors that rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11
+# bits; bf16 operands of the tensor cores
 EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
@@ -83,8 +83,8 @@ def results(
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Compute the relative error, rms; of numbers near 0, as one token's gradient through a decay of 1 may
-    be, the absolute one. NaN counts as infinite.
+    """Compute the relative error, rms; for numbers near 0, such as one token's gradient through a decay of 1,
+    the absolute error. NaN counts as infinite.
     """
     value = ((got.double() - want).norm() / max(want.norm(), 1e-3 * want.numel() ** 0.5)).item()
     return value if math.isfinite(value) else math.inf
@@ -97,7 +97,7 @@ def worst_errors(
     worst: dict[str, dict[str, float]] = {kernel: {} for kernel in kernels}
     for shape in shapes:
         B, T, H, N = shape
-        # --small: compute-sanitizer watches addresses, which the values do not change
+        # with --small compute-sanitizer watches addresses, which do not depend on the values
         for extreme, packed in VARIANTS[-1:] if shapes is SMALL else VARIANTS:
             inputs, dy = make(version, shape, DTYPES[dtype], extreme), torch.randn(shape).to(DTYPES[dtype])
             state, dstate = (torch.randn(B, H, N, N) for _ in range(2))
@@ -121,8 +121,8 @@ def worst_errors(
 
 
 def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
-    """Map each elementwise function to its largest error against the largest value, and what is allowed."""
-    # tests, because they have every function with its arguments
+    """Map each elementwise function to (its largest error relative to the largest value, the allowed one)."""
+    # from the tests, because they have every function with its arguments
     from tests import elementwise_cases as cases
 
     allowed, found = cases.TOLERANCE[DTYPES[dtype]], {}
@@ -139,14 +139,14 @@ def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]
 
 
 def loss_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
-    """Return the largest relative error (rms) of a loss and of its gradient, and what is allowed, by name."""
+    """Map each loss and its gradient to (the largest relative error (rms), the allowed one)."""
     from src.model.loss import in_place_of
     from tests import loss_cases as cases  # here, because it needs pytest
 
     worst, half = 0.0, DTYPES[dtype]
     for rows, vocab in cases.LOGITS:
         if vocab == 1:
-            continue  # its gradient is 0 but for L2Wrap's term
+            continue  # without L2Wrap's term this gradient is 0
         logits, targets = cases.random_logits(rows, vocab)
         want = cases.exact_loss(logits, targets)
         there = logits.to(device)

@@ -4,12 +4,13 @@
     [--out out/grpo] [--report docs/results]
 
 The demo's base reverses letters. A few supervised steps teach it to sort them, until a quarter to a third of
-the answers that are drawn at temperature 1 are right. Every training then is a whole run of train.py on this
-model, with as many prompts as any other: on rewards for 8 drawn answers to each of 16 questions a step, or
-supervised on the right answers.
+the answers drawn at temperature 1 are right. Every training is then a whole run of train.py on this model,
+with the same number of prompts: on rewards for 8 drawn answers to each of 16 questions a step, or supervised
+on the right answers.
 
-Right is the sorted answer, word for word, to questions that no training has seen: greedy, and drawn at
-temperature 1. The cases that try rates, and the one whose rate is too high, have the first seed alone.
+An answer is right if it equals the sorted letters, word for word. Answers to questions that no training has
+seen are counted, greedy and drawn at temperature 1. The cases that try rates, and the one whose rate is too
+high, have the first seed alone.
 
 A finished training is kept in --out, and is not repeated. --report FOLDER gets grpo.md and grpo.png. The
 last line is JSON.
@@ -39,18 +40,18 @@ from .paper.results import Table
 from .paper.tasks import ROOT
 
 GREEDY, DRAWN = "greedy", "drawn"
-# of every seed of `rewards`: the share of right greedy answers, CPU seconds, the share of time for drawing
+# targets for every seed of case "rewards": share of right greedy answers, CPU seconds, share of time to draw
 RIGHT, CPU_SECONDS, DRAWING = 0.8, 120, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A kind of training: what it is rewarded for (nothing: it is supervised), its method and its rate."""
+    """A kind of training: its rewards (none: it is supervised), its method and its rate."""
 
     name: str
     rewards: str = "exact=1,partial=1"
     method: str = "miss"
-    rate: float | None = 3e-3  # None: the run finds one
+    rate: float | None = 3e-3  # None: train.py chooses the rate
     all_seeds: bool = False
 
     @property
@@ -77,9 +78,9 @@ COLOURS = {"rewards": "tab:blue", "exact": "tab:green", "supervised": "tab:orang
 
 BASE = ROOT / "demo/rwkv7-reverse.pth"
 START_STEPS, START_ROWS = 25, 32
-STEPS, QUESTIONS, GROUP = 300, 16, 8  # of a training; of a step; answers to a question
-LONGEST = 24  # tokens of a drawn answer; the right ones have at most 8
-WINDOW = 10  # steps that are one point of a curve
+STEPS, QUESTIONS, GROUP = 300, 16, 8  # steps of a training, questions of a step, answers to a question
+LONGEST = 24  # most tokens of a drawn answer; right ones have at most 8
+WINDOW = 10  # number of steps whose mean is one point of a curve
 SHOWN = ("reward", "reward_exact", "entropy", "dead_groups", "length", "cut", "engine_gap_max")
 
 
@@ -93,7 +94,7 @@ def letters(count: int, seed: int, excluded: set[str]) -> list[dict]:
 
 
 class Trainings:
-    """The trainings, each done once: what is finished stands in trainings.jsonl of the folder."""
+    """The trainings, each done once: finished ones are in trainings.jsonl of the folder."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -109,7 +110,7 @@ class Trainings:
 
     @functools.cached_property
     def start(self) -> pathlib.Path:
-        """The model that all trainings begin with, which is made where it is not there."""
+        """The model that all trainings begin with; it is trained if it does not exist."""
         path = self.folder / "start.pth"
         if not path.exists():
             flags = as_flags(
@@ -127,7 +128,7 @@ class Trainings:
         return self.lines.of({"case": "start", "seed": 0}, lambda: self.measures(None))
 
     def of(self, case: Case, seed: int) -> dict:
-        """Return the line of a training, which is done where it is not yet."""
+        """Return the line of a training, and do the training first if it is not done."""
         return self.lines.of({"case": case.name, "seed": seed}, lambda: self._train(case, seed))
 
     def _train(self, case: Case, seed: int) -> dict:
@@ -163,11 +164,11 @@ class Trainings:
 
 
 def of_steps(ran: Ran) -> dict:
-    """Describe the steps of a run: the share of their time that drawing took, and curves."""
+    """Describe the steps of a run: the share of their time for drawing, and curves."""
     metrics = ran.metrics
     if "draw_seconds" not in metrics[-1]:
         return {}
-    # the first step's time holds what a process does once
+    # without the first step, whose time includes the start of the process
     drawing, whole = (sum(line[name] for line in metrics[1:]) for name in ("draw_seconds", "seconds"))
     windows = [metrics[i : i + WINDOW] for i in range(0, len(metrics), WINDOW)]
     curves = {
@@ -179,7 +180,8 @@ def of_steps(ran: Ran) -> dict:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Average the steps that have this figure: one without a live group has no gap. None without any."""
+    """Average a figure over the steps that have it; a step without a live group has no gap. None without
+    any."""
     found = [value for value in values if value is not None]
     return round(statistics.fmean(found), 10) if found else None
 

@@ -1,11 +1,12 @@
-"""The time of Python and torch's dispatch in a micro-batch: a model so small that its arithmetic is none.
+"""The time of Python and torch's dispatch in a micro-batch, on a model so small that its arithmetic is
+nothing.
 
     python -m benchmarks.host_time [--version 7] [--n_layer 12] [--n_embd 64] [--tokens 16] [--rounds 30]
 
-On a GPU the host has to be done before the GPU is. The CPU's kernels stand for the GPU's: each function of
-ours is one call on either. Printed are the CPU time of one thread, in the fastest round, and how many calls
-of functions that is, Python's and torch's, which other work on the machine does not change. The last line is
-JSON.
+The host must launch kernels faster than a GPU computes them. Here the CPU's kernels stand for the GPU's: each
+function of this project is one call on either. The program prints the CPU time of one thread in the fastest
+round, and the number of calls of Python's and torch's functions, which other work on the machine does not
+change. The last line is JSON.
 """
 
 import cProfile

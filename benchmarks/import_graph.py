@@ -1,7 +1,7 @@
 """The test files that reach a file: by imports, by programs that they start, by kernels that they build.
 
 Imports are read from the syntax trees, those within functions included. In a test or a benchmark a text that
-names a module or a file of the repository counts, too; elsewhere one that names a file beside it, which is a
+names a module or a file of the repository counts, too; elsewhere one that names a file in its folder, a
 worker. A file of fixtures counts by definition: a test reaches what the fixtures that it asks for reach.
 Tests of the pages reach the programs that README.md names.
 """
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests", "gpu_emulation")
-# folders of tests -> the file that has their fixtures
+# folder of tests -> the file with its fixtures
 TESTS = {"tests": "tests/conftest.py", "gpu_emulation": "gpu_emulation/drawn_cases.py"}
-# these are red at any change of a text: a record of sources, and the places of the planted faults
+# tests that fail after any change of a text: of the record of sources, and of the places of planted faults
 SEE_ALL = {"tests/test_ptxas.py", "tests/test_planted_faults.py"}
-# hops to a package that runs only because a module of it is imported: the test is about the module
+# hops counted for a package that runs only because a module in it is imported
 PASSING = 10
 COMMAND = re.compile(r"-m ([\w.]+)|([\w./-]+\.(?:py|sh))")
 
@@ -49,14 +49,14 @@ def named_files(text: str, file: str) -> list[str]:
     if text == "*.md" and starts_others:
         return ["README.md"]
     if re.fullmatch(r"[\w./-]+\.(py|sh|cpp|cu)", text):
-        beside = str(pathlib.PurePosixPath(file).parent / text)
-        return [name for name in (beside, text) if is_file(name) and (starts_others or name == beside)]
+        in_folder = str(pathlib.PurePosixPath(file).parent / text)
+        return [name for name in (in_folder, text) if is_file(name) and (starts_others or name == in_folder)]
     is_module = re.fullmatch(r"\w+(\.\w+)+", text) and is_file(f"{text.replace('.', '/')}.py")
     return module_files(text)[-1:] if starts_others and is_module else []
 
 
 def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (the name that it gets, files) of every import, and of every "-m", "NAME"."""
+    """Yield (name in the code, files) for every import, and ("", files) for every "-m", "NAME"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -66,9 +66,11 @@ def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
             for alias in node.names:
                 name = ".".join(filter(None, [*above, node.module, alias.name]))
                 yield alias.asname or alias.name, module_files(name)
-        elif isinstance(node, ast.Attribute) and node.attr == "iter_modules":  # of a package's own folder
-            beside = (ROOT / file).parent.glob("*.py")
-            yield from (("", [module.relative_to(ROOT).as_posix()]) for module in beside)
+        elif (
+            isinstance(node, ast.Attribute) and node.attr == "iter_modules"
+        ):  # imports all modules of its own package
+            modules = (ROOT / file).parent.glob("*.py")
+            yield from (("", [module.relative_to(ROOT).as_posix()]) for module in modules)
         elif isinstance(node, ast.List | ast.Tuple | ast.Call):
             of_node = node.args if isinstance(node, ast.Call) else node.elts
             texts = [one.value if isinstance(one, ast.Constant) else "" for one in of_node]
@@ -100,7 +102,8 @@ def fixtures(conftest: str) -> dict[str, list[list[str]]]:
 
 
 def groups(file: str) -> list[list[str]]:
-    """List what a file reaches, in groups. The last file of a group is meant; the others run on the way."""
+    """List the files that a file reaches, in groups: the last of a group is meant, the others run on the
+    way."""
     file, _, fixture = file.partition("::")
     if fixture:
         return fixtures(file)[fixture]
@@ -119,7 +122,7 @@ def groups(file: str) -> list[list[str]]:
 
 @functools.cache
 def neighbours(file: str) -> dict[str, int]:
-    """Map each file that a file reaches at once to its distance in hops."""
+    """Map each file that a file reaches directly -> its distance in hops."""
     reached = groups(file)
     found = {one: PASSING for files in reached for one in files[:-1]}
     found |= {files[-1]: 1 for files in reached if files}
@@ -147,12 +150,12 @@ def all_hops() -> dict[str, dict[str, int]]:
 
 @functools.cache
 def cost(test: str) -> int:
-    """Guess the cost of a test file, without a unit."""
+    """Estimate the relative cost of a test file."""
     return (ROOT / test).stat().st_size
 
 
 def reaching_tests(file: str) -> list[str]:
-    """List the test files that reach a file: the nearest first, then those naming it, then the cheapest."""
+    """List the test files that reach a file: nearest first, then those that name it, then the cheapest."""
     name = pathlib.Path(file).stem
     near = [
         (found[file], name not in (ROOT / test).read_text("utf-8"), cost(test), test)

@@ -2,15 +2,14 @@
 
     python -m benchmarks.laptop [--data FILE] [--rows 1000] [--steps 8] [--n_layer 12] [--n_embd 768]
 
-A random RWKV-7 of the size of the released 0.1B model, in bf16 as released files are. train.py runs in a
-process of its own with its own defaults and --peft miss, once in fp32 and once with --precision bf16. It
-stops after --steps steps, whose size is that of a run over all rows. Tokens a second are the median of the
-steps after the first. Minutes are those of all rows once: the steps that scripts.plan counts, at the median.
-The start and the evaluations come on top. The chat answers greedily with the engine of demo.chat.
+The model is a random RWKV-7 of the released 0.1B model's size, in bf16 as released files are. train.py runs
+in its own process with its defaults and --peft miss, once in fp32 and once with --precision bf16. It stops
+after --steps steps, which have the size of a run's steps over all rows. Tokens a second are the median of the
+steps after the first. Minutes are the time of all rows once: the steps that scripts.plan counts, at the
+median, without the start and the evaluations. The chat answers greedily with the engine of demo.chat.
 
-Without --data the rows are generated, with lengths that are spread as those of GSM8K. Only an idle machine
-gives numbers that mean something: the load before the start is printed, and stands in the JSON of the last
-line.
+Without --data the rows are generated, with lengths distributed like GSM8K's. Only an idle machine gives
+useful numbers: the load before the start is printed, and is in the JSON of the last line.
 """
 
 import argparse
@@ -34,11 +33,11 @@ from src.inference.load import load
 
 from .common import report, write_random_base
 
-# with a space before it each is one token of the World vocabulary
+# each word, with a space before it, is one token of the World vocabulary
 WORDS = "the of and to in is for it with on as at by from that this have not are was".split()
 # tokens of GSM8K's 7,473 training rows: the median, and the standard deviation of the logarithm
 QUESTION, ANSWER = (53, 0.36), (92, 0.43)
-CORRELATION = 0.53  # of both logarithms
+CORRELATION = 0.53  # between the logarithms of both lengths
 RUNS = {"fp32": [], "bf16": ["--precision", "bf16"]}
 PROMPT = 64  # tokens
 
@@ -62,7 +61,7 @@ def write_rows(path: pathlib.Path, count: int) -> None:
 
 
 def run(command: list[str]) -> str:
-    """Return what a command of this repository prints; its errors end the benchmark."""
+    """Return the output of a command of this repository; its errors end the benchmark."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -70,8 +69,8 @@ def run(command: list[str]) -> str:
 
 
 def whole_pass(settings: list[str]) -> tuple[dict, list[str]]:
-    """Return (the plan of a run over all rows, the flags for a step of as many rows as it has). A short run
-    would choose more.
+    """Return (the plan of a run over all rows, the flags for its rows a step). A short run would choose more
+    rows a step.
     """
     once = ["--epoch_count", "1", "--tokens_per_second", "1"]
     *lines, last = run(["-m", "scripts.plan", "--json", *once, *settings]).splitlines()
@@ -80,7 +79,7 @@ def whole_pass(settings: list[str]) -> tuple[dict, list[str]]:
 
 
 def train(settings: list[str], folder: pathlib.Path, steps: int) -> dict:
-    """Do a run of `steps` steps; return its figures, and those of a whole pass at its speed."""
+    """Do a run of `steps` steps; return its figures, and those of a pass over all rows at the same speed."""
     plan, sizes = whole_pass(settings)
     run(["train.py", *settings, *sizes, "--proj_dir", str(folder), "--epoch_steps", str(steps)])
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +87,7 @@ def train(settings: list[str], folder: pathlib.Path, steps: int) -> dict:
 
 
 def figures(metrics: list[dict], summary: dict, plan: dict) -> dict:
-    """Take the figures out of metrics.jsonl's lines, run.json, and the plan of a whole pass."""
+    """Compute the figures from metrics.jsonl's lines, run.json, and the plan of a pass over all rows."""
     warm = metrics[1:]
     seconds = statistics.median(line["seconds"] for line in warm)
     return {
@@ -145,7 +144,7 @@ def main() -> None:
             print(
                 f"training in {name}: {found['tokens_per_second']:,.0f} tokens/s; all rows once"
                 f" {found['minutes']:.1f} min; first step after {found['first_step_seconds']:.0f} s;"
-                f" peak memory {found['peak_memory_bytes'] / 1e9:.1f} GB, beside"
+                f" peak memory {found['peak_memory_bytes'] / 1e9:.1f} GB, and"
                 f" {found['mapped_file_bytes'] / 1e9:.1f} GB of mapped files",
                 flush=True,
             )

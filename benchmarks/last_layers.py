@@ -4,12 +4,12 @@
     [--out out/last-layers] [--report docs/results]
 
 MiSS is trained in all layers and in the last ones alone, on tasks of benchmarks.first_run, in whole runs of
-train.py of 100 steps. Each has a rate of its own: with the first seed rates are tried from a middle one to
+train.py of 100 steps. Each case has its own rate: with the first seed rates are tried from a middle one to
 the better side, until the best has a worse one on both sides. The other seeds train at that rate.
 
-What counts is the loss on texts that are not in the training data, or the right answers to such questions. A
-finished training is kept in --out, and is not repeated. --report FOLDER gets last-layers.md. The last line is
-JSON.
+A training is judged by its loss on texts that are not in the training data, or its right answers to such
+questions. A finished training is kept in --out, and is not repeated. --report FOLDER gets last-layers.md. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from . import experiment
 from .first_run import Trainings, best_rate
 from .paper.results import Table
 
-DEEP, FLAT = ("", "last:6", "last:3"), ("", "last:2", "last:1")  # of bases of 12 layers, and of 3
+DEEP, FLAT = (
+    ("", "last:6", "last:3"),
+    ("", "last:2", "last:1"),
+)  # --layers for bases with 12 layers, and with 3
 LAYERS = {"capitals": DEEP, "shakespeare": DEEP, "sort": FLAT, "gsm8k": DEEP}
 
 

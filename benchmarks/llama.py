@@ -1,14 +1,14 @@
 """Read the GGUF files that scripts.export writes with llama.cpp itself, an independent program.
 
-The package xllamacpp holds it in one library, of which AVX2 is the widest kind of kernel. A folder with the
-libraries of a build is read as well, such as that of the npm package @node-llama-cpp/linux-x64, which has one
+The package xllamacpp has llama.cpp in one library, with kernels up to AVX2. A folder with the libraries of a
+build can be used as well, such as that of the npm package @node-llama-cpp/linux-x64, which has one library
 for each kind of CPU.
 
-llama.cpp is called through its C interface, without a compiler or its headers. The structures that it takes
-and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
-expects less than it is given reads the beginning. The only fields set are the first four of the context's
-parameters, and it is asked afterwards whether it took them. A batch of several sequences is the one structure
-that is built here (Batch); tests compare its logits with those of each sequence alone.
+llama.cpp is called through its C interface, without a compiler or its headers. The structures that its
+functions take and return by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a
+function that expects less than it is given reads the beginning. Only the first four fields of the context's
+parameters are set, and afterwards llama.cpp is asked whether it has used them. A batch of several sequences
+is the one structure that is built here (Batch); tests compare its logits with those of each sequence alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pathlib
 import torch
 from torch import Tensor
 
-# of a folder, in the order in which they need each other
+# libraries of a folder, in the order in which they need each other
 LIBRARIES = ("libggml-base.so", "libggml.v*.so", "libllama.v*.so")
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-silent = Quiet(lambda level, text, data: None)  # kept, as llama.cpp calls it
+silent = Quiet(lambda level, text, data: None)  # kept alive, because llama.cpp calls it
 
 
 class Opaque(ctypes.Structure):
@@ -32,7 +32,7 @@ class Opaque(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """llama_batch: of each token its id, its place, its sequences, and whether its logits are wanted."""
+    """llama_batch: each token's id, place and sequences, and whether its logits are wanted."""
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
@@ -100,9 +100,9 @@ SIGNATURES = {
 
 
 def load_library(folder=None) -> ctypes.CDLL:
-    """Load llama.cpp's functions from xllamacpp, or from a folder with the best of its kernels for this CPU.
+    """Load llama.cpp's functions from xllamacpp, or from a folder, with its best kernels for this CPU.
 
-    FileNotFoundError where a library is absent.
+    Raises FileNotFoundError if a library is absent.
     """
     if folder is None:
         package = importlib.util.find_spec("xllamacpp")
@@ -115,7 +115,7 @@ def load_library(folder=None) -> ctypes.CDLL:
             if not found:
                 raise FileNotFoundError(f"{folder} has no {pattern}; give a folder of llama.cpp's libraries")
             library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
-        # the last one finds the functions of those that it needs, too
+        # the last library also finds the functions of the libraries that it needs
         library.ggml_backend_load_all_from_path(str(folder).encode())
     for name, (returned, *taken) in SIGNATURES.items():
         function = getattr(library, name)
@@ -125,9 +125,9 @@ def load_library(folder=None) -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file, loaded, with room for some sequences, each of tokens / sequences, a multiple of 256.
+    """Loaded GGUF file, with room for `sequences` sequences of tokens / sequences each, a multiple of 256.
 
-    RuntimeError where llama.cpp refuses it.
+    Raises RuntimeError if llama.cpp refuses the file.
     """
 
     def __init__(self, library: ctypes.CDLL, path, tokens: int = 4096, sequences: int = 1):
@@ -170,10 +170,9 @@ class Llama:
         return logits
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Feed the next token of sequences 0 ... n - 1; return logits (n, V), valid until the next call. All
-        of them go on from start() together.
+        """Feed the next token of sequences 0 ... n - 1; return logits (n, V), valid until the next call.
 
-        All of them go on from start() together.
+        All sequences begin together at start().
         """
         n = len(tokens)
         ids, places, ones, numbers = (
@@ -193,7 +192,7 @@ class Llama:
         return torch.frombuffer(logits, dtype=torch.float32).view(n, -1)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of a text; `special` also finds control tokens in it, as chat programs ask for."""
+        """Return the ids of a text; `special`: also recognise control tokens in it, as chat programs do."""
         data = text.encode()
         found = (ctypes.c_int32 * (len(data) + 1))()
         count = self.library.llama_tokenize(self.vocab, data, len(data), found, len(found), False, special)
@@ -217,8 +216,8 @@ class Llama:
         return text and text.decode()
 
     def chat(self, messages: list[dict], ask: bool) -> str | None:
-        """Write the conversation by the C function, which knows some templates by pieces of their text; None
-        where it does not know this one.
+        """Write the conversation by llama.cpp's C function, which recognises some templates by pieces of
+        their text; None if it does not recognise this one.
         """
         given = (Message * len(messages))(
             *(Message(m["role"].encode(), m["content"].encode()) for m in messages)

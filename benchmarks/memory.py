@@ -1,12 +1,12 @@
-"""The plan's memory against what real runs take on a CPU.
+"""The plan's memory, compared with the memory of real runs on a CPU.
 
     python -m benchmarks.memory [--n_layer 12] [--n_embd 768] [--configurations v7 v6-bf16 v7-grad_cp]
 
-Each configuration is a run of train.py in its own process, on a random model with the World vocabulary. Its
-rows are full, and trained as a whole. Measured is the most that the process ever had resident (ru_maxrss: its
-own memory, and the mapped files that it touched). Of two processes the larger one's peak counts. Predicted is
-what `python -m scripts.plan --json` says beforehand for one process, libraries included. The last line is
-JSON.
+Each configuration is a run of train.py in its own process, on a random model with the World vocabulary. The
+rows are full, and all their tokens are trained. The measured figure is the highest resident memory of the
+process (ru_maxrss: its own memory, and the mapped files that it touched), the larger one of two processes.
+The predicted figure is that of `python -m scripts.plan --json` for one process, libraries included. The last
+line is JSON.
 """
 
 import json
@@ -50,7 +50,7 @@ def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
     )
 
 
-# in between, because a process that is started inherits the peak of the one that starts it
+# a small process in between, because a process inherits the peak of the process that starts it
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)

@@ -1,11 +1,11 @@
 """Work of a GPU, operator by operator: the kind, kernel launches, bytes, multiply-adds.
 
-`Tally.add` takes each call that a dispatch mode sees; gpu_emulation/fake_gpu has such a mode. Nothing needs a
-number: shapes, dtypes and strides say it all.
+`Tally.add` takes each call that a dispatch mode sees; gpu_emulation/fake_gpu has such a mode. No values are
+needed: shapes, dtypes and strides are enough.
 
-Launches are those of torch 2.13 on CUDA: one for most operators, and those that MULTIPLE has for the others.
+Launches are those of torch 2.13 on CUDA: one for most operators; MULTIPLE has the numbers of the others.
 Bytes are the least that a launch must move: each tensor that it reads, once, and each that it writes, once.
-A dimension that is only expanded is not read again.
+An expanded dimension is not read again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .wkv_budget import segments
 
-# what counts as elementwise traffic: all that is no product, no WKV, no loss and no optimizer
+# kinds that count as elementwise traffic: all but products, WKV, loss and optimizer
 TRAFFIC = ("elementwise", "norm", "reduction", "copy")
 
 # operators that launch nothing
@@ -41,7 +41,7 @@ SCATTERS = set(
     "index_put index_put_ _index_put_impl_ index_add_ scatter scatter_ embedding_dense_backward".split()
 )
 FILLS = set("fill_ zero_ zeros zeros_like new_zeros ones ones_like new_ones full full_like arange".split())
-# launches of torch's operators that have several
+# operators of torch with several launches -> their number
 MULTIPLE = {
     "native_group_norm": 2,  # the moments, then the numbers
     "native_group_norm_backward": 3,
@@ -49,7 +49,7 @@ MULTIPLE = {
     "nonzero": 3,
 }
 
-# aten/src/ATen/native/cuda/MultiTensorApply.cuh: what one launch takes of lists of tensors, by their number
+# aten/src/ATen/native/cuda/MultiTensorApply.cuh: most tensors of one launch for 1, 2, ... lists of tensors
 LIST_TENSORS = (110, 64, 48, 36, 30)
 LIST_BLOCKS, LIST_CHUNK = 320, 65536
 
@@ -73,22 +73,22 @@ def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
 def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
     def launches(args: tuple) -> int:
         B, T, H, _ = args[0].shape
-        if not args[-1]:  # the recurrence: of each 512 tokens both sweeps and what finishes them; the decay,
-            return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1  # and for v6 the bonus
-        # of each segment prepare and scan, for a backward gradients, too; v6 sums the parts of the bonus
+        if not args[-1]:  # the recurrence; its backward has four launches for 512 tokens, then the decay's,
+            return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1  # and for v6 the bonus's
+        # each segment has kernels prepare and scan, a backward also gradients; v6 sums the bonus at the end
         return segments(B, T, H) * (3 if backward else 2) + (backward and version == 6)
 
     return launches
 
 
 def _with_gradients_of_vectors(args: tuple) -> int:
-    """Count the launches of a backward whose last argument asks for the gradients of vectors: their parts are
-    summed.
+    """Count the launches of a backward whose last argument asks for gradients of vectors, which are summed by
+    a second launch.
     """
     return 1 + bool(args[-1])
 
 
-# our own operators: what they are, and their launches
+# this project's operators -> (kind, number of launches)
 KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "wkv6": ("wkv", _wkv(6, False)),
     "wkv6_backward": ("wkv", _wkv(6, True)),
@@ -110,7 +110,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
         f"{name}_backward": ("elementwise", _with_gradients_of_vectors)
         for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token", "mix7_readout", "mix7_inputs")
     },
-    # it has z where the mixes train
+    # argument z is there if the mixes are trained
     "shift_mix_backward": ("elementwise", lambda args: 1 + (args[1] is not None)),
 }
 
@@ -142,7 +142,7 @@ def launches_of(name: str, args: tuple, ours: bool) -> int:
         lists = sum(isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Tensor) for x in args)
         return list_launches(args[0], min(max(lists, 1), len(LIST_TENSORS)))
     if name == "native_layer_norm_backward":
-        return 1 + any(args[-1][1:])  # the gradients of weight and bias are a launch of their own
+        return 1 + any(args[-1][1:])  # a second launch computes the gradients of weight and bias
     return MULTIPLE.get(name, 1)
 
 
@@ -152,8 +152,8 @@ def spanned(x: Tensor) -> int:
 
 
 def tensors_in(values: Iterable) -> list[Tensor]:
-    """List the tensors among the arguments of an operator, which has no deeper nests than lists. torch's own
-    walk of any nest takes several times as long.
+    """List the tensors among the arguments of an operator, directly or in lists. torch's function for any
+    nesting takes several times as long.
     """
     found = []
     for value in values:
@@ -177,7 +177,7 @@ def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
         return 2 * sum(spanned(x) for x in tensors_in(args[1:]) if x.is_floating_point())
     if name == "softmax_loss_":  # the gradient is written into its first argument
         return written + sum(map(spanned, tensors_in(args))) + args[0].numel() * args[3].itemsize
-    if name == "mix7_inputs_backward":  # its first two arguments are written, too
+    if name == "mix7_inputs_backward":  # the operator also writes its first two arguments
         written += spanned(args[0]) + spanned(args[1])
     read = tensors_in(args) + tensors_in(x for key, x in kwargs.items() if key != "out")
     if name in ("addmm", "addmm_", "baddbmm", "baddbmm_") and kwargs.get("beta", 1) == 0:
@@ -192,7 +192,7 @@ def multiply_adds(name: str, args: tuple, result) -> int:
 
 
 class Tally:
-    """Launches, bytes and multiply-adds by kind; `operators` has the calls, launches and bytes of each."""
+    """Launches, bytes and multiply-adds by kind; `operators`: calls, launches and bytes of each operator."""
 
     def __init__(self):
         self.operators = {"calls": Counter(), "launches": Counter(), "bytes": Counter()}
@@ -207,7 +207,7 @@ class Tally:
         in_loss: bool = False,
         of_base: Callable[[Tensor], bool] = lambda tensor: True,
     ) -> None:
-        """Count a call of an OpOverload. `of_base` says whether a tensor is a weight of the base model."""
+        """Count a call of an OpOverload. of_base(tensor): whether a tensor is a weight of the base model."""
         name, ours = op._schema.name.split("::")[1], op.namespace in ("rwkv", "rwkv_miss")
         launches = launches_of(name, args, ours)
         if not launches:

@@ -1,4 +1,4 @@
-"""Single operators, forward and backward, beside other forms of the same in one run.
+"""Single operators, forward and backward, compared with other forms of the same operator in one run.
 
     python -m benchmarks.ops wkv [--shapes B,T,C ...] [--kernels cpu torch reference] [--device cuda]
     [--peers] [--rwkv_lm FOLDER]
@@ -6,26 +6,26 @@
     python -m benchmarks.ops linear [--shapes TOKENS,IN,OUT,RANK ...] [--systems miss lora]
     python -m benchmarks.ops head [--shapes TOKENS,C,V ...] [--memory]
 
-All take [--dtypes float32 bfloat16] [--threads 1] [--rounds 10]. On a GPU the dtype is by default what
-train.py takes there. The forms take turns, and the fastest round of each counts: CPU time of one thread, wall
-time of several, or the time until a GPU is done. "of" is the time over that of the first form. A form that
-does not fit in a GPU's memory has a row that says so. --memory adds the most memory above the start, in a
-process for each form. The last line is JSON.
+All take [--dtypes float32 bfloat16] [--threads 1] [--rounds 10]. On a GPU the default dtype is train.py's.
+The forms take turns, and the fastest round of each counts: CPU time of one thread, wall time of several, or
+the time until a GPU is done. "of" is the time divided by the first form's. A form that does not fit in a
+GPU's memory has a row that says so. --memory adds the most memory above the start, in a process for each
+form. The last line is JSON.
 
-wkv: every kernel beside the token-by-token form under autograd. Errors are against float64, of the first row
-of the batch. Kept is what autograd holds between forward and backward, inputs not counted. --peers adds
-flash-linear-attention (pip install -e '.[bench]'), --rwkv_lm the kernels of a checkout of RWKV-LM, in bf16;
-both run on GPUs only.
+wkv: every kernel, and the token-by-token form under autograd. Errors are against float64, for the first row
+of the batch. "Kept" is the memory that autograd holds between forward and backward, without the inputs.
+--peers adds flash-linear-attention (pip install -e '.[bench]'), --rwkv_lm the kernels of a checkout of
+RWKV-LM, in bf16; both run on GPUs only.
 
-elementwise: what lies between the products of a layer, beside plain torch and a copy of one activation. GB/s
-counts each activation and gradient once. relu_squared has four times the width.
+elementwise: the functions between the products of a layer, in plain torch and native, and a copy of one
+activation. GB/s counts each activation and gradient once. relu_squared has four times the width.
 
-linear: one adapted linear beside the frozen one, and HF peft's MiSS and LoRA. LoRA has the rank of as many
-parameters as MiSS, and so has every other of --systems, which are those of benchmarks.paper, or all. "torch"
-is F.linear, "ours" the product of this project's layers. Kept is what is as long as the input. In bf16 peft
-comes twice: as get_peft_model() makes it, with adapters in fp32, and in one dtype.
+linear: one adapted linear, the frozen one, and HF peft's MiSS and LoRA. LoRA, and every other of --systems
+(names of benchmarks.paper, or all), has the rank at which it has as many parameters as MiSS. "torch" is
+F.linear, "ours" the product of this project's layers. "Kept" counts tensors as long as the input. In bf16
+peft is measured twice: as get_peft_model() makes it, with adapters in fp32, and in one dtype.
 
-head: the loss of all logits at once in plain torch, beside blocks of rows.
+head: the loss of all logits at once in plain torch, and of blocks of rows.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ SHAPES = {
 
 
 class OpForm(NamedTuple):
-    """One way to compute an operator, with what its results get as gradients and which inputs want some."""
+    """One way to compute an operator, with gradients of its results, and inputs that need gradients."""
 
     name: str
     run: Callable[[], Any]
     inputs: list[Tensor]
     gradients: Any
     facts: dict[str, Any] = {}  # noqa: RUF012 (nothing writes to it)
-    moved: int = 0  # bytes, of which GB/s are printed
+    moved: int = 0  # bytes read and written, for the printed GB/s
 
     def __call__(self) -> tuple[Any, ...]:
         out = self.run()
@@ -91,12 +91,12 @@ class OpForm(NamedTuple):
 
 
 def kept_mb(run: Callable[[], Any], known: set[int], rows: int | None = None) -> float:
-    """Count what autograd keeps of run(): storages that are not known, of tensors of this length if given."""
+    """Count the MB that autograd keeps of run(), without `known` storages; rows: only tensors this long."""
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
     ):
-        out = run()  # held, so that no address is used twice
+        out = run()  # held, so that no address is reused
     del out
     found = [
         t for place, t in kept.items() if place not in known and (rows is None or t.shape[:1] == (rows,))
@@ -176,7 +176,7 @@ def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Itera
     mixes, maps, last = [torch.randn(C) for _ in range(6)], torch.randn(5, RANK, C), x(B, C)
     k_k, k_a, weight, bias = (torch.randn(C) for _ in range(4))
     r_k, e = torch.randn(heads, HEAD), elementwise
-    # function of (activations, native), activations, and how many are read or written, forward and backward
+    # name -> (function of (activations, native), activations, number of those read or written in both passes)
     cases = {
         "shift_mix, 6 mixes": (lambda z, n: e.shift_mix(z, last, None, mixes, n), [x()], 7 + 7),
         "shift_mix, 1 mix": (lambda z, n: e.shift_mix(z, last, None, mixes[:1], n), [x()], 2 + 2),
@@ -206,7 +206,9 @@ def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Itera
                 OpForm(f"{name}, {'native' if kind else 'plain'}", run, inputs, gradients, moved=moved * size)
                 for kind, run in runs.items()
             ),
-            OpForm(f"{name}, beside a copy", lambda: other.copy_(activation), [], None, moved=2 * size),
+            OpForm(
+                f"{name}, compared with a copy", lambda: other.copy_(activation), [], None, moved=2 * size
+            ),
         ]
 
 
@@ -218,7 +220,7 @@ class OurLinear(nn.Linear):
 
 
 def adapted(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str]) -> dict[str, nn.Module]:
-    """Put every adapter of --systems on the same weight, and peft's of those that it has."""
+    """Put every adapter of --systems on the same weight, and peft's version if it has one."""
     import peft
 
     weight = nn.Parameter(torch.randn(out, width).mul_(0.02).to(dtype), requires_grad=False)
@@ -283,7 +285,7 @@ OPERATORS = {"wkv": wkv, "elementwise": elementwise_forms, "linear": linear_form
 
 
 def groups(shape: str, dtype: str, args) -> Iterator[list[OpForm]]:
-    """Make the forms that are compared, the one that the others are measured by first."""
+    """Make groups of forms to compare; the first form of a group is the one to compare with."""
     torch.manual_seed(0)
     return OPERATORS[args.operator](tuple(map(int, shape.split(","))), getattr(torch, dtype), args)
 

@@ -1,13 +1,12 @@
-"""Slips of a programmer, planted one at a time: which test finds each of them.
+"""Mistakes of a programmer, planted one at a time: which test finds each of them?
 
     python -m benchmarks.planted_faults [--faults NAME ...] [--tests test_data ...] [--jobs 2]
         [--pytest_arguments "-m fast"] [--limit_seconds 3600] [--out out/planted-faults.json]
 
-benchmarks/planted_faults.txt has the faults. Each is planted in a copy of the working tree. Then the test
-files whose imports reach the changed file run one after another, the nearest first, until one is red. A test
-counts if it is green again without the fault. --tests and --pytest_arguments take a part of the suite, so the
-same command measures one tier of it. --limit_seconds is for one fault. CPU seconds are those of all processes
-that the tests start.
+benchmarks/planted_faults.txt lists the faults. Each is planted in a copy of the working tree. Then the test
+files whose imports reach the changed file run one after another, the nearest first, until one fails. The
+failure counts if the test passes again without the fault. --tests and --pytest_arguments select a part of the
+suite. --limit_seconds is for one fault. CPU seconds include all processes that the tests start.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ WRONG_USE, NO_TESTS = 4, 5  # pytest's exit codes
 
 
 class Fault(NamedTuple):
-    """One slip: `new` stands in the place of `old`, which the file has once."""
+    """One mistake: `new` replaces `old`, which the file has exactly once."""
 
     name: str
     kind: str
@@ -60,7 +59,7 @@ def read_faults(path: pathlib.Path = FAULTS) -> list[Fault]:
 
 
 def planted(fault: Fault, root: pathlib.Path = ROOT) -> str:
-    """Return the file's text with the fault. ValueError where `old` does not stand in it exactly once."""
+    """Return the file's text with the fault. Raises ValueError unless the file has `old` exactly once."""
     text = (root / fault.file).read_text("utf-8")
     if (times := text.count(fault.old)) != 1:
         raise ValueError(
@@ -97,10 +96,12 @@ class Copy:
         finally:
             self.fault = None
             file.write_bytes(sound)
-            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # bytecode goes by the time
+            os.utime(
+                file, ns=(times.st_atime_ns, times.st_mtime_ns)
+            )  # cached bytecode is matched by this time
 
     def red_test(self, tests: list[str], deadline: float) -> str:
-        """Return the first red test of these files or ids; "" for none. TimeoutError after the deadline."""
+        """Return the first failing test of these files or ids, or "". Raises TimeoutError at the deadline."""
         environment = dict(os.environ)
         if self.fault and self.fault.file.startswith("cuda/"):
             environment["RWKV_KERNEL_CACHE"] = str(self.folder / "kernels")  # apart from the user's
@@ -123,7 +124,7 @@ class Copy:
             return ""
         if process.returncode == WRONG_USE and not self.fault:
             file, is_one, _ = tests[0].partition("::")
-            if is_one:  # an id that pytest's line does not tell whole
+            if is_one:  # pytest's line may cut the id short
                 return self.red_test([file], deadline)
             raise RuntimeError(f"{shlex.join(command)}:\n{said[-2000:]}")
         found = RED.search(said)
@@ -131,7 +132,7 @@ class Copy:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End the processes that a test run has left, so that their CPU seconds are counted."""
+    """End the processes that a test run has left running, so that their CPU seconds are counted."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -143,14 +144,14 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def prepare(folder: pathlib.Path, arguments: list[str], root: pathlib.Path = ROOT) -> None:
-    """Make the copy of a process that tries faults."""
+    """Make the copy of the working tree for a process that tries faults."""
     global copy
-    ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1)  # so that CPU seconds of what tests leave behind count, too
+    ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1)  # so that CPU seconds of processes left running count, too
     copy = Copy(pathlib.Path(tempfile.mkdtemp(dir=folder)), arguments, root)
 
 
 def try_fault(fault: Fault, tests: list[str], limit: float) -> dict[str, object]:
-    """Plant a fault and run these tests until one finds it; return a record of that."""
+    """Plant a fault and run these tests until one finds it; return a record of the result."""
     deadline, before = time.monotonic() + limit, resource.getrusage(resource.RUSAGE_CHILDREN)
     tried, red_anyway, found, outcome = [], [], None, "not found"
     try:
@@ -165,7 +166,7 @@ def try_fault(fault: Fault, tests: list[str], limit: float) -> dict[str, object]
                 if not copy.red_test([red], deadline):
                     found, outcome = red, "found"
                     break
-                is_file = red in (tried[-1], *red_anyway)  # nothing of it can be left out
+                is_file = red in (tried[-1], *red_anyway)  # then no single test of the file can be left out
                 red_anyway.append(red)
                 if is_file:
                     break

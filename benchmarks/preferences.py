@@ -1,22 +1,22 @@
-"""An experiment: are preferences learnt, and what becomes of the answers meanwhile?
+"""An experiment: are preferences learnt, and how do the answers change meanwhile?
 
     python -m benchmarks.preferences [--data ../shared/data] [--tasks sort result] [--methods miss lora]
     [--objectives dpo ...] [--seeds 0 1 2] [--only_finished] [--out out/preferences] [--report docs/results]
 
-Every training is a whole run of train.py on pairs, at the rate that it chooses by itself, for a given number
-of steps: DPO; DPO without the NLL of the chosen answers; ORPO, for twice as many steps; and supervised
-training on the chosen answers, with as many prompts as either.
+Every training is a whole run of train.py on pairs, at the rate that train.py chooses, for a given number of
+steps: DPO; DPO without the NLL of the chosen answers; ORPO, for twice as many steps; and supervised training
+on the chosen answers, with the same number of prompts.
 
-- sort: the demo base reverses letters. Asked to sort them, the chosen answer has them sorted, the rejected
-  one reversed, as the base answers. Right is the sorted answer, word for word.
+- sort: the demo base reverses letters. The question is to sort them; the chosen answer has them sorted, the
+  rejected one reversed, as the base answers. The sorted answer is right, word for word.
 - result: an English RWKV-6 of 3 million parameters and GSM8K. The question is the last sentence of a problem.
   The chosen answer is its result alone, as `#### 18`; the rejected one is the last line of the worked
-  solution. So the two differ in form and length. Right is an answer of that form. Whether its number is right
-  is not looked at: a sentence does not say enough, and the model is too small.
+  solution. So the two differ in form and length. An answer of the chosen form is right, whatever its number:
+  one sentence is not enough to know the number, and the model is too small.
 
-What is measured, on questions that no training has seen: the share of pairs whose chosen answer has gained
-more log-probability over the base than the rejected one (reward accuracy); the share whose chosen answer is
-more likely (raw accuracy); what the chosen answer's log-probability has gained; and the right greedy answers.
+Measured on questions that no training has seen: the share of pairs whose chosen answer has gained more
+log-probability over the base than the rejected one (reward accuracy); the share whose chosen answer is more
+likely (raw accuracy); the gain of the chosen answer's log-probability; and the right greedy answers.
 
 --data has the base and the texts of all tasks but sort: real/rwkv6-3m-utf16.pth and gsm8k_train.jsonl. They
 are not part of the repository. A finished training is kept in --out, and is not repeated. --report FOLDER
@@ -53,21 +53,18 @@ from .paper.results import Table
 from .paper.tasks import ROOT
 
 NAMED = ("task", "objective", "method")
-ACCURACY = 0.95  # of rewards, in every seed
+ACCURACY = 0.95  # least reward accuracy, in every seed
 COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
 
 
 @dataclasses.dataclass(frozen=True)
 class LossCase:
-    """Aim of a training.
-
-    `target` is the share of right answers that the task sort asks for, beside ACCURACY.
-    """
+    """Loss of a training. `target`: least share of right answers in task sort, in addition to ACCURACY."""
 
     name: str
     flags: list[str]
-    steps_factor: int  # times the steps of the task
-    on_pairs: bool  # else on the chosen answers alone
+    steps_factor: int  # multiple of the task's steps
+    on_pairs: bool  # False: trained on the chosen answers alone
     target: float | None = None
 
 
@@ -87,7 +84,7 @@ METHODS = ("miss", "lora")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A question, the answer that is preferred, and the other one."""
+    """A question, the chosen answer, and the rejected one."""
 
     question: str
     chosen: str
@@ -110,7 +107,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A base and what it is taught. No question of `test` or `valid` is in `train`."""
+    """A base and its data. No question of `test` or `valid` is in `train`."""
 
     base: pathlib.Path
     tokenizer: str
@@ -151,7 +148,7 @@ def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
 
 
 def result(data: pathlib.Path) -> Task:
-    """Make a task in which a small English model learns to give the result alone, where it could give a
+    """Make a task in which a small English model learns to answer with the result alone instead of a
     sentence.
     """
     steps, per_step, held_out = 50, 4, 50
@@ -188,13 +185,13 @@ TASKS = {"sort": sort, "result": result}
 
 
 class Trainings:
-    """The trainings of a task, each done once: what is finished stands in NAME.jsonl of the folder."""
+    """The trainings of a task, each done once: finished ones are in NAME.jsonl of the folder."""
 
     def __init__(self, name: str, folder: pathlib.Path, data: pathlib.Path):
         self.name, self.folder = name, folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task = TASKS[name](data)
-        # what tells one training from the others
+        # the fields that identify a training
         self.lines = Lines(folder / f"{name}.jsonl", "task", "objective", "method", "seed")
 
     @functools.cached_property
@@ -205,11 +202,11 @@ class Trainings:
         return log_probs(base, tokenizer, template, self.task.test)
 
     def line(self, objective: str, method: str, seed: int) -> dict:
-        """Return what names a training."""
+        """Return the fields that identify a training."""
         return {"task": self.name, "objective": objective, "method": method, "seed": seed}
 
     def of(self, objective: LossCase, method: str, seed: int) -> dict:
-        """Return the line of a training, which is done where it is not yet."""
+        """Return the line of a training, and do the training first if it is not done."""
         line = self.line(objective.name, method, seed)
         return self.lines.of(line, lambda: self._train(objective, method, seed))
 
@@ -218,12 +215,12 @@ class Trainings:
         return self.lines.of(self.line("base", "", 0), lambda: measures(self.task, None, self.before))
 
     def _train(self, objective: LossCase, method: str, seed: int) -> dict:
-        """Do a run; return what it found, and what became of the answers."""
+        """Do a run; return its figures, and those of its answers."""
         task, steps = self.task, objective.steps_factor * self.task.steps
         folder = self.folder / f"{objective.name}-{method}-{seed}".replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        # as many rows as the run reads: no other pair needs the reference's values
+        # only the rows that the run reads, because the reference's values are computed for all rows
         pairs = {"train": task.train[: steps * task.per_step], "valid": task.valid}
         files = {
             name: write_rows(folder / f"{name}.jsonl", [pair.row(objective.on_pairs) for pair in own])
@@ -243,8 +240,8 @@ class Trainings:
 
 
 def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str, object]:
-    """Measure a task's test pairs, whose log_probs() were `before` by the base: both accuracies, what log p
-    has gained, and the right answers.
+    """Measure a task's test pairs: both accuracies, the gain of log p, and the right answers. `before`: the
+    base's log_probs() of the pairs.
     """
     model, tokenizer = task.model(adapter)
     template = recorded_template("auto", tokenizer, adapter or str(task.base))
@@ -268,10 +265,9 @@ def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str,
 
 
 def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> torch.Tensor:
-    """Compute ln p of the chosen and of the rejected answer of each pair, with its end: (n, 2) in float64.
-    They are made one answer at a time, by other code than the training's.
+    """Compute ln p of each pair's chosen and rejected answer, with its end: (n, 2) in float64.
 
-    They are made one answer at a time, by other code than the training's.
+    The answers are computed one at a time, by other code than the training's.
     """
     encoder = Encoder(tokenizer, template, "assistant")
     asked = []
@@ -285,13 +281,13 @@ def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequ
 
 
 def greedy_answers(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> list[str]:
-    """Give the likeliest answer to each question, cut where it is longer than any answer of the pairs."""
+    """Return the greedy answer to each question, cut if it is longer than all answers of the pairs."""
     asked = [(pair.asked, max(pair.chosen, pair.rejected, key=len)) for pair in pairs]
     return [text for (text,) in experiment.texts_of_answers(model, tokenizer, template, asked)]
 
 
 def reached(task: str, objective: str, own: Sequence[dict]) -> list[bool]:
-    """Tell of each seed whether it reaches the target; nothing where there is none."""
+    """Tell for each seed whether it reaches the target; [] if there is no target."""
     target = OBJECTIVES[objective].target if objective in OBJECTIVES and task == "sort" else None
     if target is None:
         return []

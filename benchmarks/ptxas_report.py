@@ -1,17 +1,17 @@
-"""Show what nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory.
+"""Show the registers, spilled bytes and shared memory of the CUDA kernels, as nvcc compiles them.
 
     python -m benchmarks.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
 
-It lists every kernel on every architecture. It needs nvcc and no GPU. The last line is JSON.
+Every kernel is listed for every architecture. That needs nvcc and no GPU. The last line is JSON.
 
---quick makes PTX twice instead of once an architecture: from Ampere on; and from Blackwell on, whose PTX has
-pairs of fp32. The figures are the same or nearly so.
+--quick makes PTX only twice, not for each architecture: for Ampere and newer, and for Blackwell and newer,
+whose PTX has pairs of fp32. The figures are the same or nearly so.
 
-What ptxas said is kept in the cache of the kernels, so that the same source is not compiled twice.
+The output of ptxas is kept in the kernels' cache, so that the same source is not compiled twice.
 
     python -m benchmarks.ptxas_report --write
 
-writes cuda/ptxas_record.json, by which the tests know what sources come to that have not changed since.
+writes cuda/ptxas_record.json, from which the tests read the figures of unchanged sources.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from src.ops import build, toolchain
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-# What the tests compile: one of each generation from Ampere on. sm_89 gets the code of sm_86, and the figures
-# of sm_80 and sm_100 are near those of sm_86 and sm_120.
+# Architectures that the tests compile, one of each generation from Ampere on. sm_89 runs the code of sm_86,
+# and the figures of sm_80 and sm_100 are near those of sm_86 and sm_120.
 GENERATIONS = (86, 90, 120)
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 OPTIONS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin")
@@ -92,8 +92,7 @@ def report_flags(architectures: Sequence[int], quick: bool) -> list[str]:
 
 
 def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
-    """Return what nvcc says while it compiles one .cu file with these flags. Raises BuildError without nvcc,
-    RuntimeError if the file does not compile.
+    """Return nvcc's output while it compiles one .cu file with these flags.
 
     Raises BuildError without nvcc, RuntimeError if the file does not compile.
     """
@@ -120,9 +119,9 @@ def compiler() -> str:
 
 
 def digest(source: pathlib.Path) -> str:
-    """Hash all of ours that decides the record of a .cu file: it, what it includes, and the flags."""
+    """Hash everything of this project that decides a .cu file's record: the file, its includes, the flags."""
     files = [source]
-    for file in files:  # grows on the way
+    for file in files:  # the loop appends included files
         names = INCLUDE.findall(file.read_text("utf-8"))
         files += [path for name in names if (path := file.parent / name) not in files]
     hashed = build.hash_files(sorted(files))
@@ -140,7 +139,7 @@ def record(sources: Sequence[pathlib.Path]) -> dict:
 
 
 def write_record(found: dict, path: pathlib.Path = RECORD) -> None:
-    """Write one line a kernel and architecture, so that a difference shows what changed."""
+    """Write one line for each kernel and architecture, so that a diff shows the changed ones."""
     files = []
     for name, of_file in found["files"].items():
         rows = ",\n".join(f"   {json.dumps(row)}" for row in of_file["kernels"])
@@ -181,7 +180,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.write and len(sys.argv) > 2:
-        parser.error(f"--write makes the record of all sources; expected nothing beside it: {sys.argv[1:]}")
+        parser.error(f"--write makes the record of all sources; expected no other arguments: {sys.argv[1:]}")
     try:
         nvcc = toolchain.find_nvcc()
     except toolchain.BuildError as error:

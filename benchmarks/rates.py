@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 
 def enclose(loss_at: Callable[[float], float], first: float, most: int) -> dict[float, float]:
-    """Return the losses of at most `most` rates: three around `first`, then beyond the end that is best.
+    """Return the losses of at most `most` rates: three around `first`, then further ones beyond the better
+    end.
 
-    The rates are 1 and 3 of every decade, the middle one is next to `first`. They end when the best one has a
-    worse one on both sides. Both sides are tried, because a loss may fall again above a valley. A loss is
-    infinite if the training diverged.
+    The rates are 1 and 3 of every decade; the middle one is the nearest to `first`. The search ends when the
+    best rate has a worse one on both sides. Both sides are tried, because a loss may fall again above a
+    valley. A loss is infinite if the training diverged.
     """
     middle = round(2 * math.log10(first))
     low, high = middle - 1, middle + 1
@@ -36,5 +37,5 @@ def rung(k: int) -> float:
 
 
 def best_of(tried: dict[float, float]) -> float:
-    """Return the rate with the lowest loss, of equal ones the lowest rate."""
+    """Return the rate with the lowest loss, and of rates with equal losses the lowest."""
     return min(tried, key=lambda rate: (tried[rate], rate))

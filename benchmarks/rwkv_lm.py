@@ -1,7 +1,8 @@
-"""RWKV-LM's WKV kernels, built from a checkout of it, to be measured beside ours by benchmarks.ops.
+"""RWKV-LM's WKV kernels, built from a checkout of it, for benchmarks.ops to compare with ours.
 
-Its .cu files are compiled as they are, with a function of ours behind them that has a C interface, so that no
-header of torch is needed. They take bf16, head size 64, and a number of tokens that is a multiple of 16.
+RWKV-LM's .cu files are compiled unchanged, followed by a function of ours with a C interface, so that no
+header of torch is needed. The kernels take bf16, head size 64, and a number of tokens that is a multiple of
+16.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from src.ops import build, toolchain
 from src.ops.native import architectures
 
 HEAD, CHUNK = 64, 16
-# name -> (file, what its functions' names end with)
+# name -> (file, ending of its functions' names)
 V7 = {
     "RWKV-LM": ("RWKV-v7/train_temp/cuda/rwkv7_clampw.cu", ""),
     "RWKV-LM, H100": ("RWKV-v7/train_temp/cuda/rwkv7_clampw_v3_for_h100.cu", "_v3"),
 }
 V6 = "RWKV-v5/cuda/wkv6_cuda.cu"
-# its v6 has torch's name for bf16, of which it uses what CUDA's type has as well
+# RWKV-LM's v6 file uses torch's name for bf16; CUDA's own type can stand for it
 ATEN = "#pragma once\n#include <cuda_bf16.h>\nnamespace at { typedef __nv_bfloat16 BFloat16; }\n"
 
 
 def peers(root: pathlib.Path, tokens: int) -> dict[int, dict[str, Callable]]:
-    """Map version and name to a function of our arguments, for those files that are in the checkout."""
+    """Map version -> name -> a function that takes our arguments, for the files in the checkout."""
     found: dict[int, dict[str, Callable]] = {6: {}, 7: {}}
     for name, (file, suffix) in V7.items():
         if (root / file).exists():
@@ -38,7 +39,7 @@ def peers(root: pathlib.Path, tokens: int) -> dict[int, dict[str, Callable]]:
     return found
 
 
-# `p` are the tensors in the order of the functions behind which this stands
+# version -> C interface that is appended to a file; `p` are the tensors in the order of its functions
 BEHIND = {
     7: """
 extern "C" void forward(int B, int T, int H, void** p) {{
@@ -70,7 +71,7 @@ extern "C" void backward(int B, int T, int H, void** p) {
 def compiled(
     file: pathlib.Path, behind: str, flags: list[str], cards: list[str] | None = None
 ) -> ctypes.CDLL:
-    """Build a library of the file and of what is written behind it, for the GPUs at hand."""
+    """Build a library of the file and the appended code, for the GPUs at hand."""
     folder = toolchain.cache_folder() / "rwkv-lm"
     (folder / "ATen").mkdir(parents=True, exist_ok=True)
     (folder / "ATen/ATen.h").write_text(ATEN)
@@ -87,7 +88,7 @@ def compiled(
 
 
 def call(function, like: Tensor, *tensors: Tensor) -> None:
-    """Call a function on torch's default stream, which is all that these kernels know."""
+    """Call a function on torch's default stream, the only one that these kernels use."""
     B, T, H, _ = like.shape
     function(B, T, H, (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)))
 
@@ -114,7 +115,7 @@ def wkv7(library: ctypes.CDLL) -> Callable:
 
 
 def wkv6(library: ctypes.CDLL) -> Callable:
-    """Make the operator: its decay is -exp(w) in fp32, and it gives the gradient of w."""
+    """Make the operator: the decay is -exp(w) in fp32, and the backward returns w's gradient."""
 
     class Wkv6(torch.autograd.Function):
         @staticmethod

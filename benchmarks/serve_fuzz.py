@@ -1,8 +1,8 @@
 """Damaged requests to a server: python -m benchmarks.serve_fuzz --requests 10000
 
-Each is a request of one of its addresses with something changed: a field's value, a byte, a header, its
-length, or its end, which does not come. Whatever comes, the server has to answer with a client's error or an
-answer, print no traceback, and have no row taken at the end. Exit code 1 where it does not.
+Each is a request to one of the server's addresses with one change: a field's value, a byte, a header, the
+length, or a missing end. To any of them the server must reply with an answer or a client error, print no
+traceback, and have no row taken at the end. The exit code is 1 if it fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ JUNK = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 1e308, -0.5, "", "x", "\0", "\ud800", "é✿",
     "x" * 5000, [], [[]], [None], {}, {"a": {}}, [1, "a", {}], "<think>", "```json", "base:nobody",
 ]  # fmt: skip
-PART = 1000  # requests that are made at once, and told of
+PART = 1000  # requests made at once; the counts are printed after each part
 BODIES = [
     (
         "/v1/chat/completions",
@@ -222,10 +222,9 @@ def _damage(rng: random.Random, data: bytearray) -> None:
 
 
 def sent(address: tuple[str, int], raw: bytes, patience: float = 0.3) -> str:
-    """Return the status of the reply; "" where the server waits for more, or closes without a word. It hangs
-    up after `patience` seconds without anything new, or as soon as it has the reply's head.
+    """Return the status of the reply; "" if the server waits for more, or closes without a reply.
 
-    It hangs up after `patience` seconds without anything new, or as soon as it has the reply's head.
+    This client hangs up after `patience` seconds without anything new, or as soon as it has the reply's head.
     """
     with socket.create_connection(address, timeout=20) as client:
         client.settimeout(patience)

@@ -1,12 +1,11 @@
 """Many clients of a server at once, for minutes: python -m benchmarks.serve_load --seconds 180
 
-A random model with random adapters answers requests that are known: each was asked alone before, and every
-answer has to be the same, character by character. --forms of 100 requests are held to a JSON schema, and
---states of 100 go on from a state that the server keeps. --hangups of 100 are left by their client in the
-middle. Meanwhile somebody sends prompts of --long tokens, with --states somebody makes states, goes on
-from them and deletes them, and the longest time that a stream waits between two of its pieces is measured.
-The server's memory is read four times a minute. Exit code 1 where an answer differs or is lost, a row stays
-taken, or memory grows.
+A random model with random adapters answers known requests: each was sent alone before, and every answer must
+be the same, character by character. Of 100 requests, --forms must follow a JSON schema, --states go on from a
+state that the server keeps, and --hangups are left by their client in the middle. Meanwhile another client
+sends prompts of --long tokens, and with --states one makes states, goes on from them and deletes them. The
+longest pause between two pieces of a stream is measured, and the server's memory is read four times a minute.
+The exit code is 1 if an answer differs or is lost, a row stays taken, or memory grows.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from src.model import RWKV
 
 from .common import add_integers, argument_parser, as_flags, report, settings_without, write_random_base
 
-START_SECONDS = 600  # until a server listens, whose kernels may have to be built
-MOST_GROWTH = 1.03  # of memory, from the first quarter of the time to the end
+START_SECONDS = 600  # most seconds until a server listens, including the build of its kernels
+MOST_GROWTH = 1.03  # largest growth factor of memory, from the first quarter of the time to the end
 DISH = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 20}, "price": {"type": "integer"}},
@@ -123,11 +122,11 @@ class Seen:
     answers: int = 0
     different: int = 0
     lost: int = 0
-    left: int = 0  # by their client
-    states: int = 0  # made and deleted meanwhile
+    left: int = 0  # requests that their client left
+    states: int = 0  # states made and deleted meanwhile
     tokens: int = 0
     first: list[float] = dataclasses.field(default_factory=list)
-    pauses: list[float] = dataclasses.field(default_factory=list)  # the longest of each answer
+    pauses: list[float] = dataclasses.field(default_factory=list)  # longest pause of each answer
     memory: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -136,7 +135,8 @@ def message(rng: random.Random, role: str = "user") -> dict:
 
 
 def requests_of(server: StartedServer, args) -> list[dict]:
-    """Make different requests to the base and the adapters, greedy and drawn. States are made for them."""
+    """Make different requests to the base and the adapters, greedy and drawn, and the states that they
+    use."""
     import httpx
 
     rng, chances = random.Random(1), random.Random(3)
@@ -195,7 +195,7 @@ async def one_client(
         number = rng.randrange(len(bodies))
         text, waits, tokens = "", [], 0
         leaves = rng.randrange(100) < hangups
-        last = rng.randrange(20) if leaves else -1  # the piece after which the client leaves
+        last = rng.randrange(20) if leaves else -1  # number of the piece after which the client leaves
         try:
             async with contextlib.aclosing(asked(client, bodies[number])) as pieces:
                 async for wait, new, counted in pieces:

@@ -1,13 +1,14 @@
 """Measure training steps with MiSS of random models of the released sizes.
 
-It prints tokens a second, memory, and the share of the machine's matrix products.
+The program prints tokens a second, memory, and the share of the machine's speed in matrix products.
 
     python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096]
     [--precision auto] [--grad_cp 0] [--rounds 5]
 
-Batch 1, forward, loss, backward and AdamW. The share is the arithmetic of the step's products over its time,
-beside that of a product of two square matrices in the same run. Memory is the most that tensors took, of a
-GPU, or the process' peak. A model that does not fit is said so. The last line is JSON.
+A step is forward, loss, backward and AdamW with batch 1. The share is the speed of the step's matrix
+products, divided by the speed of a product of two square matrices in the same run. Memory is the highest
+memory of tensors on a GPU, or the process's peak. A model that does not fit has a row that says so. The last
+line is JSON.
 """
 
 import torch
@@ -31,7 +32,7 @@ SQUARE = {"cuda": 8192, "cpu": 2048}
 def random_model(
     version: int, n_layer: int, n_embd: int, device: str, dtype: torch.dtype, grad_cp: int
 ) -> RWKV:
-    """Make frozen random weights in `dtype` with MiSS beside them, where they are used."""
+    """Make frozen random weights in `dtype`, with MiSS on them, directly on the device."""
     kernel, _ = ops.choose("auto", device)
     with torch.device("meta"):
         model = RWKV(default_arch(version, n_layer, n_embd), kernel)

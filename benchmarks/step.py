@@ -1,15 +1,15 @@
 """Measure the training step of a random RWKV with MiSS, whole and in parts.
 
-Its bare matrix products and HF peft in the same loop run beside it.
+For comparison the same loop runs with the step's bare matrix products, and with HF peft.
 
     python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1]
     [--rounds 5] [--variants NAME ...] [--memory] [--device cuda --micro_bsz 8]
 
 A step is forward, loss, backward and AdamW on micro_bsz rows. The variants take turns and the fastest round
-of each counts: CPU time with one thread, wall time with several and on a GPU. `--memory` adds the most memory
-above the model that two steps of each took in a process of their own, and what its layers keep for the
-backward. On a GPU the micro batch is halved until the first variant fits, and `asked_micro_bsz` says so;
-another variant that does not fit has a row without seconds. The last line is JSON.
+of each counts: CPU time with one thread, wall time with several and on a GPU. `--memory` adds, for each
+variant, the most memory above the model in two steps of a fresh process, and the bytes that the layers keep
+for the backward. On a GPU the micro batch is halved until the first variant fits, and `asked_micro_bsz` has
+the original one; another variant that does not fit has a row without seconds. The last line is JSON.
 """
 
 import argparse
@@ -65,12 +65,12 @@ VARIANTS = {
     "plain, by tokens": "MiSS r, with everything but the adapters in plain torch, WKV token by token",
 }
 KERNELS = {"compiled": "torch", "plain": "torch", "plain, by tokens": "reference"}
-ON_GPU = ("miss", "lora", "peft miss", "peft lora")  # by default
+ON_GPU = ("miss", "lora", "peft miss", "peft lora")  # default --variants on a GPU
 
 
 def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel: str = "cpu") -> RWKV:
-    """Make a model as a new one is, with the maps that are zero there filled, and by default the native
-    kernels of the CPU.
+    """Make a model with the initial values of a new one, but random maps instead of zero ones; by default
+    with the CPU's native kernels.
     """
     model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), kernel)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank:
 
 
 def build(variant: str, base: RWKV, rank: int) -> RWKV:
-    """Make the model of a variant, on the memory of `base` but for bf16."""
+    """Make the model of a variant; it shares the memory of `base`, except in bf16."""
     with torch.device("meta"):
         model = RWKV(base.arch, KERNELS.get(variant, base.emb.weight.device.type))
     dtype = torch.bfloat16 if variant == "bf16" else base.emb.weight.dtype
@@ -112,10 +112,10 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
 
 
 def use_fla(model: RWKV) -> None:
-    """Have an RWKV-7 run its WKV by flash-linear-attention, whose kernels keep the state in fp32, too."""
+    """Replace an RWKV-7's WKV by flash-linear-attention's, whose kernels also keep the state in fp32."""
     theirs, wkv7, mix7 = fla(7), rwkv7.wkv7, rwkv7.mix7
 
-    # rows of a step begin without a state, and nothing reads the last
+    # rows of a step begin without a state, and nothing reads the last state
     def wkv(*heads, **named):
         return (theirs(*heads[:6]), None) if "fla" in heads else wkv7(*heads, **named)
 
@@ -143,7 +143,7 @@ def add_peft(model: RWKV, variant: str, rank: int) -> None:
     else:
         settings = peft.MissConfig(r=rank)
     settings.target_modules = [name for name in TARGETS if name in str(model.state_dict().keys())]
-    # in the base's dtype, which is fastest: by default peft computes adapters beside bf16 in fp32
+    # in the base's dtype, which is fastest: by default peft computes a bf16 base's adapters in fp32
     peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
@@ -193,7 +193,7 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
             continue
         if name.endswith("weight"):
             found.append(p)
-        elif p.dim() == 3:  # v6's five maps are in one tensor
+        elif p.dim() == 3:  # RWKV-6 stacks its five maps in one tensor
             found += [part.t() for part in p]
         else:
             found.append(p.t())
@@ -209,8 +209,8 @@ def adapters(base: RWKV, rank: int) -> list[torch.Tensor]:
 
 
 def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
-    """Make the matrix products of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx
-    = dy W, of each adapter S D, dy D^T and S^T dy. `multiply(x, W)` is x W^T.
+    """Make only the matrix products of variant "miss": y = x W^T and dx = dy W for the frozen weights; S D,
+    dy D^T and S^T dy for each adapter. `multiply(x, W)` is x W^T.
     """
     weights, all_D = matrices(base), adapters(base, rank)
     widths = {rank}.union(*(w.shape for w in weights))
@@ -230,14 +230,14 @@ def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callab
 
 
 def flops(base: RWKV, rank: int, tokens: int) -> int:
-    """Count the operations of these products."""
+    """Count the operations of make_gemms()'s products."""
     return tokens * (
         4 * sum(w.numel() for w in matrices(base)) + 6 * sum(D.numel() for D in adapters(base, rank))
     )
 
 
 def peak(args, variant: str) -> int:
-    """Measure the most memory above the model of two steps, in bytes, in a process of its own."""
+    """Measure the most memory above the model in two steps, in bytes, in a fresh process."""
     sizes = same_flags(args, "version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank")
     return json_of_process("benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak")
 
@@ -277,7 +277,7 @@ def arguments() -> argparse.Namespace:
 
 
 def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
-    """Make what a step is compared with: its matrix products in torch and here, and its WKV."""
+    """Make the parts that a step is compared with: its matrix products in torch and here, and its WKV."""
     shape, tokens = (args.micro_bsz, args.ctx_len, args.n_embd), args.micro_bsz * args.ctx_len
     inputs, dy = wkv_inputs(args.version, shape, PRECISIONS[args.dtype], args.device)
     wkv = OpForm("", functools.partial(wkv_of(args.version, args.device), *inputs), inputs, dy)
@@ -303,7 +303,7 @@ def show(name: str, row: dict, tokens: int) -> None:
 
 
 def steps_that_fit(base: RWKV, args) -> tuple[dict[str, Callable[[], None]], list[str], torch.Tensor]:
-    """Make the variants' steps: (those that fit in memory, names of the others, their rows of ids).
+    """Make the variants' steps; returns (the steps that fit in memory, names of the others, rows of ids).
 
     args.micro_bsz is halved until the first variant fits.
     """
@@ -328,7 +328,7 @@ def steps_that_fit(base: RWKV, args) -> tuple[dict[str, Callable[[], None]], lis
 
 
 def rows_of(seconds: dict[str, float], too_large: list[str]) -> dict[str, dict]:
-    """Set each time beside those of the bare products and of MiSS."""
+    """Compute each time's ratios to the bare products and to MiSS."""
     rows: dict[str, dict] = {variant: {"out_of_memory": True} for variant in too_large}
     for name, s in seconds.items():
         rows[name] = {
@@ -352,7 +352,7 @@ def main() -> None:
     if args.peak:
         print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
         return
-    keep_freed()  # as a training does
+    keep_freed()  # a training also keeps freed memory
     settings = settings_without(args, "peak", "variants", "memory")
     settings["clock"] = clock_name(args.threads) if args.device == "cpu" else "wall time"
     if args.micro_bsz < asked:

@@ -1,11 +1,11 @@
-"""Walks through the code: which files and functions a step, a save, a merge and a chat request enter.
+"""Walks through the code: the files and functions that a step, a save, a merge and a chat request enter.
 
     python -m benchmarks.walks [--files]
 
-The demo's base trains on a few rows, trains on rewards for a few prompts, and answers one streamed request of
-the server, under Python's profiler. A step is counted from the end of the second to the end of the third, so
-it has the reading of its batch, and the rollouts. The request is the second one. The adapter that is saved
-and merged is a new one. --files lists the files. The last line is JSON.
+The demo's base trains on a few rows, trains on rewards for a few prompts, and answers streamed requests of
+the server, under Python's profiler. The step is the third, counted from the end of the second, so that it
+includes reading its batch, and its rollouts. The request is the second one. The adapter that is saved and
+merged is a new one. --files lists the files. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMMON = dict(load_model=BASE, accelerator="cpu", lr_init=1e-3, epoch_steps=4, e
 
 
 class Walk:
-    """Functions of this project that are entered while `on`."""
+    """Functions of this project that are entered while `on` is true."""
 
     def __init__(self):
         self.on, self.entered = False, set[CodeType]()
@@ -64,7 +64,7 @@ class Walk:
 
 
 class OneStep(Callback):
-    """Takes the walk of STEP."""
+    """Callback that records the walk of step number STEP."""
 
     def __init__(self, walk: Walk):
         self.walk = walk
@@ -124,7 +124,7 @@ def walk_of_request() -> Walk:
                 sent = urllib.request.Request(url, body, {"Content-Type": "application/json"})
                 urllib.request.urlopen(sent, timeout=60).read()
                 walk.on = False
-                time.sleep(0.5)  # until the server has done with the request
+                time.sleep(0.5)  # until the server has finished the request
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 

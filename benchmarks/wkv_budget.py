@@ -1,15 +1,15 @@
 """Time of the WKV on a card, by arithmetic: its bytes, the scratch that the L2 cache does not hold, its work.
 
-No GPU has confirmed it. What it adds up, as if none of it hid another:
+No GPU has confirmed this arithmetic. It sums these parts, as if none ran during another:
 
 - bytes: each argument and result once (benchmarks/op_counts.py), and the scratch below, at the bandwidth;
-- scratch: the factors of a segment of time and the gradients of its states are written by one kernel and read
-  by the next. A share of 1 - L2 / scratch of them goes to memory and comes back, and with it inputs that a
-  later kernel of the segment reads again;
-- work: of instructions, of passes over shared memory and of tensor cores the one that takes longest;
+- scratch: one kernel writes the factors of a segment of time and the gradients of its states, and the next
+  reads them. A share of 1 - L2 / scratch goes to memory and back, and so do inputs that a later kernel of the
+  segment reads again;
+- work: the longest of instructions, passes over shared memory, and tensor cores;
 - START for each launch.
 
-A card whose L2 has two halves (A100, H100) may hold less than is said here.
+A card whose L2 has two halves (A100, H100) may hold less than is assumed here.
 """
 
 from typing import NamedTuple
@@ -27,13 +27,13 @@ class Card(NamedTuple):
 class Work(NamedTuple):
     """Instructions that the warps of a head run for 16 tokens."""
 
-    instructions: int  # of PTX
+    instructions: int  # number of PTX instructions
     passes: int  # over the 32 banks of shared memory, and exchanges between lanes
     products: int  # mma of 16 x 8 x 16
 
 
-# (version, on tensor cores, backward): as executed on sm_80 where there are 128 heads and more.
-# gpu_emulation/test_ptx_wkv.py counts again.
+# (version, on tensor cores, backward) -> instructions executed on sm_80 with 128 heads or more, which
+# gpu_emulation/test_ptx_wkv.py counts again
 WORK = {
     (6, True, False): Work(3993, 862, 104),
     (6, True, True): Work(12411, 1982, 264),
@@ -44,22 +44,22 @@ WORK = {
     (7, False, False): Work(28102, 5186, 0),
     (7, False, True): Work(77722, 11172, 0),
 }
-# Instructions of machine code for one of PTX. On tensor cores by nvdisasm for sm_90 (docs/worklog-archive.md:
-# 14,010 of 17,320). The recurrence by the sizes of the code for sm_75: 0.92 for v6, 0.99 for v7.
+# Machine instructions for one PTX instruction. On tensor cores counted by nvdisasm for sm_90
+# (docs/worklog-archive.md: 14,010 of 17,320); for the recurrence by code sizes for sm_75: v6 0.92, v7 0.99.
 MACHINE = {True: 0.81, False: 0.96}
-# of a multiprocessor and clock, by the CUDA programming guide
+# warps' instructions, and passes over shared memory, in a clock of a multiprocessor (CUDA programming guide)
 INSTRUCTIONS, PASSES = 4, 1
 PRODUCT = 2 * 16 * 8 * 16  # operations of an mma
-# seconds from the end of a kernel to the full work of the next; assumed
+# assumed seconds from the end of a kernel until the next one works at full speed
 START = 3e-6
 
-# of cuda/chunked.cuh, and bytes for a chunk of a head there: Factors, State, inputs that are read twice
+# constants of cuda/chunked.cuh, and bytes for a chunk of a head: Factors, State, inputs that are read twice
 CHUNK, SEGMENT_HEADS, SEGMENT_CHUNKS = 16, 1024, 16
 FACTORS, STATE, AGAIN = {6: 4864, 7: 9472}, 8192, {6: 4 * 2048, 7: 6 * 2048}
 
 
 class Calls(NamedTuple):
-    """Calls of the WKV in a step: how many, of which shape."""
+    """Number and shape of the WKV's calls in a step."""
 
     version: int
     tensor_cores: bool
@@ -75,20 +75,20 @@ class Calls(NamedTuple):
 
 
 def segments(B: int, T: int, H: int, most: int = 0) -> int:
-    """Count the segments of time, as Sizes in cuda/chunked.cuh; or those of at most `most` chunks."""
+    """Count the segments of time as Sizes in cuda/chunked.cuh does; most: with at most this many chunks."""
     chunks = -(-T // CHUNK)
     count = -(-chunks // (most or max(SEGMENT_CHUNKS, SEGMENT_HEADS // (B * H))))
     return -(-chunks // -(-chunks // count))
 
 
 def scratch(calls: Calls, most: int = 0) -> tuple[int, int]:
-    """Return the bytes that a forward and a backward write in a segment for their next kernel."""
+    """Return the bytes that (a forward, a backward) writes in a segment for its next kernel."""
     of_heads = calls.B * calls.H * -(-calls.chunks // segments(calls.B, calls.T, calls.H, most))
     return of_heads * FACTORS[calls.version], of_heads * (FACTORS[calls.version] + STATE)
 
 
 def beyond(calls: Calls, l2: float, most: int = 0) -> float:
-    """Return the bytes of memory that a step takes because an L2 of this size does not hold the scratch."""
+    """Return the bytes that a step moves because an L2 of this size does not hold the scratch."""
     if not calls.tensor_cores:
         return 0
     forward, backward = scratch(calls, most)
@@ -121,10 +121,10 @@ def work(calls: Calls, card: Card) -> dict[str, float]:
 
 
 def best(calls: Calls, l2: float, bandwidth: float, gpu: float, host: float, launch: float) -> int:
-    """Return how many chunks of time a segment should have with this L2: those of the shortest step.
+    """Return the number of chunks in a segment that makes the step shortest with this L2.
 
-    `bandwidth`: bytes a second that are reached. `gpu`, `host`: seconds that they have to do beside this.
-    `launch`: seconds of the host.
+    `bandwidth`: reached bytes a second. `gpu`, `host`: seconds of their other work in the step. `launch`:
+    seconds of the host for a launch.
     """
 
     def seconds(most: int) -> float:

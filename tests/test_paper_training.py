@@ -277,7 +277,7 @@ def test_the_page_of_forgetting_says_what_its_looks_do():
     )
     assert said[5].ours.endswith("against its double: below it with miss, level with it with lora")
     assert "80.0% ± 0.0% right in fp32; that model, quantised to nf4, loses 20.0% ± 0.0%" in said[6].ours
-    assert said[6].ours.endswith("(loss +2.0%); one trained beside nf4 and merged into fp32 has 50.0% ± 0.0%")
+    assert said[6].ours.endswith("(loss +2.0%); one trained on nf4 and merged into fp32 has 50.0% ± 0.0%")
     at_gain = {tuple(row[:2]): row[2:4] for row in forgetting.table_at_gain("letters", found).rows}
     assert at_gain["bat", "0.005"] == ["-", "-"], "no seed gets that far"
     assert at_gain["miss, LoRA's rate", "0.02"] == ["1.5000 ± 0.0100", "2.7000 ± 0.0180"]

@@ -4,9 +4,9 @@ Each is one command that writes a table, a plot and its figures.
 
     python -m benchmarks.paper NAME [--tiny] [--out docs/results] [options of the experiment]
 
-Without NAME it lists them. An experiment is a module of this folder, NAME with underscores: FULL and TINY,
-two settings of one frozen dataclass (settings.py), and run(settings) -> PaperResult (results.py). The first
-line of its docstring is what the list shows. The last line is JSON.
+Without NAME the experiments are listed, each with the first line of its docstring. An experiment is a module
+of this folder, NAME with underscores: FULL and TINY, two settings of one frozen dataclass (settings.py), and
+run(settings) -> PaperResult (results.py). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def experiment(name: str):
 
 
 def main(argv: list[str]) -> None:
-    """Run the experiment that argv names, or list them. UserError for a wrong option, before anything is
-    measured.
+    """Run the experiment that argv names, or list all. Raises UserError for a wrong option, before anything
+    is measured.
     """
     parser = Parser(prog="python -m benchmarks.paper", description=__doc__.partition("\n\n")[0])
     names = parser.add_subparsers(dest="name", metavar="NAME")
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     module = experiment(args.name)
     settings = chosen(args, module.FULL, module.TINY)
     folder = results.check_folder(args.out)
-    commit = environment()["commit"]  # of the code that runs, which may be another one when it has run
+    commit = environment()["commit"]  # read now, because the checkout may change during the run
     result = module.run(settings)
     shown = command(args.name, settings, module.FULL, module.TINY)
     short = results.write(result, args.name, folder, shown, dataclasses.asdict(settings), commit)

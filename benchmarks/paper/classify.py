@@ -18,9 +18,10 @@ from rwkv_miss import UserError
 
 from .glue import Example
 
-# of all steps, then linearly to zero: as RoBERTa was fine-tuned on GLUE (arXiv 1907.11692, appendix C)
+# share of the steps that warm up; then the rate falls linearly to zero (RoBERTa, arXiv 1907.11692, appendix
+# C)
 WARMUP = 0.06
-Row = tuple[dict[str, list[int]], int]  # what the tokenizer makes of an example, and its class
+Row = tuple[dict[str, list[int]], int]  # the tokenizer's output for an example, and the example's class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Training:
 
 
 def load_tokenizer(source: str) -> Any:
-    """Load the tokenizer of a folder, or of a name in Hugging Face's cache. UserError where there is none;
-    nothing is downloaded.
+    """Load the tokenizer of a folder, or of a name in Hugging Face's cache. Raises UserError if there is
+    none; nothing is downloaded.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +68,8 @@ def _load(cls: Any, source: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers: its progress bars, and its warning that the classifier is new, as it is to be."""
+    """Silence transformers: its progress bars, and its warning that the classifier is new, which is
+    intended."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -93,7 +95,7 @@ def tokenised(examples: Sequence[Example], tokenizer: Any, length: int) -> list[
 def adapt(
     model: nn.Module, method: str, targets: Sequence[str], options: dict[str, Any]
 ) -> rwkv_miss.inject.Injection:
-    """Inject an adapter, and train what the model has beside its base: the classifier."""
+    """Inject an adapter, and make the parameters outside of the base trainable: the classifier."""
     injection = rwkv_miss.inject(model, method, targets=list(targets), **options)
     for name, p in model.named_parameters():
         if not name.startswith(f"{model.base_model_prefix}."):

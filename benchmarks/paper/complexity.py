@@ -1,8 +1,8 @@
-"""Fig. 5: FLOPs, saved bytes and parameters of each method's adapted linear, measured, beside the formulas.
+"""Fig. 5: FLOPs, saved bytes and parameters of each method's adapted linear, measured and by formulas.
 
-FLOPs are those of the matrix products of a forward and a backward, counted as they are executed, inside this
-project's operators as well; the frozen linear's own 4 N k d are taken off. Saved is what the forward keeps
-for its backward beside parameters and buffers.
+FLOPs are those of the matrix products of a forward and a backward, counted as they are executed, also inside
+this project's operators, minus the frozen linear's own 4 N k d. "Saved" are the bytes that the forward keeps
+for its backward, without parameters and buffers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TINY = Settings(shapes=("33,48,40,4",))
 
 @dataclasses.dataclass(frozen=True)
 class AdapterCost:
-    """Cost of an adapter beside its linear: FLOPs of both passes, numbers kept in between, parameters."""
+    """Cost of an adapter without its linear: FLOPs of both passes, numbers kept in between, parameters."""
 
     flops: int
     saved: int
@@ -72,13 +72,13 @@ def _lora(N: int, k: int, d: int, rank: int) -> AdapterCost:
 
 
 def _scaled_lora(N: int, k: int, d: int, rank: int) -> AdapterCost:
-    # kept beside the parameter: B times the factor, made once for forward and backward
+    # also kept: B times the factor, which is computed once for forward and backward
     lora = _lora(N, k, d, rank)
     return AdapterCost(lora.flops, lora.saved + rank * d, lora.parameters)
 
 
 def _dora(N: int, k: int, d: int, rank: int) -> AdapterCost:
-    # W A^T, A A^T and B (A A^T), whatever N is
+    # W A^T, A A^T and B (A A^T), which do not depend on N
     lora, norms = (_scaled_lora(N, k, d, rank), 2 * rank * (k * d + rank * (k + d)))
     return AdapterCost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
@@ -103,12 +103,12 @@ def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> AdapterCos
 
 
 def _put_together(N: int, k: int, d: int, rank: int) -> AdapterCost:
-    """Count LoRA whose A and B are made in the forward, and kept."""
+    """Count a LoRA whose A and B are computed in the forward, and kept."""
     lora = _lora(N, k, d, rank)
     return dataclasses.replace(lora, saved=lora.saved + rank * (k + d))
 
 
-# of N tokens, k inputs, d outputs and the method's options
+# method -> cost for N tokens, k inputs, d outputs and the method's options
 FORMULAS: dict[str, Callable[..., AdapterCost]] = {
     "miss": _miss,
     "mora": _mora,
@@ -128,7 +128,7 @@ def _product_flops(x: Tensor, weight: Tensor, *args, **kwargs) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it,
+# operators that torch's counter does not know -> FLOPs: oneDNN's, linear() inside this project's operators,
 # and others
 PRODUCTS = {
     "aten.linear.default": _product_flops,
@@ -148,7 +148,7 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "rwkv_miss":  # what it calls comes here as well
+        if func.namespace == "rwkv_miss":  # the operators that this one calls are also counted here
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
@@ -160,7 +160,8 @@ class Flops(TorchDispatchMode):
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Count what layer(x) keeps for its backward, in bytes: each memory once, parameters and buffers not."""
+    """Count the bytes that layer(x) keeps for its backward: each memory once, without parameters and
+    buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -172,9 +173,9 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def measure(layer: nn.Module, tokens: int) -> AdapterCost:
-    """Count the cost of an adapted linear, fp32, with an input that wants a gradient, as inside a model."""
+    """Count the cost of an adapted linear, fp32, with an input that needs a gradient, as inside a model."""
     x = torch.randn(tokens, layer.in_features, requires_grad=True)
-    layer(x).sum().backward()  # the first call tries out oneDNN (gemm.py): products that are not the layer's
+    layer(x).sum().backward()  # not counted, because the first call also makes gemm.py's test of oneDNN
     with Flops() as flops:
         layer(x).sum().backward()
     frozen = 4 * tokens * layer.in_features * layer.out_features
@@ -186,7 +187,7 @@ def measure(layer: nn.Module, tokens: int) -> AdapterCost:
 
 
 def rows(shape: str) -> Iterator[dict[str, Any]]:
-    """Yield for each system what was measured and what its method's formula says."""
+    """Yield for each system the measured figures and those of its method's formula."""
     N, k, d, rank = map(int, shape.split(","))
     for label, (method, options) in systems(rank, k, d).items():
         cost = measure(adapted_linear(k, d, method, options), N)
@@ -234,7 +235,7 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     costs = [{row["system"]: row["cost"] for row in rows} for rows in measured.values()]
 
     def ratios(count: str, label: str, to: str) -> tuple[float, float]:
-        """Return the smallest and the largest of the shapes."""
+        """Return the smallest and the largest ratio among the shapes."""
         found = [getattr(cost[label], count) / getattr(cost[to], count) for cost in costs]
         return min(found), max(found)
 

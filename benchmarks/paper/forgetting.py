@@ -1,9 +1,9 @@
 """Forgetting of MiSS, Bat, LoRA and DoRA at equal gain, each at its own searched rate; and the right answers
 that a base in 8 or 4 bits costs.
 
-Half and double of each rate are trained at, too.
+There are also trainings at half and at twice each rate.
 
-Two bases learn a task, and are asked along the way what they still know of a text that is not trained.
+Two bases learn a task; during the training their knowledge of a text that is not trained is measured.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from .training import WORDS, Runs, Spread
 from .training import Settings as Training
 from .training_tasks import TEXTS, Task, from_pairs, of_letters, windows
 
-FACTORS = (0.5, 1.0, 2.0)  # of the searched rate
-# steps of a trial of the search, those of its warm-up; the usual trials, and the most
+FACTORS = (0.5, 1.0, 2.0)  # rates of the trainings, times the searched rate
+# the search: steps of a trial, steps of its warm-up, usual number of trials, most trials
 TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, MOST_TRIALS = 15, 5, 4, 7
-SHARES = (0.5, 0.9)  # of the gain that every method reaches: where forgetting is compared
+SHARES = (0.5, 0.9)  # forgetting is compared at these shares of the gain that every method reaches
 JUDGED = 64  # rows of the training data that decide between rates, and are not trained on
 ADAPTED = "miss"  # the method of the quantised bases
 PAPER = "MiSS forgets 0.197 where LoRA forgets 0.050, at LoRA's rate of 1e-4 (HF peft's table of 2026)"
@@ -107,14 +107,14 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A training: its looks, and those of what became of it: merged into the unquantised base ("merged"), and
-    quantised after that, by kind. A look is None where the model is not finite.
+    """A training: its looks. after: the look of its merge into the unquantised base ("merged"), and for each
+    kind of quantisation the look of the quantised merge. A look is None if the model is not finite.
     """
 
     parameters: int
     looks: list[Look]
     after: dict[str, Look | None]
-    seconds: float  # of the CPU
+    seconds: float  # CPU time
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Outcome:
@@ -126,8 +126,8 @@ class Outcome:
 def answered(model: RWKV, documents: Documents, whole: bool) -> tuple[float, float, Tensor]:
     """Return (loss in nats a token, accuracy, logits (n, V)) of the documents' trained tokens.
 
-    The accuracy is the share of answers that are right as a whole, when each token is the likeliest one; of a
-    text the share of characters that are the likeliest. A character's second byte, 0, is not counted.
+    The accuracy is the share of answers whose tokens all are the likeliest; for a text it is the share of
+    characters that are the likeliest. A character's second byte, 0, is not counted.
     """
     batch = collate([[row] for row in documents], 1)
     was_training = model.training
@@ -203,7 +203,7 @@ class Exam:
         return self.look(self.base, 0)
 
     def look(self, model: RWKV, step: int) -> Look | None:
-        """Ask a model; None where its answers are not finite."""
+        """Measure a model; None if its logits are not finite."""
         loss, accuracy, _ = answered(model, self.task.held_out, self.whole)
         other_loss, other_accuracy, logits = answered(model, self.other, self.whole)
         kl = float(divergence(self.base_logits, logits).mean().clamp(min=0))
@@ -212,7 +212,7 @@ class Exam:
 
 
 def split(rows: Documents) -> tuple[Documents, Documents]:
-    """Return (the rows to train on, those that decide between rates)."""
+    """Return (the rows to train on, the rows that decide between rates)."""
     judged = min(JUDGED, len(rows) // 4)
     return rows.take(np.arange(judged, len(rows))), rows.take(np.arange(judged))
 
@@ -242,7 +242,8 @@ class Trainings:
         return self.runs.kept.of(run, lambda: searched(self.exams[task], run))["rate"]
 
     def run(self, task: str, method: str, lr: float, seed: int, quant: str = "") -> dict[str, Any]:
-        """Describe a training. With `quant`, none included, it is looked at merged and quantised, too."""
+        """Describe a training. With `quant`, also "none", there are looks at the merged and quantised
+        model."""
         sizes = {"steps": self.own("steps", task), "looks": self.own("looks", task)}
         return self.described(task, method, lr=lr, seed=seed, quant=quant, **sizes)
 
@@ -272,13 +273,13 @@ class Trainings:
             return self.at(task, ADAPTED, 1.0)
         return [self.outcome(self.run(task, ADAPTED, rate, seed)) for seed in self.settings.seeds]
 
-    def beside(self, task: str, quant: str) -> list[Outcome]:
-        """Do the trainings beside a quantised base."""
+    def on_quantised(self, task: str, quant: str) -> list[Outcome]:
+        """Do the trainings on a quantised base."""
         rate = self.rate(task, ADAPTED)
         return [self.outcome(self.run(task, ADAPTED, rate, seed, quant)) for seed in self.settings.seeds]
 
     def minutes(self, task: str) -> float:
-        """Estimate the CPU minutes of a task without what is kept, from a few steps and a look."""
+        """Estimate the CPU minutes of a task with nothing done yet, from a few steps and a look."""
         exam, run = self.exams[task], self.run(task, self.settings.methods[0], 1e-4, self.settings.seeds[0])
         model, config = prepared(exam, run)
 
@@ -287,10 +288,10 @@ class Trainings:
             training = cpu_seconds(lambda: list(train(model, source_of(config), exam.train, steps)))
             return training / steps, cpu_seconds(lambda: exam.look(model, 0))
 
-        seconds(1)  # the first of each costs more than another
+        seconds(1)  # not counted, because the first step and look take longer
         step, look = seconds(4)
         methods, searches = len(self.settings.methods), USUAL_TRIALS * (TRIAL_STEPS * step + look / 2)
-        count = methods * len(FACTORS) + len(self.settings.quant) + 1  # MiSS at LoRA's rate
+        count = methods * len(FACTORS) + len(self.settings.quant) + 1  # 1: MiSS at LoRA's rate
         each = run["steps"] * step + run["looks"] * look
         return (count * len(self.settings.seeds) * each + methods * searches) / 60
 
@@ -313,7 +314,7 @@ def searched(exam: Exam, run: dict[str, Any]) -> dict[str, Any]:
     """Search the rate by short trainings around the chosen one."""
     begun = time.process_time()
     model, config = prepared(exam, run)
-    source = source_of(dataclasses.replace(config, micro_bsz=JUDGED))  # its rows at once
+    source = source_of(dataclasses.replace(config, micro_bsz=JUDGED))  # measures all rows at once
 
     def loss_at(rate: float) -> float:
         tried = dataclasses.replace(config, lr_init=rate, lr_schedule="constant")
@@ -330,7 +331,7 @@ def searched(exam: Exam, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(exam: Exam, run: dict[str, Any]) -> Outcome:
-    """Do a training, and look at it along the way. The looks end where it is not finite."""
+    """Do a training with looks at intervals. The looks end when the model is not finite."""
     begun = time.process_time()
     model, config = prepared(exam, run)
     steps, count = run["steps"], run["looks"]
@@ -358,7 +359,7 @@ def trained(exam: Exam, run: dict[str, Any]) -> Outcome:
 
 
 def at_gain(looks: Sequence[Look], gain: float, by: str, name: str) -> float | None:
-    """Interpolate a figure to where a training first has a gain; None where it never has."""
+    """Interpolate a figure at the point where a training first reaches a gain; None if it never does."""
     for before, after in zip(looks, looks[1:]):
         if before.gain(by) < gain <= after.gain(by):
             part = (gain - before.gain(by)) / (after.gain(by) - before.gain(by))
@@ -369,22 +370,22 @@ def at_gain(looks: Sequence[Look], gain: float, by: str, name: str) -> float | N
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Results of a task: outcomes by method and factor of its rate, those of MiSS at LoRA's rate,
-    and those beside a quantised base, by kind.
+    """Results of a task: outcomes by method and factor of its rate, of MiSS at LoRA's rate, and on quantised
+    bases, by kind.
     """
 
     before: Look
     rates: dict[str, float]
     methods: dict[str, dict[float, list[Outcome]]]
     crossed: list[Outcome]
-    beside: dict[str, list[Outcome]]
-    bases: dict[str, Look]  # the base, quantised and not trained
-    by: str  # what is equal where forgetting is compared: "accuracy", or "loss" for text
+    on_quantised: dict[str, list[Outcome]]
+    bases: dict[str, Look]  # kind -> look at the quantised base, not trained
+    by: str  # the gain is measured by "accuracy", or for text by "loss"
 
     @property
     def gains(self) -> list[float]:
-        """Choose where forgetting is compared: at shares of the gain that every training of every method at
-        its own rate has reached.
+        """Return the gains at which forgetting is compared: SHARES of the gain that every training at its
+        method's own rate has reached.
         """
         own = [outcome.looks for rates in self.methods.values() for outcome in rates[1.0]]
         before = self.before.gain(self.by)
@@ -395,7 +396,7 @@ class Found:
         return f"{gain:.1%} right" if self.by == "accuracy" else f"a loss of {-gain:.4f}"
 
     def forgotten(self, outcomes: list[Outcome], gain: float, name: str = "kl") -> Spread:
-        """Return a figure at equal gain over the seeds; NaN where one of them does not get that far."""
+        """Return a figure at equal gain over the seeds; NaN if one of them does not reach the gain."""
         values = [at_gain(outcome.looks, gain, self.by, name) for outcome in outcomes]
         return Spread(math.nan, math.nan) if None in values else Spread.over(values)
 
@@ -411,7 +412,7 @@ def measure(trainings: Trainings, task: str) -> Found:
         {method: trainings.rate(task, method) for method in methods},
         methods,
         trainings.crossed(task) if both else [],
-        {kind: trainings.beside(task, kind) for kind in quant if exam.whole},
+        {kind: trainings.on_quantised(task, kind) for kind in quant if exam.whole},
         bases,
         "loss" if task in TEXTS else "accuracy",
     )
@@ -429,7 +430,7 @@ def percent(spread: Spread) -> str:
 
 
 def kept_of(task: str) -> str:
-    """Name what is not trained."""
+    """Name the text or task that is not trained."""
     return "LAMBADA" if task in TEXTS else "reversing"
 
 
@@ -481,11 +482,11 @@ def table_at_gain(task: str, found: Found) -> Table:
 
 
 def quantised_rows(task: str, found: Found) -> list[list[Any]]:
-    """List the rows of a task's bases: in fp32, and of every kind. Text is not trained beside them."""
+    """List the rows of a task's bases: fp32, and every kind of quantisation. No text is trained on these."""
     plain = found.methods[ADAPTED][1.0]
     rows = []
     for kind, base in {"fp32": found.before, **found.bases}.items():
-        own = plain if kind == "fp32" else found.beside.get(kind, [])
+        own = plain if kind == "fp32" else found.on_quantised.get(kind, [])
         merged = [outcome.after["merged"] for outcome in own]
         after = merged if kind == "fp32" else [outcome.after[kind] for outcome in plain]
         row = [task, kind, f"{base.other_accuracy:.1%}", f"{base.other_loss:.4f}"]
@@ -498,21 +499,26 @@ def quantised_rows(task: str, found: Found) -> list[list[Any]]:
 
 def quantised_table(found: dict[str, Found]) -> Table:
     columns = ["task", "base"]
-    for what in ("untrained: {}, not trained", "{}, beside it", "{}, merged into fp32", "{}, quantised last"):
+    for what in (
+        "untrained: {}, not trained",
+        "{}, on the quantised base",
+        "{}, merged into fp32",
+        "{}, quantised last",
+    ):
         columns += [what.format("accuracy"), what.format("loss")]
     return Table(
-        "Quantised bases, judged by answers: the base on what is not trained; the task, taught by MiSS beside"
-        " the quantised base; that adapter merged into the unquantised file; the model trained and merged"
+        "Quantised bases, judged by answers: the base on what is not trained; the task, taught by MiSS on the"
+        " quantised base; that adapter merged into the unquantised file; the model trained and merged"
         " unquantised, and quantised after that. The loss is the mean over the seeds. Text is not trained"
-        " beside a quantised base",
+        " on a quantised base",
         columns,
         [row for task in found for row in quantised_rows(task, found[task])],
     )
 
 
 def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
-    """Say who forgets less: at the end at LoRA's rate, at equal gain at the own rates; whether half of a rate
-    forgets less than its double; and what 4 bits cost in answers.
+    """Say which method forgets less at the end at LoRA's rate, and at equal gain at the methods' own rates;
+    whether half of a rate forgets less than its double; and how many right answers 4 bits cost.
     """
     said = []
     for task, one in found.items():
@@ -524,20 +530,20 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
                 Claim(
                     PAPER,
                     f"{task}, at LoRA's rate {one.rates['lora']:g}, after the last step: MiSS has KL {miss},"
-                    f" {WORDS[verdict]} LoRA's {lora}, with {gained[0]} right beside {gained[1]}",
+                    f" {WORDS[verdict]} LoRA's {lora}, with {gained[0]} right against {gained[1]}",
                     None if verdict is None else not verdict,
                 )
             )
         said += [compared(task, one, gain, seeds, best) for best in (False, True) for gain in one.gains]
         said.append(halved(task, one, seeds))
-        if "nf4" in one.beside:
+        if "nf4" in one.on_quantised:
             plain = one.methods[ADAPTED][1.0]
             was, lost, merged = (
                 Spread.over([found(outcome) for outcome in outcomes])
                 for outcomes, found in (
                     (plain, lambda o: o.after["merged"].accuracy),
                     (plain, lambda o: o.after["merged"].accuracy - o.after["nf4"].accuracy),
-                    (one.beside["nf4"], lambda o: o.after["merged"].accuracy),
+                    (one.on_quantised["nf4"], lambda o: o.after["merged"].accuracy),
                 )
             )
             rise = statistics.mean(o.after["nf4"].loss / o.after["merged"].loss - 1 for o in plain)
@@ -545,7 +551,7 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
                 Claim(
                     "4 bits cost 24 points of mathematics where perplexity looked mild",
                     f"{task}: {percent(was)} right in fp32; that model, quantised to nf4, loses"
-                    f" {percent(lost)} (loss {rise:+.1%}); one trained beside nf4 and merged into fp32 has"
+                    f" {percent(lost)} (loss {rise:+.1%}); one trained on nf4 and merged into fp32 has"
                     f" {percent(merged)}",
                     Spread(0.0, 0.0).below(lost, seeds),
                 )
@@ -554,9 +560,7 @@ def claims(found: dict[str, Found], seeds: int) -> list[Claim]:
 
 
 def compared(task: str, found: Found, gain: float, seeds: int, best: bool) -> Claim:
-    """Say which method forgets least where all have the same gain, at its own rate, or at the best of its
-    rates.
-    """
+    """Say which method forgets least at equal gain, each at its own rate, or at the best of its rates."""
     least, names = {}, {}
     for method, rates in found.methods.items():
         at = {f: found.forgotten(rates[f], gain) for f in (FACTORS if best else (1.0,))}
@@ -564,8 +568,8 @@ def compared(task: str, found: Found, gain: float, seeds: int, best: bool) -> Cl
         least[method], names[method] = at[factor], f"{method} ({found.rates[method] * factor:g})"
     first, *others = sorted(least, key=lambda method: (math.isnan(least[method].mean), least[method].mean))
     verdicts = {other: WORDS[least[first].below(least[other], seeds)] for other in others}
-    beside = [f"{verdicts[other]} {names[other]} with {least[other]}" for other in others]
-    lowest = f"{names[first]} has the lowest KL, {least[first]}, {', '.join(beside)}"
+    rest = [f"{verdicts[other]} {names[other]} with {least[other]}" for other in others]
+    lowest = f"{names[first]} has the lowest KL, {least[first]}, {', '.join(rest)}"
     where = "the best of its three rates" if best else "its own searched rate"
     return Claim(
         f"who forgets less at equal gain, each at {where}? (not published)",
@@ -635,7 +639,7 @@ def draw(found: dict[str, Found], figure) -> None:
 
 def figures_of(found: Found) -> dict[str, Any]:
     """Return every look for the JSON file."""
-    rows = rows_of(found) + [(f"{ADAPTED} beside {kind}", 0.0, o) for kind, o in found.beside.items()]
+    rows = rows_of(found) + [(f"{ADAPTED} on {kind}", 0.0, o) for kind, o in found.on_quantised.items()]
     return {
         "tried": found.rates,
         "trainings": [
@@ -660,7 +664,7 @@ def run(settings: Settings) -> PaperResult:
     spent = sum(
         outcome.seconds
         for one in found.values()
-        for outcomes in (*(o for _, _, o in rows_of(one)), *one.beside.values())
+        for outcomes in (*(o for _, _, o in rows_of(one)), *one.on_quantised.values())
         for outcome in outcomes
     )
     sizes = [

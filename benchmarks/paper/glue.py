@@ -1,5 +1,5 @@
-"""GLUE's tasks as the MiSS paper's Table 2 has them, read from a folder as GLUE or the Hugging Face hub ships
-it.
+"""GLUE's tasks of the MiSS paper's Table 2, read from a folder in the form of GLUE or of the Hugging Face
+hub.
 
 FOLDER/CoLA/train.tsv and dev.tsv, FOLDER/cola/train-00000-of-00001.parquet and validation-..., or .jsonl with
 the same columns. MNLI is evaluated on the matched genres. Nothing is downloaded.
@@ -24,10 +24,10 @@ Score = Callable[[Sequence[int], Sequence[int]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`texts` and `label` are columns, each with the names that the files give it; a label is a number, or
-    one of `labels` in their order.
+    """Task of GLUE. `texts` and `label` are columns, each with its names in the files; a label is a number,
+    or one of `labels` in their order.
 
-    `scores` are what is reported, the first as in Table 2, of which `paper` has method -> 100 x score.
+    `scores` are reported, the first as in Table 2; `paper` has method -> 100 x score of that table.
     `headless` names the columns of a TSV without a header.
     """
 
@@ -99,7 +99,7 @@ class Example:
 
 
 def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
-    """Read (training, development) examples. UserError for a file that is absent, and with its place for a
+    """Read (training, development) examples. Raises UserError for an absent file, and, with its place, for a
     row that is no example.
     """
     where = _folder(folder, task)
@@ -112,7 +112,7 @@ def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
 
 
 def _folder(folder: str, task: Task) -> pathlib.Path:
-    """Find the task's own folder, whatever the case and the hyphen of its name."""
+    """Find the task's folder, ignoring case and hyphens in its name."""
     root = pathlib.Path(folder)
     names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     for name in names:

@@ -1,14 +1,14 @@
 """Section 5.4, Fig. 4 right: the norm of the first gradient of every method at every rank, against full
 fine-tuning's, from one backward.
 
-At the start every method's model is the base, so one backward gives G = dL/dW of every linear, and a method's
-gradient is that of sum(G * delta()) in its own parameters: for MiSS the shard sums of G, for LoRA s G A^T.
-`full` is the norm of G over the same linears.
+At the start every method's model is the base, so one backward gives G = dL/dW of every linear. A method's
+gradient is the gradient of sum(G * delta()) for its parameters: for MiSS the shard sums of G, for LoRA
+s G A^T. `full` is the norm of G over the same linears.
 
-Beside the norm stands what it leaves out: the cosine between the change of the weights that the method's
-first SGD step makes and -G, full fine-tuning's. Random G with independent columns, of the same shapes, tell
-the scale of a method from what it makes of real gradients: there E ||fold(G)||^2 = ||G||^2 holds for MiSS at
-every rank, whatever is to be learnt.
+The norm ignores the direction. So there is also the cosine between -G, full fine-tuning's change of the
+weights, and the change that the method's first SGD step makes. Random G of the same shapes with independent
+columns separate a method's scale from its effect on real gradients: for them E ||fold(G)||^2 = ||G||^2 holds
+for MiSS at every rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .methods import named
 from .results import Claim, PaperResult, Table
 from .settings import option
 
-STEP = 1e-3  # length of the SGD step against the trained tensors' or, where these are zero, the weights' own
-ALIKE = 2  # norms that differ by less than this factor are about as large
+STEP = 1e-3  # length of the SGD step, relative to the trained tensors', or if these are zero to the weights'
+ALIKE = 2  # norms that differ by less than this factor count as equally large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def first_gradient(model: nn.Module, gradients: dict[str, Tensor], method: str, 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model with gradients G of its linears, and what the systems make of them: (label, rank) -> First."""
+    """A model with gradients G of its linears, and the systems' first gradients: (label, rank) -> First."""
 
     gradients: dict[str, Tensor]
     found: dict[tuple[str, int], First]
@@ -211,7 +211,7 @@ def norms_of_lora(real: dict[str, Case]) -> Claim:
     pairs = [pair for case in real.values() for pair in case.norm_ratios()]
     lora = [of_lora for _, of_lora in pairs]
     smaller = [of_miss > of_lora for of_miss, of_lora in pairs]
-    grows = []  # of neighbouring ranks, on every model
+    grows = []  # for neighbouring ranks on every model: whether the norm grows
     for case in real.values():
         norms = [of_lora for _, of_lora in case.pairs(lambda first: first.norm)]
         grows += [b > a for a, b in itertools.pairwise(norms)]

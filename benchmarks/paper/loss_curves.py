@@ -52,13 +52,13 @@ class Measured:
 
 
 def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Return (what was measured, why a system does not fit the task's model) by system."""
+    """Return (system -> measured trainings, system -> reason why it does not fit the task's model)."""
     found, unfit = {}, {}
     for name in runs.settings.systems:
         method, options = system(name, runs.own(runs.settings.rank, task))
         try:
             exponent, best = runs.at_best_rate(task, method, options)
-        except UserError as error:  # such as DoRA's, where rows of a weight are zero
+        except UserError as error:  # such as DoRA's for a weight with rows of zeros
             unfit[name] = str(error).partition(";")[0]
             continue
         found[name] = Measured(runs.at_rate(task, method, options, PAPER_LR), rate(exponent), best)
@@ -68,7 +68,7 @@ def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]
 def table(
     task: str, before: list[float | None], systems: dict[str, Measured], unfit: dict[str, str], answers: bool
 ) -> Table:
-    """Tabulate held-out losses, and where there are answers the share of right tokens and of right answers at
+    """Tabulate held-out losses, and for tasks with answers the shares of right tokens and right answers at
     the best rate.
     """
     columns = [
@@ -161,7 +161,7 @@ def draw(found: dict[str, dict[str, Measured]], figure) -> None:
     """
     figure.set_size_inches(4.2 * len(found), 7.5)
     grid = figure.subplots(2, len(found), squeeze=False)
-    # a system has one color, also where another is missing
+    # a system has the same color in all plots, even if others are missing
     names = list(dict.fromkeys(name for systems in found.values() for name in systems))
     for column, (task, systems) in enumerate(found.items()):
         for row, when in enumerate(("paper", "best")):
@@ -181,7 +181,7 @@ def draw(found: dict[str, dict[str, Measured]], figure) -> None:
 
 
 def smoothed(curves: list[list[float | None]]) -> list[float]:
-    """Average several curves, each value with those of the tenth of the steps before it."""
+    """Average several curves; each value is a running mean over a tenth of the steps."""
     length = min(len(curve) for curve in curves)
     mean = [
         sum(curve[i] for curve in curves) / len(curves)
@@ -193,7 +193,7 @@ def smoothed(curves: list[list[float | None]]) -> list[float]:
 
 
 def figures_of(m: Measured) -> dict[str, Any]:
-    """Return for the JSON file what came of every training, and at most 101 points of the plotted curves."""
+    """Return, for the JSON file, every training's outcome, and at most 101 points of the plotted curves."""
     described: dict[str, Any] = {"best_lr": m.best_lr}
     for when in ("paper", "best"):
         outcomes = getattr(m, when)

@@ -1,4 +1,4 @@
-"""The adapter methods as the paper's experiments set them up, and one adapted linear of each."""
+"""The adapter methods with the options of the paper's experiments, and one adapted linear of each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LINEAR = sorted(name for name, method in METHODS.items() if method.adapts_linear
 
 
 def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Map labels to (method, options) of what is compared beside the methods as they are by default. `out` is
-    the width of the outputs.
+    """Map labels to (method, options) of the variants that are compared in addition to the default methods.
+    `out`: the width of the outputs.
     """
     return {
         "miss, contiguous": ("miss", {"layout": "contiguous"}),  # equations 2-3
@@ -33,8 +33,9 @@ def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int)
     """Return the options at which a method has as many parameters as LoRA of `rank` on a linear (width, out),
     as near as it can.
 
-    Balanced MiSS has a row more than its rank. VeRA can't have as many: its rank is the smaller width, as in
-    the paper's App. B. PRoLoRA and MoS have ranks of about four times LoRA's, put together from its numbers.
+    Balanced MiSS has one row more than its rank. VeRA can't have as many parameters: its rank is the smaller
+    width, as in the paper's App. B. PRoLoRA and MoS have ranks of about four times LoRA's, built from as many
+    numbers.
     """
     numbers = rank * (width + out)
     if method == "vera":
@@ -51,7 +52,7 @@ def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int)
     if method == "prolora":
         unshared = rank // 4
         return {**options, "rank": unshared + 4 * (rank - unshared), "unshared": unshared, "shares": 4}
-    if method == "adalora":  # its numbers at the start, of which a third is pruned
+    if method == "adalora":  # equal at the start; a third of its numbers is pruned later
         return {**options, "rank": max(1, 2 * rank // 3), "init_rank": rank}
     if method == "mos":
         return {**options, "rank": min(4 * rank, width, out), "budget": rank}
@@ -64,9 +65,9 @@ def named(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Map the same labels to options with about the parameters of LoRA of this rank on linears (width, out).
+    """Map named()'s labels to options with about the parameters of LoRA of this rank on linears (width, out).
 
-    Without widths: for models whose linears are square on average, as RWKV's are.
+    The default widths are for models whose linears are square on average, as RWKV's are.
     """
     return {
         label: (method, equal(method, options, rank, width, out))
@@ -75,8 +76,8 @@ def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str,
 
 
 def adapted_linear(width: int, out: int, method: str, options: dict[str, Any]) -> AdapterLinear:
-    """Make a random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are
-    at the start.
+    """Make a random linear of (width, out), fp32, with an adapter whose trained tensors differ from their
+    initial values.
     """
     model = nn.Sequential(nn.Linear(width, out, bias=False))
     rwkv_miss.inject(model, method, targets=["0"], **options)

@@ -1,6 +1,6 @@
 """Mean and median of a sample with their uncertainty, and the scores of GLUE's tasks.
 
-A score is of predicted and right classes, lists of equal length.
+A score compares predicted and right classes, two lists of equal length.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def accuracy(predicted: Sequence[int], right: Sequence[int]) -> float:
 
 
 def matthews(predicted: Sequence[int], right: Sequence[int]) -> float:
-    """Compute Matthews' correlation of two classes, -1 to 1; 0 where a side has one class only, as others
-    have it.
+    """Compute Matthews' correlation of two classes, -1 to 1; 0, as in other packages, if a side has one class
+    only.
     """
     tp, fp, fn, tn = _counts(predicted, right)
     scale = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
@@ -25,7 +25,8 @@ def matthews(predicted: Sequence[int], right: Sequence[int]) -> float:
 
 
 def f1(predicted: Sequence[int], right: Sequence[int]) -> float:
-    """Compute the harmonic mean of precision and recall of class 1; 0 where nothing of it was found."""
+    """Compute the harmonic mean of precision and recall of class 1; 0 if class 1 was never predicted
+    right."""
     tp, fp, fn, _ = _counts(predicted, right)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
@@ -40,10 +41,11 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median, and the two values of the sample between which the true median lies with 95 %
     certainty.
 
-    That holds for every distribution. Up to 8 values they are the smallest and largest; below 6 it is less.
+    This holds for every distribution. Up to 8 values the two are the smallest and the largest; with fewer
+    than 6 values the certainty is lower.
     """
     ordered, n, left = sorted(values), len(values), 0
-    # each value is above the true median or below it, with equal chances
+    # each value has equal chances to be above or below the true median
     while 2 * sum(math.comb(n, i) for i in range(left + 2)) <= 0.05 * 2**n:
         left += 1
     return statistics.median(ordered), ordered[left], ordered[n - 1 - left]

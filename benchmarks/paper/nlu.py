@@ -1,9 +1,9 @@
-"""Table 2: RoBERTa-base on GLUE (MNLI, SST-2, CoLA, QNLI, MRPC), adapters of as many parameters, three seeds.
+"""Table 2: RoBERTa-base on GLUE (MNLI, SST-2, CoLA, QNLI, MRPC), adapters of equal size, three seeds.
 
 The paper's 0.236 % of RoBERTa-base are the 294,912 parameters of LoRA with rank 8 on query and value, or of
-MiSS with rank 16; the classifier is trained beside them. The paper does not say how long or at which rates it
-trained, so every method is trained at every rate of --lr. What is reported is the score on the development
-set after the last step: nothing but the rate is chosen by it.
+MiSS with rank 16; the classifier is trained as well. The paper does not give the length and rates of its
+trainings, so every method is trained at every rate of --lr. The reported score is that on the development set
+after the last step: nothing but the rate is chosen by it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .metrics import mean_and_deviation
 from .results import Claim, PaperResult, Table, require_package
 from .settings import option
 
-# what --tiny classifies: sentences that are made up, in a file as SST-2 has them
+# the task of --tiny: made-up sentences, in a file of SST-2's form
 SENTENCES = dataclasses.replace(TASKS["sst-2"], name="sentences", labels=("kitchen", "journey"), paper={})
 ADJECTIVES = ("old", "small", "warm", "heavy", "plain", "quiet", "second", "good")
-WORDS = (  # of each class, what stands at each place of a sentence
+WORDS = (  # for each class, the possible words at each place of a sentence
     (
         ("stir", "boil", "bake", "cool", "slice", "taste", "pour", "fry"),
         ("the",),
@@ -87,7 +87,7 @@ TINY = Settings(
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The scores, 0 to 1, of the runs of one method at one rate on one task, a value for each seed."""
+    """Scores, 0 to 1, of one method at one rate on one task: score -> a value for each seed."""
 
     task: str
     method: str
@@ -97,8 +97,8 @@ class Outcome:
 
 
 def run(settings: Settings) -> PaperResult:
-    """Train every method at every rate on every task. UserError for what does not exist, before the first
-    run.
+    """Train every method at every rate on every task. Raises UserError for a name that does not exist, before
+    the first run.
     """
     methods, tasks = check(settings)
     outcomes: list[Outcome] = []
@@ -129,8 +129,8 @@ def run(settings: Settings) -> PaperResult:
 
 
 def check(settings: Settings) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[Task]]:
-    """Return label -> (method, options), and the tasks. UserError for one that does not exist and for a
-    number that is none.
+    """Return label -> (method, options), and the tasks. Raises UserError for a method or task that does not
+    exist, and for a wrong number.
     """
     require_package("transformers", "nlu")
     methods, tasks = systems(settings.rank), TASKS if settings.data else {SENTENCES.name: SENTENCES}
@@ -189,8 +189,8 @@ def best(task: Task, method: str, outcomes: list[Outcome]) -> Outcome | None:
 
 
 def claim(task: Task, outcomes: list[Outcome]) -> Claim:
-    """Set the paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the
-    same way by two standard errors.
+    """Compare the paper's figures with ours at each method's best rate. They agree if MiSS and LoRA differ in
+    the same direction by two standard errors.
     """
     score = next(iter(task.scores))
     found = {
@@ -258,7 +258,7 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
         axis.legend()
 
 
-# what --tiny runs on
+# data and model of --tiny
 
 
 def write_sentences(folder: str) -> str:
@@ -296,7 +296,7 @@ def write_random_model(folder: str, examples: list[Example]) -> str:
         ),
     )
     words.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    # matrices of 0.1 rather than 0.02: what is not trained passes on what it reads
+    # matrices of size 0.1 rather than 0.02, so that the untrained layers pass their input on
     config = RobertaConfig(
         vocab_size=words.get_vocab_size(),
         hidden_size=48,

@@ -1,18 +1,19 @@
-"""App. B, Fig. 2: a small network is taught a changed function by every method, at the paper's and at its own
-best learning rate.
+"""App. B, Fig. 2: every method teaches a small network a changed function, at the paper's and at its own best
+learning rate.
 
 A 64-64-64 ReLU network learns f1(t) = sin 2 pi t, then its two linears, adapted, learn f2(t) = f1(t) + 0.3
 cos 3 pi t; full batch, Adam, 250 and 100 epochs. The paper does not say what the 64 inputs and outputs are.
 Three readings:
 
-    lift   one t, through 64 fixed random sine features; every output is f(t). The default: the only one in
+    lift   one t, through 64 fixed random sine features; every output is f(t). The default: the only reading
+    in
            which methods differ
-    rep    one t, 64 copies of it; every output is f(t). The network can't learn f1 well (its inputs span one
+    rep    64 copies of one t; every output is f(t). The network can't learn f1 well (its inputs span one
            direction)
-    elem   64 independent t; output i is f(t_i). The points can't teach it: all methods end where they start
+    elem   64 independent t; output i is f(t_i). There are too few points to learn it: no method gains
 
-Validation loss is the mean squared error on points of their own, its minimum over the epochs, as in the
-paper's text.
+Validation loss is the mean squared error on other points than the training's, the minimum over the epochs, as
+in the paper's text.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from .settings import option
 from .training import WORDS, Spread
 
 WIDTH = 64
-RANK = 2  # LoRA's; the others have as many parameters, but where the paper has others
-PAPER_RANKS = {"dora": 1, "adalora": RANK}  # AdaLoRA: 516 numbers, of which none is pruned
+RANK = 2  # LoRA's rank; other methods have as many parameters, except those in PAPER_RANKS
+PAPER_RANKS = {"dora": 1, "adalora": RANK}  # AdaLoRA has 516 numbers, none of which is pruned
 FREQUENCIES = 2 * math.pi  # standard deviation of the sine features' angular frequencies
 
 
@@ -105,7 +106,7 @@ def validation(model: nn.Module, problem: Problem, f) -> float:
 
 
 def train(model: nn.Module, problem: Problem, f, epochs: int, lr: float) -> tuple[list[float], list[float]]:
-    """Train, and return the losses in training and in validation, one of each an epoch."""
+    """Train, and return the training and the validation loss of each epoch."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     targets, training, validated = f(problem.t), [], []
     for step in range(1, epochs + 1):
@@ -139,8 +140,8 @@ def adapted(base: nn.Module, method: str | None, options: dict[str, Any]) -> nn.
 
 @dataclasses.dataclass
 class Outcome:
-    """Trainings of one system. `parameters` are trained; `runs` maps a rate to those of the seeds, each
-    (training losses, validation losses).
+    """Trainings of one system. `parameters`: number of trained ones. `runs`: rate -> for each seed (training
+    losses, validation losses).
     """
 
     parameters: int
@@ -170,8 +171,8 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Learnt:
-    """Outcome of every system, and the means over the seeds of the network's validation loss on f1 (its
-    minimum) and, unadapted, on f2.
+    """Outcome of every system, and the network's mean validation losses over the seeds: the minimum on f1,
+    and unadapted on f2.
     """
 
     outcomes: dict[str, Outcome]
@@ -180,7 +181,7 @@ class Learnt:
 
 
 def learn(settings: Settings, reading: str, chosen: dict[str, tuple[str | None, dict[str, Any]]]) -> Learnt:
-    """Train every chosen system at every rate from the network of each seed."""
+    """Train every chosen system at every rate, starting from each seed's network."""
     outcomes: dict[str, Outcome] = {}
     before, unadapted = [], []
     for seed in settings.seeds:
@@ -225,7 +226,7 @@ def table(outcomes: dict[str, Outcome], lrs: tuple[float, ...]) -> Table:
 
 
 def other_readings(settings: Settings) -> Table:
-    """Tabulate what the readings that were not asked for give at the paper's rate."""
+    """Tabulate the results of the other readings at the paper's rate."""
     few = {label: system for label, system in paper_systems().items() if label in ("full", "lora", "miss")}
     rows = []
     for reading in (reading for reading in READINGS if reading != settings.data):
@@ -253,7 +254,7 @@ def claims(
 ) -> list[Claim]:
     """Compare the paper's statements with the losses of the systems.
 
-    `fixed` has the losses at the paper's rate, and `own` those at the best rate of each system.
+    `fixed`: losses at the paper's rate. `own`: losses at the best rate of each system.
     """
 
     def ranked(losses: dict[str, Spread]) -> list[str]:
@@ -267,18 +268,18 @@ def claims(
         after = f", after {', '.join(ahead)}" if ahead else ""
         return f"MiSS is number {len(ahead) + 1} of {len(methods)} methods{after}"
 
-    def full_beside(losses: dict[str, Spread]) -> tuple[str, bool | None]:
-        """Set full fine-tuning's loss beside the lowest of the others, and tell whether it is below."""
+    def full_and_best(losses: dict[str, Spread]) -> tuple[str, bool | None]:
+        """Write full fine-tuning's loss and the lowest other one, and tell whether full's is below."""
         best = min((label for label in losses if label != "full"), key=lambda label: losses[label].mean)
         verdict = losses["full"].below(losses[best], seeds)
         return f"{losses['full']}, {WORDS[verdict]} {best} ({losses[best]})", verdict
 
-    def lora_beside(losses: dict[str, Spread], when: str, lora: str = "lora") -> str:
-        """Set LoRA's loss in parts of MiSS's, and tell whether it is below."""
+    def lora_and_miss(losses: dict[str, Spread], when: str, lora: str = "lora") -> str:
+        """Write LoRA's loss as a multiple of MiSS's, and whether it is below."""
         verdict = WORDS[losses[lora].below(losses["miss"], seeds)]
         return f"{losses[lora].mean / losses['miss'].mean:.2f} {when} ({verdict} it)"
 
-    (at_paper, best_at_paper), (at_own, best_at_own) = full_beside(fixed), full_beside(own)
+    (at_paper, best_at_paper), (at_own, best_at_own) = full_and_best(fixed), full_and_best(own)
     first = ranked(fixed)[0]
     return [
         Claim(
@@ -299,9 +300,9 @@ def claims(
         ),
         Claim(
             "MiSS converges better than LoRA",
-            f"LoRA's loss in parts of MiSS's: {lora_beside(fixed, f'at lr {paper_lr:g} with alpha = 2 r')},"
-            f" {lora_beside(fixed, 'with alpha = r', 'lora, alpha = r')},"
-            f" {lora_beside(own, 'with each at its best lr')}",
+            f"LoRA's loss in parts of MiSS's: {lora_and_miss(fixed, f'at lr {paper_lr:g} with alpha = 2 r')},"
+            f" {lora_and_miss(fixed, 'with alpha = r', 'lora, alpha = r')},"
+            f" {lora_and_miss(own, 'with each at its best lr')}",
             fixed["miss"].below(fixed["lora"], seeds),
         ),
         Claim("(it has one learning rate for all)", f"with each at its best lr {place(own)}"),
@@ -352,7 +353,7 @@ def draw(
 def run(settings: Settings) -> PaperResult:
     if settings.data not in READINGS:
         raise rwkv_miss.UserError(f"--data {settings.data} is unknown; choose one of: {', '.join(READINGS)}")
-    torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
+    torch.set_num_threads(1)  # for such small matrices a second thread takes more time than it saves
     learnt = learn(settings, settings.data, paper_systems())
     timing = start_and_step.measure(settings.widths, settings.rounds)
     outcomes, paper_lr = learnt.outcomes, settings.lrs[0]

@@ -1,8 +1,8 @@
-"""docs/results/README.md: what its results say of each of the paper's statements, read from their JSON files.
+"""docs/results/README.md: the results for each of the paper's statements, read from their JSON files.
 
     python -m benchmarks.paper.page [FOLDER]
 
-rewrites everything below the mark in FOLDER/README.md; what stands above it is written by people.
+rewrites everything below the mark in FOLDER/README.md; people write the text above it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MARK = "<!-- below: python -m benchmarks.paper.page -->"
 
 
 def sections(folder: pathlib.Path) -> str:
-    """Write a section for each experiment that has results: its statements, and how it is run again."""
+    """Write a section for each experiment with results: its statements, and the command that repeats it."""
     parts = []
     for name in EXPERIMENTS:
         if (file := folder / f"{name}.json").exists():
@@ -36,7 +36,7 @@ def sections(folder: pathlib.Path) -> str:
 
 
 def renewed(folder: pathlib.Path) -> str:
-    """Write the page as it should be. UserError for a folder without one."""
+    """Return the page with its new lower part. Raises UserError for a folder without a page."""
     page = folder / "README.md"
     if not page.exists() or MARK not in page.read_text(encoding="utf-8"):
         raise UserError(

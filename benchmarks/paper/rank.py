@@ -1,8 +1,8 @@
-"""Table 4: what a higher rank of MiSS brings on rows that were trained on and on others, beside LoRA with as
-many parameters.
+"""Table 4: the effect of a higher rank of MiSS on trained and on unseen rows, compared with LoRA of as many
+parameters.
 
-Few rows are trained on several times, so that seen and unseen ones can differ. LoRA has half of MiSS's rank:
-equal parameters.
+Few rows are trained on several times, so that seen and unseen rows can differ. LoRA has half of MiSS's rank,
+and so as many parameters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TINY = Settings(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A method at a rank: trainings at its best rate, and for MiSS the first seed's at the paper's."""
+    """A method at a rank: trainings at its best rate, and for MiSS the first seed's at the paper's rate."""
 
     rank: int
     best_lr: float
@@ -52,7 +52,7 @@ class Measured:
 
 
 def measure(runs: Runs, task: str, method: str) -> list[Measured]:
-    """Measure by rising rank, which is MiSS's. The best rate is looked for from that of the rank before."""
+    """Measure a method at MiSS's ranks, rising. The search of a rate starts at the previous rank's best."""
     found, exponent = [], START
     for rank in runs.settings.ranks:
         if rank <= runs.tasks[task].arch.n_embd:
@@ -99,8 +99,8 @@ def _cells(m: Measured, answers: bool) -> list[Any]:
 
 
 def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
-    """Tell whether the held-out loss falls at every doubling of the rank, or rises at none, and what more
-    rank brings to MiSS and to LoRA.
+    """Tell whether the held-out loss falls at every doubling of the rank, or rises at none, and the effect of
+    more rank for MiSS and for LoRA.
     """
     said = []
     for task, methods in found.items():
@@ -161,7 +161,7 @@ def draw(found: dict[str, dict[str, list[Measured]]], figure) -> None:
 
 
 def figures_of(m: Measured) -> dict[str, Any]:
-    """Return for the JSON file all but the losses of the steps."""
+    """Return all figures but the losses of the steps, for the JSON file."""
     return {
         "rank": m.rank,
         "best_lr": m.best_lr,

@@ -3,14 +3,14 @@ as many parameters.
 
 The paper trained RWKV6-3B on one RTX 4090, one row of 512 tokens, bf16. On a CPU the default is RWKV-6 12 x
 768 with random weights in fp32; on a GPU `--model rwkv6-3b` is the paper's. A step is forward, loss, backward
-and AdamW, by this project's model and kernels for all methods: what differs is the adapter alone. `peft lora`
-is HF peft's LoRA in the same step.
+and AdamW, with this project's model and kernels for all methods, so that only the adapters differ. `peft
+lora` is HF peft's LoRA in the same step.
 
-On a CPU the methods take turns and time is CPU time of one thread, the fastest round of each; on a GPU they
-run one after the other, since all of them would not fit. Speeds are compared round by round: the median ratio
-and its 95 % interval.
+On a CPU the methods take turns, and a time is the CPU time of one thread in the fastest round; on a GPU they
+run one after the other, because they would not fit together. Speeds are compared round by round: the median
+ratio and its 95 % interval.
 
-Memory is the most that two steps took in a process of their own, of three, with the weights.
+Memory is the highest in two steps of a fresh process, with the weights; the largest of three processes.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def adapt(model: RWKV, label: str, rank: int) -> RWKV:
 
 
 def copy_of(base: RWKV) -> RWKV:
-    """Copy a base so that its adapted weights are its own and the rest is shared: a method may change what it
-    adapts.
-    """
+    """Copy a base, with new memory for the weights to adapt, which a method may change."""
     own = {id(linear.weight) for linear in find_targets(base, None).values()}
     return copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
 
@@ -136,7 +134,7 @@ def seconds(settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]
             for label, model in models.items()
         }
         steps = {label: make_step(model, settings) for label, model in models.items()}
-        for turn in range(settings.rounds + 2):  # the first two warm up
+        for turn in range(settings.rounds + 2):  # the first two rounds warm up
             for label, step in steps.items():
                 taken = timed(step) if together else wall(step)
                 found[label] += [taken] if turn > 1 else []
@@ -152,7 +150,7 @@ def wall(work: Callable[[], None]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method: trained parameters, seconds of a step, bytes of the model and the most above them."""
+    """One method: trained parameters, seconds of a step, bytes of the model, most bytes above the model."""
 
     parameters: int
     seconds: float
@@ -168,7 +166,7 @@ Interval = tuple[float, float, float]  # a median, and the ends of its 95 % inte
 
 
 def table(rows: dict[str, Row], speeds: dict[str, Interval], ctx_len: int) -> Table:
-    """Make a row for each method. `speeds` are over LoRA's."""
+    """Make a row for each method. `speeds`: multiples of LoRA's speed."""
     lora = rows["lora"]
     columns = "method|parameters|step s|tokens/s|speed / lora|95 % interval|the paper's|peak MB".split("|")
     columns += ["above weights MB", "peak / lora", "the paper's peak / lora", "above / lora"]
@@ -200,7 +198,7 @@ def table(rows: dict[str, Row], speeds: dict[str, Interval], ctx_len: int) -> Ta
 
 
 def above(interval: Interval, asked: float) -> bool | None:
-    """Tell whether what was measured is at least what is asked for; None where the interval holds both."""
+    """Tell whether a measured ratio is at least `asked`; None if `asked` is inside the interval."""
     _, low, high = interval
     if low < asked <= high:
         return None
@@ -213,9 +211,7 @@ def described(interval: Interval) -> str:
 
 
 def claims(rows: dict[str, Row], speeds: dict[str, Interval], settings: Settings) -> list[Claim]:
-    """Compare with the paper. `speeds` are MiSS's over those of LoRA and, where it was measured, of peft's
-    LoRA.
-    """
+    """Compare with the paper. `speeds`: MiSS's speed over LoRA's and, if measured, over peft's LoRA's."""
     miss, lora = rows["miss"], rows["lora"]
     memory = miss.total / lora.total
     paper_speed, paper_memory = (ours / theirs for ours, theirs in zip(PAPER["miss"], PAPER["lora"]))
@@ -264,7 +260,7 @@ def draw(rows: dict[str, Row], ctx_len: int, figure) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for what could not run, before anything is built."""
+    """Raise UserError for settings that can't run, before anything is built."""
     labels = [*systems(1), PEFT]
     unknown = [label for label in settings.methods if label not in labels]
     if unknown or not {"miss", "lora"} <= set(settings.methods):
@@ -285,7 +281,7 @@ def check(settings: Settings) -> None:
 def run(settings: Settings) -> PaperResult:
     check(settings)
     torch.set_num_threads(1)
-    # what is sampled can miss a short peak on a busy machine, and never see more than there is
+    # the maximum, because sampling can miss a short peak on a busy machine, but never shows too much
     peaks = {
         label: max(in_fresh_process(peak, settings, label) for _ in range(min(settings.rounds, 3)))
         for label in settings.methods

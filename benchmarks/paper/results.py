@@ -1,7 +1,7 @@
-"""Files of what an experiment found.
+"""Files with an experiment's results.
 
-NAME.md has the paper's statements beside ours, and tables; NAME.png a plot; NAME.json the same with the
-settings; NAME-figures.json curves and single runs, which git does not take.
+NAME.md compares the paper's statements with ours, and has tables; NAME.png a plot; NAME.json the same with
+the settings; NAME-figures.json curves and single runs, which git ignores.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ VERDICTS = {True: "yes", False: "**no**", None: "-"}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, what was measured here, and whether they agree (None: there is nothing to
-    compare).
-    """
+    """A statement of the paper, the result here, and whether they agree (None: they can't be compared)."""
 
     paper: str
     ours: str
@@ -56,8 +54,8 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class PaperResult:
-    """Result of an experiment: `notes` says how it was measured, `draw` fills an empty matplotlib figure, and
-    `figures` is what neither text nor tables hold.
+    """Result of an experiment. notes: how it was measured. draw: fills an empty matplotlib figure. figures:
+    all that is in neither text nor tables.
     """
 
     title: str
@@ -69,14 +67,14 @@ class PaperResult:
 
 
 def require_package(name: str, use: str) -> None:
-    """Raise UserError, before anything is measured, where a package is absent."""
+    """Raise UserError, before anything is measured, if a package is absent."""
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{use} needs {name}: pip install {name}")
 
 
 def check_folder(folder: str) -> pathlib.Path:
-    """Make the folder where it is missing. UserError where the results could not be written or drawn, before
-    anything is measured.
+    """Make the folder if it is missing. Raises UserError, before anything is measured, if the results could
+    not be written or drawn.
     """
     require_package("matplotlib", "the plot")
     path = pathlib.Path(folder)
@@ -90,7 +88,7 @@ def check_folder(folder: str) -> pathlib.Path:
 def write(
     result: PaperResult, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
 ) -> dict[str, Any]:
-    """Write the files; return what NAME.json holds, without the tables."""
+    """Write the files; return the content of NAME.json without the tables."""
     short = {
         "experiment": name,
         "command": command,
@@ -110,7 +108,7 @@ def write(
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """Write JSON with a line for each list or object that holds no other."""
+    """Write JSON with one line for each list or object that contains no others."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if not any(isinstance(one, (dict, list)) for one in inside):
         return json.dumps(value, allow_nan=False)
@@ -123,7 +121,7 @@ def _json(value: Any, indent: str = "") -> str:
 def markdown(result: PaperResult, name: str, command: str, machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     claims = Table(
-        "Published statements beside what was measured:",
+        "Published statements, and what was measured:",
         ("paper", "here", "agrees"),
         [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in result.claims],
     )
@@ -169,7 +167,7 @@ def _cell(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by null."""
+    """Replace NaN and infinities, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -44,8 +44,8 @@ def chosen(args: argparse.Namespace, full: Any, tiny: Any) -> Any:
 
 
 def command(name: str, settings: Any, full: Any, tiny: Any) -> str:
-    """Write the command with these settings, as short as it can be: no --tiny and no flag where the full run
-    has the same.
+    """Write the shortest command for these settings: --tiny and flags only where they differ from the full
+    run.
     """
     start = tiny if settings == tiny else full
     words = ["python", "-m", "benchmarks.paper", name, *(["--tiny"] if start is tiny else [])]

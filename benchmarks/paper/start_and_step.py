@@ -18,7 +18,7 @@ from .methods import systems
 from .results import Claim, Table
 
 TOKENS = 64
-LONG = 0.1  # seconds that are not measured again
+LONG = 0.1  # an initialisation of this many seconds or more is measured once
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:
@@ -29,19 +29,19 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def square(width: int) -> nn.Module:
     model = nn.Sequential(nn.Linear(width, width, bias=False))
-    with torch.no_grad():  # as wide as a trained weight, whose spectrum the SVDs see
+    with torch.no_grad():  # values of a trained weight's size, because SVDs depend on the spectrum
         model[0].weight.normal_(std=width**-0.5)
     return model
 
 
 def initialise(width: int, method: str, options: dict[str, Any]) -> tuple[float, nn.Module]:
-    """Return seconds of putting a method on a square(width), and the model."""
+    """Return (seconds to initialise a method on a square(width), the model)."""
     model = square(width)
     return cpu_seconds(lambda: rwkv_miss.inject(model, method, targets=["0"], **options)), model
 
 
 def make_step(model: nn.Module, width: int) -> Callable[[], None]:
-    """Make a step of forward, backward and AdamW on 64 tokens; the input wants a gradient, as in a model."""
+    """Make a step of forward, backward and AdamW on 64 tokens; the input needs a gradient, as in a model."""
     x = torch.randn(TOKENS, width, requires_grad=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -55,7 +55,7 @@ def make_step(model: nn.Module, width: int) -> Callable[[], None]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One system on one width: trained parameters, CPU seconds of its initialisation (None: nothing is added)
+    """One system at one width: trained parameters, CPU seconds of the initialisation (None: there is none)
     and of a step.
     """
 
@@ -138,8 +138,8 @@ class Timing:
 
 
 def measure(widths: tuple[int, ...], rounds: int) -> Timing:
-    """Time every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns,
-    and the fastest round of each counts.
+    """Time every system at every width: LoRA of rank n / 64, the others with as many parameters. They take
+    turns, and the fastest round of each counts.
     """
     rows = []
     for width in widths:

@@ -1,5 +1,5 @@
-"""Small trained models and a batch of what each is to learn: the demo's base, and two that others trained,
-from a folder beside the project.
+"""Small trained models, each with a batch to learn: the demo's base, and two that others trained, from a
+folder outside the project.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ MAKE = {"rwkv6-3m": shakespeare, "rwkv7-reverse": digits, "demo": letters}
 
 
 def make(name: str, data: str) -> Task:
-    """Make a task by its model's name; `data` is the folder with the files of others. UserError where there
-    is none such.
+    """Make a task by its model's name; `data`: the folder with the others' files. Raises UserError if there
+    is no such model.
     """
     if name not in MAKE:
         raise UserError(f"model {name!r} is unknown; there are: {', '.join(MAKE)}")

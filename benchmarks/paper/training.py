@@ -1,5 +1,5 @@
-"""Trainings of real small models, each done once: what is finished is kept in a file of JSON lines, and a
-stopped experiment goes on from there.
+"""Trainings of real small models, each done once: finished ones are kept in a file of JSON lines, from which
+a stopped experiment goes on.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .settings import option
 from .training_tasks import TEXTS, Task, load_task
 
 PAPER_LR = 2e-5
-# exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
+# exponents of the rates that may be tried, in half decades: from 1e-6 to 1, beginning with 1e-3
 LOWEST, HIGHEST, START = (-12, 0, -6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of all training experiments. Of two values the first is for text, the second for answers."""
+    """Settings of all training experiments. In a pair the first value is for text, the second for answers."""
 
     tasks: tuple[str, ...] = option(
         ("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters"
@@ -73,14 +73,14 @@ class Run:
     steps: int
     rows: int
     data: list[int]  # rows to train on, held-out rows, characters
-    digest: str  # of the base and the rows
+    digest: str  # hash of the base and the rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Losses in nats per trained token: of each step, afterwards on held-out rows and on as many of those to
-    train on; None where it is not finite. Of held-out answers the share of right tokens, and of answers that
-    are right as a whole; None for text.
+    """Losses in nats per trained token: of each step, and after training on held-out rows and on as many
+    training rows; None for a loss that is not finite. For held-out answers also the share of right tokens,
+    and the share of answers that are wholly right; None for text.
     """
 
     parameters: int
@@ -93,8 +93,8 @@ class Outcome:
 
 
 class Runs:
-    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a
-    task's files are absent or a number is none.
+    """The trainings of an experiment; finished ones are in the file settings.runs. Raises UserError if a
+    task's files are absent, or for a wrong number.
     """
 
     def __init__(self, settings: Settings):
@@ -114,7 +114,7 @@ class Runs:
 
     @staticmethod
     def own(values: tuple[int, ...], task: str) -> int:
-        """Choose the one of two settings that is the task's: the first for text, the last for answers."""
+        """Choose the task's value of a pair: the first for text, the last for answers."""
         return values[0 if task in TEXTS else -1]
 
     def at_rate(self, task: str, method: str, options: dict[str, Any], lr: float) -> list[Outcome]:
@@ -124,8 +124,8 @@ class Runs:
     def at_best_rate(
         self, task: str, method: str, options: dict[str, Any], start: int = START
     ) -> tuple[int, list[Outcome]]:
-        """Return (exponent of the rate with the lowest held-out loss for the first seed, found from `start`;
-        the trainings at it).
+        """Return (exponent of the rate with the first seed's lowest held-out loss, searched from `start`; the
+        trainings at this rate).
         """
         found = climb(
             lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start
@@ -152,13 +152,13 @@ class Runs:
 
 
 class Kept:
-    """Outcomes of runs, in memory and in a file of JSON lines; without one in memory alone."""
+    """Outcomes of runs, in memory and in a file of JSON lines; without a path in memory alone."""
 
     def __init__(self, path: str):
         self.path, self.done = path, {}
         if path and os.path.exists(path):
             lines = list(_whole_lines(pathlib.Path(path).read_text(encoding="utf-8")))
-            write_lines(path, lines)  # without one that was cut off
+            write_lines(path, lines)  # without a last line that was cut off
             self.done = {self._key(line["run"]): line["outcome"] for line in lines}
         elif path:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -167,7 +167,7 @@ class Kept:
         return self._key(run) in self.done
 
     def of(self, run: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the outcome of a run, which is made now or was kept."""
+        """Return the kept outcome of a run, or make it now."""
         if run not in self:
             outcome = self.done[self._key(run)] = make()
             if self.path:
@@ -188,7 +188,7 @@ def _whole_lines(text: str):
 
 
 def untouched(task: Task) -> list[float | None]:
-    """Look at the base: held-out loss, share of right tokens, share of right answers."""
+    """Measure the base: held-out loss, share of right tokens, share of right answers."""
     config = Config(
         load_model=str(task.base), peft="none", precision="fp32", micro_bsz=16, ctx_len=task.width, grad_cp=0
     )
@@ -239,8 +239,8 @@ def _train(run: Run, task: Task) -> Outcome:
 
 @torch.no_grad()
 def right(model: RWKV, documents: Documents) -> tuple[float, float]:
-    """Return (share of answer tokens that are the likeliest where all before them are right, share of answers
-    of such tokens only): the latter are the right ones among greedy answers.
+    """Return (share of answer tokens that are the likeliest after the right tokens before them, share of
+    answers with such tokens only, which are the right greedy answers).
     """
     batch = collate([[row] for row in documents], 1)
     with ops.nan_passes():
@@ -257,7 +257,7 @@ def rate(exponent: int) -> float:
 
 
 def climb(loss: Callable[[float], float | None], start: int) -> dict[int, float]:
-    """Map exponents to loss(rate) by half decades from `start`, until the best rate lies between two worse
+    """Map exponents to loss(rate), in half decades from `start`, until the best rate is between two worse
     ones.
     """
     found: dict[int, float] = {}
@@ -265,14 +265,14 @@ def climb(loss: Callable[[float], float | None], start: int) -> dict[int, float]
     while wanted:
         value = loss(rate(wanted[0]))
         found[wanted[0]] = math.inf if value is None else value
-        best = min(found, key=lambda k: (found[k], k))  # the lowest rate where all diverge
+        best = min(found, key=lambda k: (found[k], k))  # if all diverge, the lowest rate
         wanted = [k for k in (best + 1, best - 1) if k not in found and LOWEST <= k <= HIGHEST]
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over the seeds; NaN where a training has no such number."""
+    """Mean and standard deviation over the seeds; NaN if a training has no such number."""
 
     mean: float
     sd: float
@@ -287,9 +287,10 @@ class Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
     def below(self, other: Spread, seeds: int) -> bool | None:
-        """Tell whether the mean is lower than another one; None where they are level, or neither is finite.
+        """Tell whether the mean is lower than another one; None if they are level, or neither is finite.
 
-        Means within two standard errors of each other are level. With one seed the lower one counts.
+        Means within two standard errors of each other are level. With one seed there is no error, and the
+        lower mean counts as lower.
         """
         if math.isnan(self.mean) or math.isnan(other.mean):
             return None if math.isnan(self.mean) == math.isnan(other.mean) else math.isnan(other.mean)
@@ -304,9 +305,9 @@ class Spread:
         return f"{self.mean:.4f} ± {self.sd:.4f}"
 
 
-WORDS = {True: "below", False: "above", None: "level with"}  # of below()
+WORDS = {True: "below", False: "above", None: "level with"}  # words for results of below()
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
-    """Tell whether a's held-out losses are lower than b's; None where they are level, see Spread.below()."""
+    """Tell whether a's held-out losses are lower than b's; None if they are level, see Spread.below()."""
     return Spread.of(a, "held_out").below(Spread.of(b, "held_out"), len(a))

@@ -4,10 +4,10 @@
     gsm8k         the same model, running text: questions and answers of GSM8K's training rows, held out from
                   its test rows
     digits        rwkv7-reverse reverses digits; now each has 1 added as well (mod 10): `123,` -> `432#`
-    letters       the demo's base, which reverses letters, is to sort them; the only task that needs no other
+    letters       the demo's base, which reverses letters, learns to sort them; the only task without further
                   files
 
-A document is a row of its own. The last two have right answers, of which the share is an accuracy.
+Every document is a row by itself. The last two tasks have right answers, whose share is the accuracy.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ from src.model import read_model_file
 
 from .tasks import ROOT
 
-DIGITS = "0123456789,#"  # the vocabulary of rwkv7-reverse: an id is a place in it
+DIGITS = "0123456789,#"  # the vocabulary of rwkv7-reverse: a token's id is its place here
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A base, rows of at most `width` inputs to train on and others to look at, and whether they have right
-    answers.
-    """
+    """A base, rows of at most `width` inputs to train on, held-out rows; whether rows have right answers."""
 
     base: pathlib.Path
     train: Documents
@@ -50,7 +48,7 @@ class Task:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of the base's file and all rows: what a training depends on beside its settings."""
+        """Hash of the base's file and all rows, on which a training depends in addition to its settings."""
         parts = hashlib.sha256(self.base.read_bytes()).hexdigest(), self.train.digest, self.held_out.digest
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
@@ -60,7 +58,7 @@ class Task:
 
 
 def from_pairs(rows: list[tuple[list[int], int]]) -> Documents:
-    """Make documents of (ids, number of ids that are given)."""
+    """Make documents from (ids, number of ids in the prompt)."""
     return Documents(
         [Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows]
     )
@@ -94,8 +92,8 @@ def of_letters(kind: str, count: int, seed: int) -> list[tuple[list[int], int]]:
 
 
 def windows(text: str, count: int, characters: int, seed: int) -> Documents:
-    """Cut `count` random parts out of a text, as UTF-16-LE bytes, two tokens a character, and one token
-    before.
+    """Cut `count` random parts out of a text, as UTF-16-LE bytes, two tokens a character, each with the token
+    before it.
     """
     draw = random.Random(seed)
     starts = [draw.randrange(len(text) - characters - 1) for _ in range(count)]
@@ -133,7 +131,7 @@ FILES = {
 
 def load_task(name: str, folder: str, train: int, held_out: int, characters: int) -> Task:
     """Load the task with `train` rows to train on and `held_out` others; rows of a text have `characters`
-    characters. UserError where a file is not in the folder.
+    characters. Raises UserError if a file is not in the folder.
     """
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; there are: {', '.join(TASKS)}")
