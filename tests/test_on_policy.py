@@ -116,13 +116,11 @@ def files(tmp_path_factory):
 
 def flags_of(files, proj_dir, *flags):
     own = f"""
-        --load_model {files}/base.pth --data_file {files}/rows.jsonl --eval_file {files}/held.jsonl
-        --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu --loss distill_on_policy
-        --reference {files}/teacher.pth --group_size 3 --max_tokens 5 --lr_init 1e-2 --adam_eps 1e-3
-        --peft_config r=7 --micro_bsz 4 --epoch_count 1 --eval_docs 3 --eval_samples 0 --data_cache none
+        --loss distill_on_policy --reference {files}/teacher.pth --eval_file {files}/held.jsonl --group_size 3
+        --max_tokens 5 --adam_eps 1e-3 --peft_config r=7 --epoch_count 1 --eval_docs 3 --eval_samples 0
+        --data_cache none
     """.split()
-    given = dict(zip(own[::2], own[1::2])) | dict(zip(flags[::2], flags[1::2]))
-    return [str(word) for pair in given.items() for word in pair]
+    return program.flags_of(files, proj_dir, *own, *flags)
 
 
 def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_path):
