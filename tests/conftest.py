@@ -100,6 +100,11 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_rows(path):
+    """Read rows of JSONL."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @contextlib.contextmanager
 def unchanged(folder):
     """Check that the block changes no file of a folder."""

@@ -5,7 +5,6 @@ What may be done to a run is here, too, and its losses are read.
 """
 
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from src.model import RWKV
 from src.planning.step_memory import StepBytes
 from src.sources.estimates import Speed
 
-from .conftest import ROOT, close, write_rows
+from .conftest import ROOT, close, read_rows, write_rows
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported by the fork server, not by a worker of pytest, which would take 10 s for them. DeepSpeed's
@@ -179,7 +178,7 @@ def succeed(result):
 
 def losses(proj_dir):
     """The loss of every step, of which none is missing and none is there twice."""
-    lines = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_rows(proj_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
@@ -188,7 +187,7 @@ def lines(proj_dir, name="metrics.jsonl"):
     """Return every step's loss and metrics."""
     timing = ("seconds", "tokens_per_second", "draw_seconds", "draw_tokens_per_second")
     timing += ("train_tokens_per_second",)
-    found = [json.loads(line) for line in (proj_dir / name).read_text().splitlines()]
+    found = read_rows(proj_dir / name)
     return [{key: value for key, value in line.items() if key not in timing} for line in found]
 
 

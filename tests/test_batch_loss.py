@@ -1,6 +1,5 @@
 """Rows in chunks: the gradients of the whole row, whatever the chunks, in the memory of one chunk."""
 
-import json
 import random
 
 import pytest
@@ -17,7 +16,7 @@ from src.model.loss import loss_sum
 from src.planning.plan import device_here
 
 from . import program
-from .conftest import close, save_base, write_rows
+from .conftest import close, read_rows, save_base, write_rows
 from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
 from .tables import talk
 
@@ -211,9 +210,7 @@ def train(tmp_path_factory):
             program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags])
         )
         card = (folder / name / "run_card.md").read_text()
-        return card, [
-            json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()
-        ]
+        return card, [line["loss"] for line in read_rows(folder / name / "metrics.jsonl")]
 
     return run
 

@@ -16,7 +16,7 @@ from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 
 from .ceilings import ceilings
-from .conftest import ROOT
+from .conftest import ROOT, read_rows
 
 X86 = """processor : 0
 model name : AMD EPYC 9R14
@@ -200,7 +200,7 @@ def test_a_walk_has_the_files_of_its_way_alone():
 @pytest.mark.slow
 def test_a_first_run_of_few_rows_is_asked_other_questions_than_it_was_taught(tmp_path):
     line = first_data.train_case("weekday-15", 0, "--epoch_count 1", tmp_path)
-    rows = [json.loads(row) for row in (tmp_path / "weekday-15-0.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "weekday-15-0.jsonl")
     asked = {question for question, _ in first_data.split(first_data.CASES["weekday-15"], 0)[0]}
     assert len(rows) == line["rows"] == 15 and not asked & {row["instruction"] for row in rows}
     assert (

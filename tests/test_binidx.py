@@ -2,7 +2,6 @@
 by scripts/binidx.
 """
 
-import json
 import os
 import struct
 
@@ -14,7 +13,7 @@ from rwkv_miss import UserError
 from scripts.binidx import main
 from src.data.formats import Report, binidx, read_records
 
-from .conftest import write_rows
+from .conftest import read_rows, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +153,7 @@ def test_there_and_back(tmp_path, capsys, tokenizer):
     )
     assert "4 documents" in capsys.readouterr().out
     main([str(tmp_path / "back.jsonl"), str(tmp_path / "out.bin"), "--to_jsonl", "--tokenizer", tokenizer])
-    back = [json.loads(line)["text"] for line in (tmp_path / "back.jsonl").read_text().splitlines()]
+    back = [line["text"] for line in read_rows(tmp_path / "back.jsonl")]
     assert back == [*texts[:3], "User: what?\n\nAssistant: this"]
     assert len(list(read_records(tmp_path / "out.idx", eod=(0, 0) if tokenizer == "utf16" else (0,)))) == 4
 

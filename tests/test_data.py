@@ -33,7 +33,7 @@ from src.reporting import data_text, document_text
 from src.sources import source_of
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
-from .conftest import close, make_arch, random_tensors, write_rows
+from .conftest import close, make_arch, random_tensors, read_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +557,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
         --save_total_limit 99 --eval_split 0 --weight_decay 0.1 --lr_init 1e-2 --accelerator cpu --wkv torch
     """
     run.main(configuration.parse(flags.split()))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "run/metrics.jsonl")
     empty = [line["step"] for line in lines if not line["trained_tokens"]]
     assert [line["step"] for line in lines if line["loss"] is None] == empty and len(empty) == 2
     states = {

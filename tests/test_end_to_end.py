@@ -16,7 +16,7 @@ from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkp
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 
-from .conftest import ROOT, close, make_arch, pypi_rwkv, slow
+from .conftest import ROOT, close, make_arch, pypi_rwkv, read_rows, slow
 from .program import CONTEXT, call, logged, run_program, succeed
 
 QUESTION = "2 + 3 是多少？🙂"
@@ -105,7 +105,7 @@ def product(request):
 def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
     for line in ("; tokenizer world", "3 steps of 2 rows", f"cpu, {product.precision} (as asked"):
         assert line in product.log
-    losses = [json.loads(line)["loss"] for line in (product.run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in read_rows(product.run / "metrics.jsonl")]
     # a random model guesses among 65536 tokens, ln 65536 = 11.1; its logits of standard deviation 1 add half
     # a nat
     assert len(losses) == 3 and 10 < losses[0] < 13 and losses[-1] < losses[0], losses

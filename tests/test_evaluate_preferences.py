@@ -14,7 +14,7 @@ from src.evaluation.likelihood import log_likelihoods
 from src.inference.load import load
 from src.model import RWKV
 
-from .conftest import make_arch, random_tensors, write_rows
+from .conftest import make_arch, random_tensors, read_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_pairs_against_the_base_without_its_adapters(files, capsys):
     given += ["--adapter", "@adapter1.pth", "--adapter", "@adapter2.pth", "--save", "@kept.jsonl"]
     found, _ = evaluated(capsys, folder, *given)
     reference, tokens = by_hand(folder, pairs, "base.pth")
-    rows = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "kept.jsonl")
     assert len(found) == 2 and len(rows) == 2 * len(pairs)
     for place, line in enumerate(found):
         log_p, _ = by_hand(folder, pairs, "base.pth", f"adapter{place + 1}.pth")

@@ -19,7 +19,7 @@ from src.sources.held_out_answers import SHORT, Judge, affordable, limit_of
 from src.training import validation
 
 from . import program
-from .conftest import ROOT
+from .conftest import ROOT, read_rows
 from .program import succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
@@ -98,7 +98,7 @@ def test_a_run_counts_right_answers_as_an_evaluation_does(tmp_path):
     output = succeed(
         program.run([*flags.split(), "--proj_dir", str(folder), "--lr_init", "0.5"], sample_tokens=300)
     )
-    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    lines = read_rows(folder / "validation.jsonl")
     questions = read_questions(held)[: lines[0]["asked"]]
     for line, adapter in zip(lines, (None, str(folder / "adapter.pth")), strict=True):
         model, tokenizer = load(str(BASE), adapter, precision="fp32", accelerator="cpu")
@@ -126,7 +126,7 @@ def test_running_text_is_scored_in_bits_a_byte(tmp_path):
     flags = f"--load_model {BASE} --data_file {tmp_path}/rows.jsonl --eval_file {tmp_path}/held.jsonl"
     words = [*flags.split(), "--epoch_steps", "3", "--lr_init", "0.001", "--proj_dir", str(tmp_path / "run")]
     output = succeed(program.run(words))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "run" / "validation.jsonl")
     length = len(texts[0].encode())  # the first byte is not predicted, and the end of the document is
     size = lines[0]["tokens"] // length * (length - 1)
     for line in lines:

@@ -18,7 +18,7 @@ from src.data.recorded_tokenizer import recorded_tokenizer
 from src.reporting.model_card import WRITTEN, model_card, write_model_card
 
 from . import program
-from .conftest import save_base
+from .conftest import read_rows, save_base
 from .hub_server import serving
 from .program import losses, succeed
 from .test_hub import CLOSED
@@ -153,7 +153,7 @@ def test_the_model_card_names_the_base_and_the_data_and_no_path(run):
 def facts_of(folder):
     """Read from a run's folder what its card is made of."""
     config = settle({"config": str(folder / "config.yaml")})
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_rows(folder / "metrics.jsonl")
     return config, json.loads((folder / "run.json").read_text()), metrics
 
 

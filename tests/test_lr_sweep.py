@@ -25,7 +25,7 @@ from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
 from . import program
-from .conftest import make_arch, random_tensors, save_base, slow, write_rows
+from .conftest import make_arch, random_tensors, read_rows, save_base, slow, write_rows
 from .program import losses
 from .tables import talk
 
@@ -98,7 +98,7 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     assert f"note       {run} holds a run already" in capsys.readouterr().out and times() == before
     # one machine ran both; where the held-out rows fall into other batches only the order of a sum differs
     assert losses(run) == pytest.approx(best["losses"], rel=1e-6), output
-    validation = [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]
+    validation = [line["loss"] for line in read_rows(run / "validation.jsonl")]
     assert validation == pytest.approx([found["held_out_before"], best["held_out"]], rel=1e-6)
 
 

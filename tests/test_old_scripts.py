@@ -6,7 +6,6 @@ Where they come from: (a) the MiSS tutorial's miss.sh, (b) scripts/miss.sh, 2026
 merge_disha.sh, (g) train_temp/demo-training-prepare.sh and demo-training-run.sh of RWKV-LM.
 """
 
-import json
 import struct
 
 import numpy as np
@@ -22,7 +21,7 @@ from src.planning.base_model import new_arch
 from src.training.outputs import write_new_model
 
 from . import program
-from .conftest import save_base, write_rows
+from .conftest import read_rows, save_base, write_rows
 
 pytestmark = pytest.mark.rare
 
@@ -119,7 +118,7 @@ def train(files, version, data, proj_dir, script, *rest):
 
 
 def steps(proj_dir):
-    return [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(proj_dir / "metrics.jsonl")
 
 
 def merge(files, version, flag, adapter, out):

@@ -20,7 +20,7 @@ from src.planning.step_memory import Live
 from src.sources import source_of
 
 from . import program
-from .conftest import ROOT, save_base, write_rows
+from .conftest import ROOT, read_rows, save_base, write_rows
 from .loss_cases import VOCAB, adapted_head, head_inputs
 from .program import lines, succeed
 
@@ -128,7 +128,7 @@ def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_
     models = [RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "teacher")]
     tokenizer = load_tokenizer("bytes", 256)
     found = []
-    for row in map(json.loads, (files / "held.jsonl").read_text().splitlines()):
+    for row in read_rows(files / "held.jsonl"):
         ids = tokenizer.encode(row["prompt"])
         begin = len(ids)
         while len(ids) < begin + 5 and (len(ids) == begin or ids[-1] != 0):

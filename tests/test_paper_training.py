@@ -4,7 +4,6 @@ tasks and what counts as right.
 
 import copy
 import dataclasses
-import json
 import math
 
 import pytest
@@ -20,6 +19,8 @@ from src.data.collate import collate
 from src.model import RWKV
 from src.planning.base_model import build_model
 from src.training.short_runs import held_out_loss
+
+from .conftest import read_rows
 
 pytestmark = pytest.mark.rare
 
@@ -121,7 +122,7 @@ def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
     file = tmp_path / "folder" / "runs.jsonl"
     file.write_text(file.read_text()[:-20])  # killed while it wrote the last line
     assert [o.held_out for o in Runs(settings).at_rate("letters", "miss", {"rank": 2}, 1e-3)] == [1.0, 3.0]
-    assert [json.loads(line)["outcome"]["held_out"] for line in file.read_text().splitlines()] == [1.0, 3.0]
+    assert [line["outcome"]["held_out"] for line in read_rows(file)] == [1.0, 3.0]
     for other in ({"steps": (3,)}, {"rows": (5,)}, {"held_out": (11,)}):
         Runs(dataclasses.replace(settings, **other)).at_rate("letters", "miss", {"rank": 2}, 1e-3)
     assert len(done) == 9, "another setting is another training"

@@ -28,7 +28,7 @@ from src.sources.reference_model import a_few
 from src.sources.reference_pass import ReferencePass
 
 from . import program
-from .conftest import make_arch, random_tensors, save_base, slow, write_rows
+from .conftest import make_arch, random_tensors, read_rows, save_base, slow, write_rows
 from .program import at_file, call, interrupt, kill, lines, same_adapters, same_lines, spoil, succeed
 
 EXAMPLES = 12  # pairs or answers to train on, of which a step has 4
@@ -287,7 +287,7 @@ def log_p(path, prompt, answer):
 
 def kl_by_hand(files, model, reference):
     """Mean KL(model || reference) over the tokens of all held-out answers, in float64."""
-    rows = map(json.loads, (files / "pairs-held.jsonl").read_text().splitlines())
+    rows = read_rows(files / "pairs-held.jsonl")
     answers = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     moved = []
     for answer in answers:
@@ -351,7 +351,7 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     flags = ["--micro_bsz", str(EXAMPLES), "--reference", files / "other.pth", "--strategy", strategy]
     start(files, tmp_path / "run", *flags, *evaluated(files, "dpo"))
     margins, nll = [], []
-    for row in map(json.loads, (files / "pairs-rows.jsonl").read_text().splitlines()):
+    for row in read_rows(files / "pairs-rows.jsonl"):
         base, other = (
             [log_p(files / f"{name}.pth", row["prompt"], row[side]) for side in ("chosen", "rejected")]
             for name in ("base", "other")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def ran(tmp_path_factory):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_rows(folder / "metrics.jsonl")]
 
 
 def test_the_program_of_the_page_trains(ran):
@@ -38,6 +38,6 @@ def test_the_program_of_the_page_trains(ran):
 def test_a_loss_of_ones_own_is_minimised(ran):
     """A token's focal loss is below its cross entropy: the first step has the same rows and weights."""
     folder, _ = ran
-    lines = [json.loads(line) for line in (folder / "focal/metrics.jsonl").read_text().splitlines()]
+    lines = read_rows(folder / "focal/metrics.jsonl")
     assert 0 < lines[0]["focal"] < lines[0]["loss"] == losses(folder / "sort")[0]
     assert lines[-1]["focal"] < lines[0]["focal"] and lines[-1]["loss"] != losses(folder / "sort")[-1]

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import json
 import time
 
 import numpy as np
@@ -37,7 +36,7 @@ from src.training.callbacks import Saver, StepReport
 from src.training.rollback import LastGood
 from src.training.trainer import FineTuning, make_trainer
 
-from .conftest import close, make_arch
+from .conftest import close, make_arch, read_rows
 from .loss_cases import make_model
 
 ENCODER = Encoder(load_tokenizer("bytes", 256))
@@ -361,7 +360,7 @@ def train(tmp_path, monkeypatch):
                 trainer.fit(module)
         except UserError as caught:
             error = caught
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_rows(path)
         return module, [before, *record.weights], at_draws, lines, error
 
     return run

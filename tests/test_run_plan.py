@@ -24,7 +24,7 @@ from src.sources import source_of
 from src.training import callbacks, trainer
 
 from . import program
-from .conftest import save_base, write_rows
+from .conftest import read_rows, save_base, write_rows
 from .program import at_file, interrupt, losses, succeed
 
 LABELS = "rwkv-miss model data steps trained rates device needs evaluation files sample".split()
@@ -65,7 +65,7 @@ def evaluated(files, proj_dir, *more, **options):
 
 
 def validation(proj_dir):
-    return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
+    return read_rows(proj_dir / "validation.jsonl")
 
 
 # the plan

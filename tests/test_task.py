@@ -1,10 +1,10 @@
 """The data of the demo: right answers, and no string that is in both files."""
 
-import json
-
 import pytest
 
 from demo import task
+
+from .conftest import read_rows
 
 
 @pytest.mark.parametrize("flags, lengths", [([], {3, 4, 5, 6, 7}), (["--letters", "10"], {10})])
@@ -15,7 +15,7 @@ def test_strings_of_the_length_asked_for_and_no_question_twice(tmp_path, monkeyp
     task.main()
     asked = []
     for file, count in zip(files, (300, 70)):
-        rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+        rows = [line["messages"] for line in read_rows(file)]
         assert len(rows) == count
         turns = [row[i : i + 2] for row in rows for i in range(0, len(row), 2)]
         words = {

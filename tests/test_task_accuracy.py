@@ -27,11 +27,11 @@ from src.data.rwkv_template import DEFAULT
 from src.evaluation.scoring import SCORES, final_number, normalised, numbers, result, same_number, same_result
 
 from . import program
-from .conftest import ROOT, write_rows
+from .conftest import ROOT, read_rows, write_rows
 
 
 def gsm8k(data_dir, name="gsm8k_test.jsonl"):
-    return [json.loads(line) for line in (data_dir / name).read_text().splitlines()]
+    return read_rows(data_dir / name)
 
 
 def metamath(row):
@@ -437,7 +437,7 @@ def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeyp
     flags = ["--tokenizer", "bytes", "--questions", questions, "--score", "number", "--max_tokens", 8]
     flags += ["--samples", 3, "--temperature", 2, "--top_k", 200, "--save", kept]
     found, _ = evaluated(capsys, "--model", base, *flags)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows = read_rows(kept)
     assert rows[0].keys() == {"evaluation"}
     numbered = [(row["question"], row["sample"]) for row in rows[1:]]
     assert numbered == [(i, j) for i in range(3) for j in range(3)]

@@ -42,7 +42,7 @@ from src.training.validation_log import base_wins, best_trained, is_over
 
 from . import program
 from .answering import engine_of, greedy_text
-from .conftest import save_base, slow, write_rows
+from .conftest import read_rows, save_base, slow, write_rows
 from .program import at_file, dropout, flags_of, in_turn, interrupt, judge_late, kill, losses, succeed
 from .tables import cases, talk
 
@@ -76,7 +76,7 @@ def start(files, proj_dir, *flags, sabotage=None, **options):
 
 
 def validation_lines(proj_dir):
-    return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
+    return read_rows(proj_dir / "validation.jsonl")
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
     assert {line["tokens"] for line in lines} == {held.targets}
     assert lines[0]["loss"] == pytest.approx(exact_loss(files / "base.pth", held), rel=1e-6)
     assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
-    rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()]
+    rows = [line["messages"] for line in read_rows(files / "held.jsonl")]
     longest = max(len(f" {answer['content'].strip()}") for _, answer in rows[: lines[0]["asked"]])
     limit = longest + longest // 4 + 16
     model = RWKV.load(files / "base.pth")
@@ -244,9 +244,9 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     assert f"--adapter {proj_dir}/adapter.pth" in output, "the last state is the best one"
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
-    seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in read_rows(whole / "metrics.jsonl")]
     assert max(seconds) < 3600, "an evaluation is no part of a step"
-    rates = [json.loads(line)["lr"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in read_rows(whole / "metrics.jsonl")]
     shares = [rate / rates[0] for rate in rates]
     assert shares == [1, 1, 1, 1, 0.5, 0.25], "half of it, a step after each evaluation that is no better"
     for name in ("validation.jsonl", "adapter.pth", "best.pth"):
@@ -675,7 +675,7 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     code, output = start(files, proj_dir, *flags, sabotage=in_turn(fake, stop))
     assert code == 130 and "Weights & Biases, project project" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
-    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    calls = read_rows(log)
     begun = [["init", "project", name, "allow", 0.01] for name in (None, "new-id")]
     assert [call for call in calls if call[0] != "log"] == [begun[0], ["finish", 0], begun[1], ["finish", 0]]
     logged = [
