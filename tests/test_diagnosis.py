@@ -520,7 +520,7 @@ def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run,
 
 
 def test_none_right_of_the_fewest_questions_is_nothing_learnt():
-    """Where some were right before, 8 questions tell it, because one of fewer may be right by chance."""
+    """Eight questions tell it where some were right before: one of fewer may be right by chance."""
     assert (FEWEST, FEW) == (5, 8)
     for run in (answered(0.0, 0.0, asked=FEWEST), answered(0.25, 0.25, asked=FEW)):
         assert judged(run).name == NOTHING and not judged(run).offered

@@ -16,7 +16,7 @@ FILES = [
 ]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NO_SUBJECT = re.compile(r"(That|Those|What|Of|How|Which|Who|Whose|Why|When|Where|Whether)\b")
-NO_NAME = re.compile(r"\bso\s+many\b")  # of a number whose name stands in the signature
+NO_NAME = re.compile(r"\bso\s+many\b")  # a number has a name, which stands in the signature
 # articles, pronouns, prepositions, numbers, plurals and "Returns": a verb in the imperative is none of these
 NO_VERB = re.compile(
     r"[^A-Z]|(A|An|The|All|Another|Any|Both|Each|Every|Everything|Its?|No|Nothing|One|Two|There|This|Such)\b"

@@ -52,7 +52,7 @@ class Case(NamedTuple):
     title: str
     run: Callable[[Device], Result]
     quick: bool  # also in the tests that always run
-    rows: int = 0  # not 0: only the last of so many rows of a batch runs
+    rows: int = 0  # not 0: only the last of this many rows of a batch runs
     options: dict[str, int] = EXACT
 
     @property
