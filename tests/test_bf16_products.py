@@ -51,7 +51,7 @@ def test_products_have_the_error_of_the_activations(shape):
     assert ((multiply(weight, x, 1) - rounded).abs() <= sums * size).all(), "one part is x in bf16"
 
 
-def test_a_row_is_the_same_bits_beside_any_others_and_in_any_share():
+def test_a_row_is_the_same_bits_with_any_others_and_in_any_share():
     weight, x = random((101, 200), 4).bfloat16(), random((21, 200), 5)
     for parts in (1, 2):
         one_by_one = torch.cat([multiply(weight, row[None], parts) for row in x])

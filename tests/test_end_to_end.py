@@ -102,7 +102,7 @@ def product(request):
         )
 
 
-def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
+def test_three_steps_train_an_fp32_adapter_on_a_bf16_base(product):
     for line in ("; tokenizer world", "3 steps of 2 rows", f"cpu, {product.precision} (as asked"):
         assert line in product.log
     losses = [line["loss"] for line in read_rows(product.run / "metrics.jsonl")]

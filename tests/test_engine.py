@@ -152,7 +152,7 @@ def test_a_state_alone_comes_without_prompt_logprobs():
         alone(Request([5, 6], 0, prompt_logprobs=0, keep_state=True))
 
 
-def test_prompt_logprobs_beside_weights_in_bf16_are_exact():
+def test_prompt_logprobs_of_a_model_in_bf16_are_exact():
     """Other prompts are read in bf16, where the CPU multiplies in it."""
     half = RWKV(tiny(7).arch, "cpu").eval().requires_grad_(False)
     half.load_state_dict(tiny(7).state_dict())

@@ -96,9 +96,7 @@ def test_a_tied_head_that_is_trained_has_both_names_in_the_merged_file(by_parame
 
 
 @pytest.mark.parametrize("to", ["peft", "lora", "rwkv-peft", "rwkv-lightning"])
-def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_beside_an_adapter(
-    to, tmp_path
-):
+def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_with_an_adapter(to, tmp_path):
     for name, words in (
         ("emb.weight", "emb.weight is trained as a whole, and head.weight is the same tensor"),
         ("key.bias", "key.bias is trained in addition to the linear's adapter"),
@@ -178,7 +176,7 @@ def test_a_trained_bias_or_weight_of_an_adapted_linear_is_saved_loaded_and_merge
 
 
 @pytest.mark.parametrize("options", [{"magnitude": True}, {"magnitude": True, "shards": "balanced"}])
-def test_a_magnitude_beside_a_trained_weight(options, tmp_path):
+def test_a_magnitude_of_a_trained_weight(options, tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(30, 12)
     base = copy.deepcopy(model)

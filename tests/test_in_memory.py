@@ -116,7 +116,7 @@ def test_whole_tensors_are_merged_disabled_and_taken_off(method, parts, tmp_path
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa"])
-def test_a_merged_adapter_beside_a_trained_weight_is_saved_as_before(method, tmp_path):
+def test_a_merged_adapter_with_a_trained_weight_is_saved_as_before(method, tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16)
     rwkv_miss.inject(model, method, targets=["0", "1"], rank=2)
     filled(model)[0].weight.requires_grad_(True)

@@ -87,7 +87,7 @@ def test_products_are_those_of_the_rounded_numbers(shape, dtype):
     assert ((w8 - weight).abs() <= 0.5 * step).all()
 
 
-def test_a_row_is_the_same_bits_beside_any_others_and_in_any_share():
+def test_a_row_is_the_same_bits_with_any_others_and_in_any_share():
     weight, x = random(101, 200, 4), random(37, 200, 5)
     panels = packed(weight)
     one_by_one = torch.cat([multiply(panels, 101, row[None]) for row in x])

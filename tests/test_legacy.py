@@ -387,7 +387,7 @@ def test_a_command_line_of_today_reads_no_translator(monkeypatch):
             read_flags(parser, argv)
 
 
-def test_parts_beside_the_adapter_in_three_spellings(capsys):
+def test_parts_in_addition_to_the_adapter_in_three_spellings(capsys):
     for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
         assert split_parts(read(*BONE.split(), *words).train_parts) == ["ln", "time"]
     assert "stay frozen" not in capsys.readouterr().out
@@ -398,7 +398,7 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
 
 
 @pytest.mark.parametrize("flag", [["--train_type", "state"], ["--state_tune"]])
-def test_state_tuning_alone_and_beside_an_adapter(flag):
+def test_state_tuning_alone_and_with_an_adapter(flag):
     for method in ([], ["--peft", "none"], ["--peft", "state"]):
         assert (values := read(*flag, *method)).peft == "state" and values.train_parts == "auto"
     values = read(*BONE.split(), *flag)

@@ -280,9 +280,7 @@ QUANTISED_BY = {
 @pytest.mark.parametrize("asked", [False, True], ids=["fresh", "after an answer"])
 @pytest.mark.parametrize("method", ["miss", "dora", "vera"])
 @pytest.mark.parametrize("package", QUANTISED_BY)
-def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_values(
-    package, method, asked, tmp_path
-):
+def test_an_adapter_on_a_weight_of_another_package_trains_as_on_its_values(package, method, asked, tmp_path):
     def quantised():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 8))

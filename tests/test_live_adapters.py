@@ -334,7 +334,7 @@ def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):
     assert len({change.A.data_ptr() for change in changes[1]}) == 2  # widths: 40 and ffn's
 
 
-def test_a_model_in_bf16_reads_prompts_with_the_adapter_beside_it(checkpoint, tmp_path):
+def test_a_model_in_bf16_reads_prompts_with_the_live_adapter(checkpoint, tmp_path):
     """In the way of training: activations in bf16, and an update that is far below a step of bf16 of the
     weights is not lost in them.
     """

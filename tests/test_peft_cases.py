@@ -295,7 +295,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_folder_of_peft_beside_its_models_folder(name, tmp_path, monkeypatch):
+def test_a_folder_of_peft_next_to_its_models_folder(name, tmp_path, monkeypatch):
     import transformers
 
     monkeypatch.chdir(tmp_path)

@@ -290,7 +290,7 @@ def test_no_part_is_negative_where_the_count_goes_on_from_few_layers():
     assert min(parts.values()) >= 0, parts
 
 
-def test_what_deepspeed_holds_beside_its_shares(few_bytes):
+def test_what_deepspeed_holds_in_addition_to_its_shares(few_bytes):
     """DeepSpeed holds a master copy, a bucket, and under stage 3 the parameters that are whole at one time;
     with offload all but those is in the CPU's memory.
     """
@@ -455,7 +455,7 @@ def test_what_the_first_call_imports_is_not_timed(monkeypatch):
     assert 8 / speed.tokens < 0.3
 
 
-def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):
+def test_a_narrow_model_gets_its_rank_with_other_options_too(checkpoint):
     for given, settled in (({"magnitude": True}, {"rank": 6, "magnitude": True}), ({"r": 5}, {"r": 5})):
         config = Config(load_model=str(checkpoint(7, vocab_size=256)), tokenizer="bytes", peft_config=given)
         draft = Draft(config)

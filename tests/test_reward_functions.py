@@ -277,7 +277,7 @@ def test_a_line_without_end_does_not_fill_the_memory(capfd):
     assert len(lines) == LINES + 1 and max(map(len, lines)) < 3000
 
 
-def test_a_file_imports_from_beside_it_and_is_no_main_program(functions_of, tmp_path):
+def test_a_file_imports_from_its_folder_and_is_no_main_program(functions_of, tmp_path):
     (tmp_path / "helper.py").write_text("worth = 0.5")
     functions = functions_of(
         "import dataclasses, os, sys\nimport helper\n"

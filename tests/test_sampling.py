@@ -297,7 +297,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(native_code):
 
 
 @pytest.mark.parametrize("kernel, builds", [("torch", 0), ("reference", 0), ("cpu", 1), ("cuda", 1)])
-def test_native_code_is_asked_for_beside_native_kernels_only(kernel, builds, monkeypatch):
+def test_native_code_is_asked_for_with_native_kernels_only(kernel, builds, monkeypatch):
     asked = []
     monkeypatch.setattr(module.self_test, "status", lambda device: asked.append(device) or FOUND)
     assert runs_native(kernel) == bool(builds) and asked == ["cpu"] * builds

@@ -218,7 +218,7 @@ def test_a_lora_may_have_more_ranks_than_a_linear_has_outputs(tmp_path):
         same_everywhere(train(model, ids), base, ids, tmp_path)
 
 
-def test_a_weight_that_is_trained_beside_its_adapter_is_in_the_file_as_a_whole(tmp_path):
+def test_a_weight_that_is_trained_with_its_adapter_is_in_the_file_as_a_whole(tmp_path):
     model, base = mixed("miss")
     for name in ("conv.weight", "experts.up"):
         dict(model.named_parameters())[name].requires_grad_(True)

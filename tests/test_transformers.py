@@ -216,7 +216,7 @@ def train(model, inputs, steps):
     return losses
 
 
-def test_a_classifier_beside_the_adapter_is_trained_saved_and_merged(tmp_path):
+def test_a_classifier_is_trained_saved_and_merged_with_the_adapter(tmp_path):
     model = make("roberta")
     base = copy.deepcopy(model)
     rwkv_miss.inject(model, "miss", targets=["query", "value"], rank=RANK)

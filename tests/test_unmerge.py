@@ -92,7 +92,7 @@ def test_one_bit_is_seen(merging, dtype):
         assert check(merging).ok, "without the adapter it is a merge of something"
 
 
-def test_one_bit_is_seen_beside_matrix_products(merging):
+def test_one_bit_is_seen_next_to_matrix_products(merging):
     """Sums of a product may differ between machines by less than the rounding, but not by a step."""
     merging(dtype=torch.bfloat16)
     merging.adapter("a.pth", "lora")

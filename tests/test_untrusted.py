@@ -376,7 +376,7 @@ class Code:
 @pytest.mark.parametrize(
     "nested", [lambda code: {"a": code}, lambda code: {"a": torch.zeros(2), "b": [code]}, lambda code: code]
 )
-def test_code_beside_tensors(tmp_path, monkeypatch, nested):
+def test_code_among_tensors(tmp_path, monkeypatch, nested):
     monkeypatch.chdir(tmp_path)
     torch.save(nested(Code()), "x.pth")
     for read in (rwkv_miss.read_checkpoint, read_adapter):

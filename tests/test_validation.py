@@ -748,7 +748,7 @@ def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, plotted, count, 
     assert plotted["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_kl_has_words_beside_it():
+def test_a_kl_is_rated_in_words():
     rows = {"English": 0.004, "Code": 0.05, "Arithmetic": 0.5, "all": 1.5}
     text = "\n".join(run_card._forgetting("base.pth", {"forgetting": rows}))
     for line in (

@@ -189,7 +189,7 @@ def test_a_wrong_weight_is_an_error_with_file_and_row(tmp_path, weight):
         assert "the weight of a message must be a number from 0, no loss, to 100, got" in str(error.value)
 
 
-def test_weights_beside_another_loss_mask_are_an_error(tmp_path):
+def test_weights_with_another_loss_mask_are_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}))
     for loss_mask in ("all", "Assistant:"):

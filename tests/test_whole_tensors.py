@@ -243,7 +243,7 @@ def test_weight_decay_pulls_the_adapters_matrices_towards_the_base_at_rank_1_as_
     assert {decay[id(p)] for p in model.parameters() if p.requires_grad} == own
 
 
-def test_weight_decay_beside_pissa_is_refused():
+def test_weight_decay_with_pissa_is_refused():
     flags = ["--load_model", "a", "--data_file", "b", "--peft", "pissa", "--weight_decay", "0.1"]
     with pytest.raises(rwkv_miss.UserError, match="--weight_decay 0.1 has no meaning with --peft pissa"):
         parse(flags)
