@@ -16,6 +16,7 @@ from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.common.formatting import markdown_table
     from src.config import FIELDS
     from src.config.schema import GROUPS, PRESETS, type_of, uncommon_bounds
 
@@ -53,24 +54,21 @@ def help_text(field: dataclasses.Field) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def table(fields: list[dataclasses.Field]) -> list[str]:
-    lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
-    for field in fields:
-        cells = (flag_names(field), value_kind(field), default_text(field), help_text(field))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def table(fields: list[dataclasses.Field]) -> str:
+    rows = [[flag_names(one), value_kind(one), default_text(one), help_text(one)] for one in fields]
+    return markdown_table(["flag", "value", "default", "meaning"], rows, "|---")
 
 
-def preset_table() -> list[str]:
+def preset_table() -> str:
     """Write the table of presets by adapter method."""
-    lines = ["| preset | with `--peft` | settings |", "|---|---|---|"]
+    rows = []
     for preset, (common, by_method) in PRESETS.items():
         for method, options in by_method.items():
             adapter = ",".join(f"{name}={value}" for name, value in options.items())
             values = {**common, "peft_config": adapter}
             flags = " ".join(f"--{name} {value}" for name, value in values.items())
-            lines.append(f"| `{preset}` | `{method}` | `{flags}` |")
-    return lines
+            rows.append([f"`{word}`" for word in (preset, method, flags)])
+    return markdown_table(["preset", "with `--peft`", "settings"], rows, "|---")
 
 
 def page() -> str:
@@ -80,8 +78,8 @@ def page() -> str:
     lines = []
     for (heading, about, _), begin, end in zip(GROUPS, begins, [*begins[1:], len(names)], strict=True):
         fields = [FIELDS[name] for name in names[begin:end]]
-        lines += ["", f"## {heading}", "", about, "", *table(fields)]
-    lines += ["", "## Presets", "", "The settings of the MiSS paper's Tables 7 and 8.", "", *preset_table()]
+        lines += ["", f"## {heading}", "", about, "", table(fields)]
+    lines += ["", "## Presets", "", "The settings of the MiSS paper's Tables 7 and 8.", "", preset_table()]
     return "\n".join(lines[1:])
 
 

@@ -17,6 +17,7 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss import METHODS
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.common.formatting import markdown_table
 
 
 def main() -> None:
@@ -24,8 +25,7 @@ def main() -> None:
         parser = Parser(prog="python -m scripts.methods_table", description=__doc__.partition("\n")[0])
         parser.add_argument("--options", action="store_true", help="the options instead of the methods")
         head, *rows = option_rows() if parser.parse_args().options else method_rows()
-        for row in (head, ["---"] * len(head), *rows):
-            print("|", " | ".join(row), "|")
+        print(markdown_table(head, rows))
 
 
 def method_rows() -> list[list[str]]:

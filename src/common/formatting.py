@@ -37,3 +37,9 @@ def both_ends(text: str, characters: int) -> str:
         return text
     half = (characters - 3) // 2
     return f"{text[:half]} … {text[-half:]}"
+
+
+def markdown_table(head: list[str], rows: list[list[str]], rule: str = "| --- ") -> str:
+    """Write a table in Markdown; `rule` is a cell of the line under the head."""
+    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
+    return "\n".join([lines[0], rule * len(head) + "|", *lines[1:]])

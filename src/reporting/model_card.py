@@ -18,12 +18,13 @@ from rwkv_miss.targets import layers_text
 from rwkv_miss.version import VERSION
 
 from ..common.files import write_text
+from ..common.formatting import markdown_table
 from ..config import Settled
 from ..data.formats.sources import names_dataset, weighted_paths
 from ..losses import Loss, loss_of
 from ..sources import source_of
 from .curves import pictures
-from .run_card import evaluations_table, table, training_score
+from .run_card import evaluations_table, training_score
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
@@ -54,7 +55,7 @@ def model_card(config: Settled, summary: dict, metrics: list[dict], history: lis
         f"# {os.path.basename(os.path.abspath(config.proj_dir))}",
         f"`{name}` is {_what(config.peft, config.load_model, base)}, written by rwkv-miss {VERSION}.",
         "## What was trained",
-        table(["", ""], _trained(config, arch, base, metadata, metrics, summary)),
+        markdown_table(["", ""], _trained(config, arch, base, metadata, metrics, summary)),
         "## What was measured",
         *_measured(loss_of(config), summary, history),
         *pictures(loss_of(config).metrics),
@@ -159,7 +160,7 @@ def _measured(loss: Loss, summary: dict, history: list[dict]) -> list[str]:
     rows = [[f"training {described.score}", training_score(described, summary)]]
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
-    parts = [table(["", ""], rows)]
+    parts = [markdown_table(["", ""], rows)]
     if history:
         parts += [f"On held-out {loss.words.example}s:", evaluations_table(described, history)]
     return parts

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
+from ..common.formatting import markdown_table
 from ..config import Settled, command
 from ..losses import loss_of
 from ..losses.metrics import LossMetrics, loss_text, percent
@@ -50,7 +51,7 @@ def card(
     }
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
-        table(["", ""], [[name, value] for name, value in figures.items() if value]),
+        markdown_table(["", ""], [[name, value] for name, value in figures.items() if value]),
         "## Command",
         _as_it_is(command(config)),
         "## Plan",
@@ -131,7 +132,7 @@ def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
     rows = [[title, *values] for _, title, values in described.rows([first, last])]
     return [
         f"## {described.heading}",
-        table(["", "mean of the first tenth of the steps", "of the last tenth"], rows),
+        markdown_table(["", "mean of the first tenth of the steps", "of the last tenth"], rows),
         described.explanation,
     ]
 
@@ -173,7 +174,7 @@ def evaluations_table(described: LossMetrics, history: list[dict]) -> str:
     rows = [[title, *values] for _, title, values in described.rows([*states.values()])]
     if described.by_loss:
         rows.insert(0, [f"loss, per {described.loss_of}", *map(loss_text, states.values())])
-    return table(["", *states], rows)
+    return markdown_table(["", *states], rows)
 
 
 def reward_text(answer: dict) -> str:
@@ -199,7 +200,7 @@ def _forgetting(load_model: str, summary: dict) -> list[str]:
             " `src/evaluation/forgetting.txt`, that the training has nothing to do with:"
             " KL(base, tuned) per token, 0 for the base itself."
         ),
-        table(["text", "KL", "perplexity", "in words"], rows),
+        markdown_table(["text", "KL", "perplexity", "in words"], rows),
         (
             "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of"
             " the base: 1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from"
@@ -212,11 +213,6 @@ def _forgetting(load_model: str, summary: dict) -> list[str]:
 def perplexity(kl: float) -> str:
     """Write a KL's effect on the perplexity: "+1.0 %", "2.7 times"."""
     return f"+{100 * math.expm1(kl):.1f} %" if kl < 0.5 else f"{math.exp(min(kl, 99)):,.3g} times"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def as_it_is(title: str, text: str) -> list[str]:
