@@ -30,7 +30,7 @@ from ..functional import shard_index, shard_sum
 from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from ..methods.whole_tensors import PARTS, in_parts
 from .merge import read_base
-from .rounding import TABLE_ROWS, bits, percent
+from .rounding import TABLE_ROWS, bits, percent, text_table
 
 ENTRIES_AT_ONCE = 1 << 20  # entries of a matrix in float64 at once
 
@@ -83,14 +83,10 @@ class DiffReport:
             f" would have {percent(self.share('random'))}"
         ]
         least = sorted(self.linears, key=lambda d: d.explained)[:shown_rows]
-        width = max(len(d.name) for d in least)
-        lines.append(
-            f"  {'least of ' + str(len(self.linears)):<{width}}  explained  of a random one  |B - A| / |A|"
+        lines += text_table(
+            [f"least of {len(self.linears)}", "explained", "of a random one", "|B - A| / |A|"],
+            [[d.name, percent(d.explained), percent(d.random), f"{d.relative:.3g}"] for d in least],
         )
-        lines += [
-            f"  {d.name:<{width}}  {percent(d.explained):>9}  {percent(d.random):>15}  {d.relative:>13.3g}"
-            for d in least
-        ]
         if self.others:
             what = (
                 f"are in the file as a whole ({', '.join(self.parts) or 'no part'})"
@@ -98,12 +94,13 @@ class DiffReport:
                 else "ARE LEFT OUT; --whole takes them along"
             )
             largest = sorted(self.others, key=lambda d: -d.norm)[:shown_rows]
-            width = max(len(d.name) for d in largest)
             lines.append(
                 f"{'note' if self.whole else 'warning'}: {len(self.others)} other tensors differ and {what}"
             )
-            lines.append(f"  {'largest of ' + str(len(self.others)):<{width}}  {'|B - A|':>9}  |B - A| / |A|")
-            lines += [f"  {d.name:<{width}}  {d.norm:>9.3g}  {d.relative:>13.3g}" for d in largest]
+            lines += text_table(
+                [f"largest of {len(self.others)}", "  |B - A|", "|B - A| / |A|"],
+                [[d.name, f"{d.norm:.3g}", f"{d.relative:.3g}"] for d in largest],
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
+def text_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Write the lines of a table: names on the left, numbers on the right under their titles."""
+    widths = [max(len(name) for name, *_ in rows), *map(len, head[1:])]
+    return [
+        f"  {name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:]))
+        for name, *cells in [head, *rows]
+    ]
+
+
 def bits(tensor: Tensor) -> Tensor:
     """View the elements as integers of equal size, which are compared 3 times as fast as bf16."""
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
@@ -96,13 +105,10 @@ class Rounding:
         worst = self.worst()[:shown_rows]
         if not worst or not worst[0].lost:
             return []
-        width = max(len(layer.name) for layer in worst)
-        lines = [f"  {'worst of ' + str(len(self.layers)):<{width}}  lost of update  entries unchanged"]
-        lines += [
-            f"  {layer.name:<{width}}  {percent(layer.lost):>14}  {percent(layer.unchanged_share):>17}"
-            for layer in worst
-        ]
-        return lines
+        return text_table(
+            [f"worst of {len(self.layers)}", "lost of update", "entries unchanged"],
+            [[layer.name, percent(layer.lost), percent(layer.unchanged_share)] for layer in worst],
+        )
 
 
 class Scratch:

@@ -20,7 +20,7 @@ from ..files.wrapped import is_model
 from .members import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .merge import read_base
 from .places import placed
-from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to
+from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to, text_table
 
 # allowed difference of sums of fp32 products between machines, as a share of the largest value
 SUMS = 2.0**-21
@@ -110,15 +110,10 @@ class MergeCheck:
     def _table_of_changed(self, shown_rows: int | None) -> list[str]:
         """Return a table of the tensors that are furthest from the base's."""
         worst = sorted(self.changed, key=lambda c: -c.distance)[:shown_rows]
-        width = max(len(c.name) for c in worst)
-        return [
-            f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| /"
-            " |base|",
-            *(
-                f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}"
-                for c in worst
-            ),
-        ]
+        return text_table(
+            [f"largest of {len(self.changed)}", "entries that differ", "|merged - base| / |base|"],
+            [[c.name, percent(c.differing / max(1, c.entries)), f"{c.distance:.3g}"] for c in worst],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with every changed tensor."""
