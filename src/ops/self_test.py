@@ -10,12 +10,14 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from typing import NamedTuple
 
 import torch
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.output import write_text
 
 from ..common.device import cuda_of_driver
 from . import native
@@ -105,8 +107,5 @@ def read_verdict(path: str) -> float | None:
 
 def write_verdict(path: str, error: float, card: str) -> None:
     """Record a passed self-test. A cache that others built may be read-only: each process then tests."""
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        with open(temporary, "w") as file:
-            json.dump({"error": error} | ({"card": card} if card else {}), file)
-        os.replace(temporary, path)
+    with contextlib.suppress(OSError, UserError):
+        write_text(path, json.dumps({"error": error} | ({"card": card} if card else {})))

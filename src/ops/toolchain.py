@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_miss.files.output import user_cache
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.output import user_cache, write_text
 
 from ..common import device
 
@@ -207,11 +208,9 @@ def ask(nvcc: str) -> Release:
         match[1] if match else "",
         tuple(map(int, re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE))),
     )
-    temporary = path.with_name(f".nvcc.json.{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**releases, key: release}), "utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps({**releases, key: release}))
     return release
 
 
