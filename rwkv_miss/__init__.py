@@ -13,12 +13,15 @@ from .errors import UserError, naming_missing_torch
 
 with naming_missing_torch():
     from . import methods  # noqa: F401  (registers the methods)
-    from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
+    from .adapter import METHODS, AdapterLinear, register
+    from .around_steps import after_step, before_step, penalty
+    from .disabled import disabled
     from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
-    from .inject import inject, load_adapter, save_adapter
+    from .inject import inject
     from .merging.in_memory import merge, unload, unmerge
     from .merging.merge import merge_file
     from .optimizer import parameter_groups
+    from .save_and_load import load_adapter, save_adapter
 
 __all__ = [
     "METHODS",

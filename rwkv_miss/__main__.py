@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from . import extract
+from .adapter_file import ADAPTER_FORMAT
 from .convert import FORMATS, NO_HINTS, Source, convert, format_of, open_source
 from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
@@ -20,7 +21,6 @@ from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
 from .files.wrapped import is_model
-from .inject import ADAPTER_FORMAT
 from .merging.cli import add_commands, add_hints, hints
 from .merging.members import merged_adapters
 from .version import version_line

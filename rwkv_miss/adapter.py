@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
-import operator
-import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .disabled_layers import disabled_here
 from .errors import UserError
+from .model_parts import put_linears
+from .options import About, NoOptions, Options, check_parts
+from .options import option as option
 from .quantised import dense, of_others, shape_of
-from .sharding import is_sharded, unsharded
-from .targets import READ, Target, View, put_read, take_form, take_read
-from .wrappers import unwrapped
+from .sharding import unsharded
+from .targets import READ, Target, View, put_read, take_form
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -42,141 +42,6 @@ def register(name: str) -> Callable[[Class], Class]:
         return cls
 
     return add
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """A method's row in docs/methods.md, for a weight W of d outputs and k inputs, and rank r.
-
-    title: the method's name in text. change: the change of W. numbers: the number of trained parameters.
-    start: their first values. paper: the number at arXiv.
-    """
-
-    title: str = ""
-    change: str = ""
-    numbers: str = ""
-    start: str = ""
-    paper: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class NoOptions:
-    """Settings of a method; subclasses add fields.
-
-    `aliases` maps the names of neighbouring projects to fields.
-    """
-
-    aliases: ClassVar[dict[str, str]] = {}
-
-    @classmethod
-    def parse(cls, values: dict[str, Any]) -> NoOptions:
-        """Read options from a dictionary. Raises UserError for an unknown key or a wrong value."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        default = cls()
-        known: dict[str, Any] = {}
-        for key, value in values.items():
-            name = cls.aliases.get(key, key)
-            if name not in fields:
-                short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
-                known_names = ", ".join(
-                    f"{field} ({short[field]})" if field in short else field for field in sorted(fields)
-                )
-                raise UserError(
-                    f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}"
-                )
-            if name in known:
-                raise UserError(
-                    f"adapter option {name} is given twice, by two of its names; drop one of them"
-                )
-            kind = type(getattr(default, name))
-            if kind is dict:
-                known[name] = _by_name(key, value, fields[name].metadata["of"])
-            else:
-                known[name] = _scalar(key, value, kind)
-        return cls(**known)
-
-    def at(self, name: str) -> NoOptions:
-        """Return the options of one linear, by its dotted name."""
-        return self
-
-
-def _scalar(key: str, value: Any, kind: type) -> Any:
-    """Convert an option's value to the type of its default; 0 and 1 stand for false and true."""
-    if kind is bool:
-        fits = isinstance(value, bool) or value in (0, 1)
-    elif kind is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not fits or isinstance(value, float) and not math.isfinite(value):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a text")
-        raise UserError(f"adapter option {key} must be {expected}, got {value!r}")
-    return kind(value)
-
-
-def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
-    """Check a map from parts of names to numbers; `of` names them: "ranks", or positive factors."""
-    kinds = (int,) if of == "ranks" else (int, float)
-    if not isinstance(value, dict) or not all(
-        type(number) in kinds and 0 < number < math.inf for number in value.values()
-    ):
-        raise UserError(
-            f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got'
-            f" {value!r}"
-        )
-    return dict(value)
-
-
-def option(default: Any, meaning: str) -> Any:
-    """Make the field of an option; `meaning` is its row in docs/methods.md."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
-
-
-def names_with(of: str, meaning: str = "") -> Any:
-    """Make the field of an option that is a map from parts of names to ranks or factors; empty by default."""
-    return dataclasses.field(default_factory=dict, metadata={"of": of, "meaning": meaning})
-
-
-def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
-    """Look a dotted name up in a map from parts of names: the longest part that is in the name counts.
-
-    Examples of parts: "ffn", "att.key", "blocks.0".
-    """
-    found = [part for part in by_name if f".{part}." in f".{name}."]
-    return by_name[max(found, key=len)] if found else default
-
-
-def check_parts(what: str, by_name: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError for a part of a name that is in none of `names`."""
-    for part in by_name:
-        if not any(f".{part}." in f".{name}." for name in names):
-            raise UserError(
-                f"{what} {part!r} is in no name; the names are such as {', '.join(list(names)[:3])}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(NoOptions):
-    """The options of most methods; subclasses add fields.
-
-    `rank_map` gives linears a rank of their own, by parts of their names: {"ffn": 32, "blocks.0.att": 8}; the
-    longest part counts.
-    """
-
-    rank: int = 64
-    rank_map: dict[str, int] = names_with("ranks")
-    aliases: ClassVar[dict[str, str]] = {"r": "rank", "rank_pattern": "rank_map"}
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank {self.rank} must be at least 1")
-
-    def at(self, name: str) -> Options:
-        return self.with_rank(most_specific(self.rank_map, name, self.rank))
-
-    def with_rank(self, rank: int, **others: Any) -> Options:
-        """Copy the options for one linear of this rank; `others` are options that change with it."""
-        return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
 # Share of their size by which the first step shall move the outputs. With this one number for all methods,
@@ -354,7 +219,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def forward_here(self, x: Tensor) -> Tensor:
         """Compute the output while some thread has disabled the layer: the base's if it is this thread."""
-        if id(self) in _disabled_here():
+        if id(self) in disabled_here():
             return self.base_forward(x)
         return type(self).forward(self, x) if self.outside is None else self.outside(x)
 
@@ -518,7 +383,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def _replicate_for_data_parallel(self) -> AdapterLinear:
         replica = super()._replicate_for_data_parallel()
         forward = self.__dict__.get("forward")
-        if id(self) in _disabled_here():  # a replica runs in a thread of its own
+        if id(self) in disabled_here():  # a replica runs in a thread of its own
             replica.forward = replica.base_forward
         elif getattr(forward, "__self__", None) is self:
             replica.forward = types.MethodType(forward.__func__, replica)
@@ -539,7 +404,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
         """Merge a layer of an adapter file into the base's weight (out, in) fp32, in place.
 
-        tensors, options: the layer's in that file.
+        tensors, options: the layer's, in that file.
         """
         cls.of_file(weight, tensors, options).add_delta_to(weight)
         return weight
@@ -549,7 +414,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
         """Make the adapted layer of a base weight (out, in) fp32, which is not copied.
 
-        tensors, options: the layer's in an adapter file.
+        tensors, options: the layer's, in an adapter file.
         """
         shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
@@ -611,101 +476,6 @@ def share(layers: Iterable[AdapterLinear]) -> None:
         seen |= set(tensors.values())
 
 
-@contextlib.contextmanager
-def renewing(layers: Iterable[AdapterLinear]) -> Iterator[None]:
-    """Let put_matrix() of these layers copy a weight that several have a part of, such as experts, once."""
-    renewed = {}
-    for layer in layers:
-        layer.renewed = renewed
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.renewed = None
-
-
-def take_off(model: nn.Module, names: Iterable[str]) -> None:
-    """Put plain modules into the place of adapted layers."""
-    for name in names:
-        layer = model.get_submodule(name)
-        if layer.owner is None:
-            put_linears(model, {name: layer.plain()})
-        else:
-            take_read(layer.owner, layer.view)
-
-
-def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Replace the linears with these dotted names in a model."""
-    for name, linear in linears.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
-
-
-def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-    """Return the `gather` of a model whose parameters are always whole."""
-    return contextlib.nullcontext()
-
-
-class AroundSteps:
-    """Work of a method around the optimizer steps of a training, for a model's adapted linears.
-
-    The linears are looked up once, because a look-up in each step would take as long as a layer on a GPU.
-    Make a new object whenever an adapter was added or taken off.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # without trained rows of tokens, which belong to no method and do nothing around a step
-        self.layers = [layer for layer in adapted_linears(model).values() if layer.method in METHODS]
-        idle = AdapterLinear.before_step.__func__
-        acts = any(type(layer).before_step.__func__ is not idle for layer in self.layers[:1])
-        if acts and any(map(is_sharded, model.parameters())):
-            raise UserError(
-                f"{self.layers[0].method} looks at whole parameters around each step, and fully_shard() has"
-                " shared them out; train it under DDP, or take another method"
-            )
-
-    def penalty(self, gather: Gather = whole) -> Tensor | None:
-        """Return the method's penalty on the loss of a step, or None."""
-        return type(self.layers[0]).penalty(self.layers, gather) if self.layers else None
-
-    def before(
-        self,
-        step: int,
-        total: int,
-        gradient_of: GradientOf = operator.attrgetter("grad"),
-        gather: Gather = whole,
-    ) -> None:
-        """Show the method the gradients of step `step` (1-based) of `total`, before they are used."""
-        if self.layers:
-            type(self.layers[0]).before_step(self.layers, step, total, gradient_of, gather)
-
-    def after(self, step: int, total: int, gather: Gather = whole) -> None:
-        """Tell the method that step `step` (1-based) of `total` is done."""
-        if self.layers:
-            type(self.layers[0]).after_step(self.layers, step, total, gather)
-
-
-def penalty(model: nn.Module, gather: Gather = whole) -> Tensor | None:
-    """Call AroundSteps.penalty() of a model."""
-    return AroundSteps(model).penalty(gather)
-
-
-def before_step(
-    model: nn.Module,
-    step: int,
-    total: int,
-    gradient_of: GradientOf = operator.attrgetter("grad"),
-    gather: Gather = whole,
-) -> None:
-    """Call AroundSteps.before() of a model."""
-    AroundSteps(model).before(step, total, gradient_of, gather)
-
-
-def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) -> None:
-    """Call AroundSteps.after() of a model."""
-    AroundSteps(model).after(step, total, gather)
-
-
 def trained_outside_linears(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters that no adapted linear has added, by their names."""
     added = {id(t) for layer in adapted_linears(model).values() for t in layer.own_tensors().values()}
@@ -715,102 +485,3 @@ def trained_outside_linears(model: nn.Module) -> dict[str, nn.Parameter]:
 def only_linears_change(model: nn.Module) -> bool:
     """Tell whether adapted linears are all that is trained: the rest of the model is its base."""
     return bool(adapted_linears(model)) and not trained_outside_linears(model)
-
-
-def put_parameters(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter | None]
-) -> dict[str, nn.Parameter | None]:
-    """Replace parameters of a model by their names; returns the old ones. None stands for no parameter.
-
-    A parameter with several names is replaced under all of them.
-    """
-    before, places = {}, {}
-    for module in model.modules() if parameters else ():
-        for leaf, p in module._parameters.items():
-            places.setdefault(id(p), []).append((module, leaf))
-    for name, p in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner)
-        before[name] = old = owner._parameters[leaf]
-        if p is not None and old is not None and p.device != old.device:
-            p = nn.Parameter(p.to(old.device), p.requires_grad)
-        for module, key in [(owner, leaf)] if old is None else places[id(old)]:
-            module._parameters[key] = p
-    return before
-
-
-class Disabled(threading.local):
-    """Layers that are disabled in a thread: id of the layer -> number of the thread's disabled() blocks."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, int] = {}
-
-
-_DISABLED, _KEY = Disabled(), "rwkv_miss.disabled"
-_SWITCHING = threading.Lock()
-
-
-def _disabled_here() -> dict[int, int]:
-    # A GPU's backward, which may compute layers again, runs in a thread of torch. That thread sees the layers
-    # that its caller has stashed. torch.compile can only follow the attribute.
-    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
-        return torch._C._get_obj_in_tls(_KEY)
-    return _DISABLED.layers
-
-
-def _switch(layers: list[AdapterLinear], here: dict[int, int], by: int) -> None:
-    """Begin (by=1) or end (by=-1) a block of disabled(). Outside of blocks a layer has its usual forward."""
-    for layer in layers:
-        here[id(layer)] = here.get(id(layer), 0) + by
-        if not here[id(layer)]:
-            del here[id(layer)]
-        layer.blocks += by
-        if by == layer.blocks == 1:
-            layer.outside = layer.__dict__.get("forward")
-            layer.forward = layer.forward_here
-        elif not layer.blocks:
-            layer.__dict__.pop("forward", None)
-            if layer.outside is not None:
-                layer.forward = layer.outside
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Turn the adapters off inside the block: adapted linears compute as in the base.
-
-    That holds in this thread, in a backward that it calls, and in DataParallel's replicas; for other threads
-    nothing changes. The tensors that inject(train_parts=...) trains as a whole have their first values
-    inside, in all threads. Raises UserError where other parameters are trained, because their first values
-    are not in the model; also for a merged model, and for whole tensors that are sharded.
-    """
-    model = unwrapped(model)
-    injection, layers = getattr(model, "injection", None), list(adapted_linears(model).values())
-    first = injection.first if injection else {}
-    trained = trained_outside_linears(model)
-    if not layers and not first or trained.keys() - first.keys():
-        raise UserError(
-            "disabled() gives back the base of adapted linears and of train_parts only; this model "
-            + (f"trains {min(trained.keys() - first.keys())}, too" if layers or first else "has none")
-        )
-    if injection and injection.kept is not None:
-        raise UserError("the adapter is merged into the model; call rwkv_miss.unmerge(model) first")
-    if any(map(is_sharded, trained.values())):
-        raise UserError(f"{min(trained)} is sharded, and its first value is not; load the base a second time")
-    here = _disabled_here()  # looked up once, because another thread may end the block
-    torch._C._stash_obj_in_tls(_KEY, here)
-    with _SWITCHING:
-        if first and not injection.blocks:
-            injection.replaced = put_parameters(model, first)
-        if first:
-            injection.blocks += 1
-        _switch(layers, here, 1)
-    try:
-        yield
-    finally:
-        with _SWITCHING:
-            _switch(layers, here, -1)
-            if first:
-                injection.blocks -= 1
-            if first and not injection.blocks:
-                replaced, injection.replaced = injection.replaced, {}
-                put_parameters(model, replaced)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import adapted_linears
-from .inject import adapter_tensors
+from .adapter_file import adapter_tensors
 from .wrappers import unwrapped
 
 

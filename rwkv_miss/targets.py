@@ -28,6 +28,8 @@ from .sharding import is_sharded
 
 LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
+# the linears that the paper counts; RWKV-7 has no gate and no ffn.receptance
+DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
 HEADS = ("head", "lm_head", "score", "classifier")  # "all-linear" leaves these out, at the top of a model
 Layers = int | str | list[int]  # the argument `layers` of inject()
 HOLDER = "adapted"  # name of the child that holds the adapted layers of a module's read parameters

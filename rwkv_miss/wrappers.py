@@ -45,3 +45,13 @@ def unwrapped(model: nn.Module, to_inject: bool = False) -> nn.Module:
             " and fully_shard() after that"
         )
     return model
+
+
+def injected(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers. Raises UserError if it carries no adapter."""
+    model = unwrapped(model)
+    if not hasattr(model, "injection"):
+        inside = next((name for name, part in model.named_modules() if hasattr(part, "injection")), "")
+        advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
+        raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
+    return model

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rwkv_miss
 from rwkv_miss import functional
-from rwkv_miss.adapter import METHODS, AdapterLinear, AroundSteps, adapted_linears, has_factors, register
+from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears, has_factors, register
+from rwkv_miss.adapter_file import adapter_tensors, by_owner, layer_tensors
 from rwkv_miss.functional import add_expanded_, expanded, shard_index, shard_sum
-from rwkv_miss.inject import adapter_tensors, by_owner, find_targets, layer_tensors
 from rwkv_miss.methods.lora import LoraLinear
 from rwkv_miss.quantised import quantise_
 from src.model import RWKV
@@ -150,7 +150,10 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     model = rwkv(version)
     ids = torch.arange(11)[None]
     before, keys = model(ids)[0], set(model.state_dict())
-    shapes = {name: linear.weight.shape for name, linear in find_targets(model, None).items()}
+    shapes = {
+        name: linear.weight.shape
+        for name, linear in rwkv_miss.target_checks.find_targets(model, None).items()
+    }
     report = rwkv_miss.inject(model, method, rank=8, **options)
     unchanged(method, options, model(ids)[0], before)
     assert keys < set(model.state_dict()), "an adapter adds keys and moves none"
@@ -803,9 +806,12 @@ def test_numbers_that_no_method_can_do_with(method):
 
 def test_targets_match_leaves_suffixes_and_whole_names():
     model = rwkv(7)
-    assert len(find_targets(model, ["key"])) == 4
-    assert len(find_targets(model, ["att.key"])) == 2
-    assert list(find_targets(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
+    assert len(rwkv_miss.target_checks.find_targets(model, ["key"])) == 4
+    assert len(rwkv_miss.target_checks.find_targets(model, ["att.key"])) == 2
+    assert list(rwkv_miss.target_checks.find_targets(model, ["blocks.1.ffn.value", "head"])) == [
+        "blocks.1.ffn.value",
+        "head",
+    ]
 
 
 def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):
@@ -851,7 +857,7 @@ def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, mon
     assert rwkv_miss.penalty(model).item() == pytest.approx(float(model[0].rows.square().sum()), rel=1e-6)
     rwkv_miss.before_step(model, 2, 9)
     rwkv_miss.after_step(model, 2, 9)
-    around = AroundSteps(model)
+    around = rwkv_miss.around_steps.AroundSteps(model)
     with monkeypatch.context() as patch:
         # a training looks for the linears once
         patch.setattr(nn.Module, "named_modules", None)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import AdapterLinear, adapted_linears, penalty
+from rwkv_miss.adapter import AdapterLinear, adapted_linears
 from rwkv_miss.functional import linear
 from rwkv_miss.quantised import quantise_
 
@@ -105,8 +105,8 @@ def test_a_quantised_base(kind):
 def test_the_penalty_of_adalora_is_not_rounded():
     model = adapted("adalora", {})
     with torch.autocast("cpu", torch.bfloat16):
-        inside = penalty(model)
-    assert torch.equal(inside, penalty(model))
+        inside = rwkv_miss.penalty(model)
+    assert torch.equal(inside, rwkv_miss.penalty(model))
 
 
 def test_the_parameter_is_kept_for_the_backward_and_no_cast_copy():

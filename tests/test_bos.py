@@ -10,7 +10,7 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError, merge_file, read_metadata
-from rwkv_miss.inject import read_adapter
+from rwkv_miss.adapter_file import read_adapter
 from scripts.preview_lint import Lint
 from src import config as configuration
 from src.chat import program

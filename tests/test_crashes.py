@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from rwkv_miss import UserError, read_checkpoint, read_metadata
-from rwkv_miss.adapter import AroundSteps
+from rwkv_miss.around_steps import AroundSteps
 from rwkv_miss.files import mapped
 from src.common.files import write_text
 from src.training import callbacks, rollback

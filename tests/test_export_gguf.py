@@ -15,8 +15,8 @@ import torch
 import rwkv_miss
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
+from rwkv_miss.adapter_file import ADAPTER_FORMAT
 from rwkv_miss.files.checkpoint import RUN_FORMAT, read_checkpoint, read_metadata, write_checkpoint
-from rwkv_miss.inject import ADAPTER_FORMAT
 from scripts import export as program
 from src import export as package
 from src.data.jinja_template import JinjaTemplate

@@ -7,8 +7,8 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.files.checkpoint import write_checkpoint
-from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.merging.merge import merge_file
 from src.config import parse
 from src.inference.load import load

@@ -13,10 +13,10 @@ import torch
 
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.adapter_file import ADAPTER_FORMAT
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.identity import fingerprint
-from rwkv_miss.inject import ADAPTER_FORMAT
 from rwkv_miss.merging.merge import MERGED_FORMAT, MergeReport, merge_file
 from rwkv_miss.merging.rounding import Layer, Rounding
 from src.model import RWKV

@@ -11,7 +11,7 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.inject import adapter_tensors
+from rwkv_miss.adapter_file import adapter_tensors
 
 from .conftest import close
 from .test_adapters import filled, rwkv

@@ -13,9 +13,9 @@ from benchmarks.paper.training_tasks import load_task
 from benchmarks.ptxas_report import compile_report
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AdapterLinear
+from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
-from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
 from src.config import Config, parse
 from src.model import RWKV, read_model_file

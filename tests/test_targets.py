@@ -12,8 +12,8 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, adapted_linears
-from rwkv_miss.inject import find_targets
 from rwkv_miss.quantised import quantise_
+from rwkv_miss.target_checks import find_targets
 from rwkv_miss.targets import _CHANGED
 
 from .conftest import close

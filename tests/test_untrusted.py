@@ -15,12 +15,12 @@ import torch
 import rwkv_miss
 from benchmarks import fuzz, fuzz_files
 from rwkv_miss import UserError
+from rwkv_miss.adapter_file import ADAPTER_FORMAT, read_adapter
 from rwkv_miss.convert.source import open_source
 from rwkv_miss.errors import printable
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.safetensors_io import write_safetensors
 from rwkv_miss.files.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
-from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV

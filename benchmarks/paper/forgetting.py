@@ -25,7 +25,7 @@ from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss import UserError
-from rwkv_miss.inject import adapter_tensors
+from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.quantised import CODES
 from src import ops
 from src.config import Config

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.inject import find_targets
+from rwkv_miss.target_checks import find_targets
 
 from . import tasks
 from .methods import named

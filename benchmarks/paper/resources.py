@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 
 import rwkv_miss
-from rwkv_miss.inject import find_targets
+from rwkv_miss.target_checks import find_targets
 from src import ops
 from src.common.freed_memory import release_freed
 from src.model import RWKV

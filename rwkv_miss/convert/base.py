@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import METHODS, AdapterLinear
+from ..adapter_file import by_owner, layer_tensors, read_described
 from ..errors import UserError
 from ..files.checkpoint import Arch
 from ..files.hf_folder import is_folder
@@ -18,7 +19,6 @@ from ..files.identity import Identity
 from ..files.model_files import name_of
 from ..files.stored_names import find_stored
 from ..files.wrapped import is_model
-from ..inject import by_owner, layer_tensors, read_described
 from ..targets import views_of
 from .formats import Adapter
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS, NoOptions
+from ..adapter_file import ADAPTER_FORMAT, DEFAULTS
 from ..errors import UserError
-from ..inject import ADAPTER_FORMAT, DEFAULTS
 from ..targets import views_of
 from .source import Source
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_file import checked_metadata
 from ..errors import UserError
-from ..inject import checked_metadata
 from ..methods.lora import ScaledOptions
 from . import hf_export, peft_forms
 from .formats import Adapter, Format, Hints, described, rank_options

@@ -6,12 +6,12 @@ import json
 import os
 
 from ..adapter import METHODS
+from ..adapter_file import ADAPTER_FORMAT, checked_metadata, read_adapter
 from ..errors import UserError
 from ..files.checkpoint import write_checkpoint
 from ..files.file_kinds import SAFETENSORS
 from ..files.safetensors_io import write_safetensors
 from ..files.untrusted import json_object
-from ..inject import ADAPTER_FORMAT, checked_metadata, read_adapter
 from .formats import Adapter, Format, Hints
 from .source import Source
 

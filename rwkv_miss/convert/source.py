@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapter_file import ADAPTER_FORMAT, read_described
 from ..errors import UserError
 from ..files.hf_folder import is_folder
 from ..files.safetensors_io import is_safetensors, read_safetensors
 from ..files.untrusted import read_json
-from ..inject import ADAPTER_FORMAT, read_described
 
 # configuration of a folder -> names of the file with its tensors; the first that exists is read
 FOLDERS = {

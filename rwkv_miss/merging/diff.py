@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_file import ADAPTER_FORMAT
 from ..convert.formats import described
 from ..errors import UserError, listed
 from ..files.checkpoint import Arch, blocks, write_checkpoint
@@ -27,8 +28,8 @@ from ..files.identity import Identity
 from ..files.model_files import name_of
 from ..files.output import require_writable
 from ..functional import shard_index, shard_sum
-from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from ..methods.whole_tensors import PARTS, in_parts
+from ..targets import DEFAULT_TARGETS
 from .merge import read_base
 from .rounding import TABLE_ROWS, bits, percent, text_table
 

@@ -7,11 +7,12 @@ import types
 import torch
 from torch import nn
 
-from ..adapter import AdapterLinear, adapted_linears, put_parameters, renewing, take_off
+from ..adapter import AdapterLinear, adapted_linears
 from ..errors import UserError
-from ..inject import injected
+from ..model_parts import put_parameters, renewing, take_off
 from ..quantised import is_of_others
 from ..sharding import is_sharded
+from ..wrappers import injected
 from .rounding import round_to
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS, AdapterLinear, NoOptions
+from ..adapter_file import by_owner, layer_tensors, read_adapter
 from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
 from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import fingerprint
-from ..inject import by_owner, layer_tensors, read_adapter
 from ..methods.token_rows import method_of
 from ..methods.whole_tensors import PARTS
 from ..targets import View, views_of

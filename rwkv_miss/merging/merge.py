@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_file import ADAPTER_FORMAT, read_described
 from ..convert import NO_HINTS, Hints
 from ..errors import UserError, listed
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
@@ -28,7 +29,6 @@ from ..files.provenance import Provenance
 from ..files.safetensors_io import file_order, is_safetensors
 from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, of_all, read_weights, write_like
 from ..files.wrapped import is_model
-from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .places import placed

@@ -13,6 +13,7 @@ from .. import adapter
 from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from ..functional import lora_linear
+from ..options import most_specific, names_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ScaledOptions(adapter.Options):
     alpha: float = option(
         0.0, "s = alpha / r. 0: 2 r as in the MiSS paper's Table 7, r for pissa, 16 with `rslora`"
     )
-    alpha_map: dict[str, float] = adapter.names_with(
+    alpha_map: dict[str, float] = names_with(
         "factors",
         'an alpha of its own for linears, by parts of their names as in `rank_map`: `{"ffn": 32,'
         ' "blocks.0.att": 8.5}`',
@@ -68,9 +69,7 @@ class ScaledOptions(adapter.Options):
 
     def at(self, name: str) -> ScaledOptions:
         own = super().at(name)
-        return dataclasses.replace(
-            own, alpha=adapter.most_specific(self.alpha_map, name, own.alpha), alpha_map={}
-        )
+        return dataclasses.replace(own, alpha=most_specific(self.alpha_map, name, own.alpha), alpha_map={})
 
     def with_rank(self, rank: int, **others: Any) -> ScaledOptions:
         alpha = self.alpha if self.rslora else self.alpha * rank / self.rank

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.adapter import put_linears
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import fingerprint
-from rwkv_miss.inject import fit_adapter
 from rwkv_miss.merging.members import is_state
 from rwkv_miss.methods.token_rows import layers_of_rows, method_of
+from rwkv_miss.model_parts import put_linears
+from rwkv_miss.save_and_load import fit_adapter
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_miss.adapter_file import ADAPTER_FORMAT, read_described
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import forget_readings, name_of
-from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.progress import Progress, progress
 from rwkv_miss.quantised import quantise_
 from rwkv_miss.targets import layer_number

@@ -11,10 +11,10 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.adapter import check_parts
+from rwkv_miss.adapter_file import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
-from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.merging.rounding import percent
 from rwkv_miss.methods.token_rows import tokens_text
 from rwkv_miss.methods.whole_tensors import split_parts

@@ -12,15 +12,16 @@ from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.adapter_file import adapter_tensors, checked_metadata
 from rwkv_miss.convert import read_any
 from rwkv_miss.convert.formats import Adapter, Hints
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import Identity, fingerprint
-from rwkv_miss.inject import adapter_tensors, checked_metadata, find_targets
 from rwkv_miss.methods.token_rows import layers_of_rows, token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
+from rwkv_miss.target_checks import find_targets
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
 from ..common.first_process import is_first_process

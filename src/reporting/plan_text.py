@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.files.hub_names import recorded
-from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.merging.rounding import percent
 from rwkv_miss.progress import duration_text
 from rwkv_miss.targets import layers_text

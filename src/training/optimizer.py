@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import most_specific
+from rwkv_miss.options import most_specific
 
 from ..common.moments import adamw_of_8_bits
 from ..config import Settled

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import rwkv_miss
+from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.model_files import read_tensors
-from rwkv_miss.inject import adapter_tensors
 
 from ..config import Config, Settled
 from ..data.encode import Encoder

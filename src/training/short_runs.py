@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapter import AroundSteps
+from rwkv_miss.around_steps import AroundSteps
 from rwkv_miss.progress import progress
 
 from .. import ops

@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from rwkv_miss.adapter import AroundSteps
+from rwkv_miss.around_steps import AroundSteps
 
 from ..common.batch import Batch
 from ..common.device import PRECISIONS
