@@ -100,63 +100,30 @@ def memory_parts(
     `values` are the bytes of a teacher's values in main memory.
     """
     model = model_on_meta(arch, config.adapter)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
-    zero = Zero.of(config.strategy, config.world, accelerator)
-    stage, offload = zero.stage, zero.offload
-    full = config.peft == "none"
-    base_size = 4 if full else PRECISIONS[precision].itemsize
-
-    tensors = [p.numel() for p in model.parameters() if p.requires_grad]
-    updated = [trained / zero.world] * zero.world if stage else tensors  # ZeRO has flat tensors
-    moments = sum(moment_bytes(config.optimizer, numel) for numel in updated)
-    base = base_size * frozen - saved_by_quant(model, config.quant, base_size)
-    parts = {
-        "base": zero.share(base, 3, offload and stage == 3),
-        "trained": zero.share(4 * trained, 3, offload and stage == 3) + buffers,
-        "gradients": zero.share(4 * trained, 2, offload),
-        "Adam": zero.share(moments, 1, offload),
-    }
-    if stage:
-        sizes = SIZES[accelerator]
-        buckets = 4 * min(sizes.bucket, trained)
-        if stage == 3 and (zero.world > 1 or offload):
-            # live and prefetched parameters are whole at one time; a larger parameter, such as the head, is
-            # whole too
-            largest = max(p.numel() for p in model.parameters())
-            buckets += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
-        parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + buckets
-    if accelerator == "cpu" and config.rollback_steps and not full:
-        parts["rollback"] = 24 * trained + 2 * buffers
+    zero, size = Zero.of(config.strategy, config.world, accelerator), PRECISIONS[precision].itemsize
+    parts, buckets = held_parts(model, config, zero, accelerator, 4 if config.peft == "none" else size)
     step = step or step_bytes(arch, config, kernel, precision, row, targets, prompts, documents=documents)
+    working = max(step.peak - step.activations, 0)
     # under stage 3 AnywhereDeepSpeed makes glibc return freed memory
-    waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
-    parts |= {
-        "activations": step.activations,
-        "working": max(step.peak - step.activations, 0),
-        "allocator": waste,
-    }
-    if stage and not offload:
+    waste = 0 if zero.stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
+    parts |= {"activations": step.activations, "working": working, "allocator": waste}
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    temporaries = TEMPORARIES[config.optimizer, accelerator]
+    if zero.stage and not zero.offload:
         # the backward is over before; the update counts its own part of `gradients`
-        of_backward = parts["gradients"] + buckets + parts["activations"] + parts["working"]
-        temporaries = TEMPORARIES[config.optimizer, accelerator]
-        parts["update"] = max(0.0, update_bytes(zero, trained, temporaries) - of_backward)
+        of_backward = parts["gradients"] + buckets + step.activations + working
+        parts["update"] = max(0.0, update_bytes(zero, sum(trained), temporaries) - of_backward)
     elif config.optimizer == "adamw8bit" and accelerator == "cpu":
         # a tensor at a time, after the backward
-        temporaries = 4 * TEMPORARIES[config.optimizer, accelerator] * max(tensors)
-        parts["update"] = max(0.0, temporaries - parts["activations"] - parts["working"])
+        parts["update"] = max(0.0, 4 * temporaries * max(trained) - step.activations - working)
     source = source_of(config)
     if sampling := source.cost.sampling_bytes(arch, precision, accelerator):
         # it is over before the forward begins
-        of_step = parts["activations"] + parts["working"]
-        parts["drawing"] = max(0.0, sampling - of_step)
+        parts["drawing"] = max(0.0, sampling - (step.activations + working))
     if values and accelerator == "cpu":
         parts["values"] = values
-    size = PRECISIONS[precision].itemsize
-    held = reference_weights(config.reference, config.quant, size) if config.reference else 0
-    if config.reference and source.loss.facts.keeps_reference:
-        # it reads a micro-batch before the forward begins
+    if config.reference:
+        is_kept = source.loss.facts.keeps_reference
         forward = step_bytes(
             reference_arch(config.reference),
             dataclasses.replace(config, layers=""),  # --layers counts those of the model in training
@@ -164,21 +131,56 @@ def memory_parts(
             precision,
             row,
             targets,
-            prompts,
+            prompts if is_kept else None,
             backward=False,
         )
-        parts["reference"] = held + max(0.0, forward.peak - parts["activations"] - parts["working"])
-    elif config.reference:
-        # the pass is over before there are gradients, moments, copies and a step
-        rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
-        other = reference_arch(config.reference)
-        of_all = dataclasses.replace(config, layers="")  # --layers counts those of the model in training
-        forward = step_bytes(other, of_all, kernel, precision, row, targets, backward=False)
-        # those of an earlier pass are there twice
-        of_pass = held + forward.peak + allocator_waste(forward, accelerator) + 2 * parts.get("values", 0)
-        parts["reference"] = max(0.0, of_pass - rest)
-    parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
-    return parts
+        held = reference_weights(config.reference, config.quant, size)
+        if is_kept:
+            # it reads a micro-batch before the forward begins
+            parts["reference"] = held + max(0.0, forward.peak - step.activations - working)
+        else:
+            # the pass is over before there are gradients, moments, copies and a step
+            rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
+            # those of an earlier pass are there twice
+            of_pass = held + forward.peak + allocator_waste(forward, accelerator) + 2 * parts.get("values", 0)
+            parts["reference"] = max(0.0, of_pass - rest)
+    of_deepspeed = DEEPSPEED_LIBRARY if zero.stage and accelerator == "cpu" else 0
+    return parts | {"libraries": LIBRARIES[accelerator] + of_deepspeed}
+
+
+def held_parts(
+    model: RWKV, config: Config, zero: Zero, accelerator: str, base_size: int
+) -> tuple[dict[str, float], int]:
+    """Count the bytes of what a run holds between its steps, and those of ZeRO's buckets among them.
+
+    base_size: bytes of a frozen number that is not quantised.
+    """
+    tensors = [p.numel() for p in model.parameters() if p.requires_grad]
+    trained = sum(tensors)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    added = sum(buffer.nbytes for buffer in model.buffers())
+    updated = [trained / zero.world] * zero.world if zero.stage else tensors  # ZeRO has flat tensors
+    moments = sum(moment_bytes(config.optimizer, numel) for numel in updated)
+    base = base_size * frozen - saved_by_quant(model, config.quant, base_size)
+    offload, buckets = zero.offload, 0
+    parts = {
+        "base": zero.share(base, 3, offload and zero.stage == 3),
+        "trained": zero.share(4 * trained, 3, offload and zero.stage == 3) + added,
+        "gradients": zero.share(4 * trained, 2, offload),
+        "Adam": zero.share(moments, 1, offload),
+    }
+    if zero.stage:
+        sizes = SIZES[accelerator]
+        buckets = 4 * min(sizes.bucket, trained)
+        if zero.stage == 3 and (zero.world > 1 or offload):
+            # live and prefetched parameters are whole at one time; a larger parameter, such as the head, is
+            # whole too
+            largest = max(p.numel() for p in model.parameters())
+            buckets += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
+        parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + buckets
+    if accelerator == "cpu" and config.rollback_steps and config.peft != "none":
+        parts["rollback"] = 24 * trained + 2 * added
+    return parts, buckets
 
 
 def update_bytes(zero: Zero, trained: int, temporaries: int) -> float:
