@@ -22,7 +22,7 @@ from .inject import Injection, attach, keep_first_values, statistics_of
 from .methods.token_rows import layers_of_rows
 from .methods.whole_tensors import PARTS, in_parts, state_names
 from .model_parts import put_parameters, renewing, take_off
-from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
+from .sharding import gathered, is_sharded, local, put, require_whole, reshard, unsharded
 from .target_checks import SharedMemory, refuse_unfit
 from .targets import Target, View, all_targets, views_of
 from .wrappers import injected, unwrapped
@@ -160,7 +160,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         return
     tensors = {name: gathered(tensor.detach()).cpu() for name, tensor in tensors.items()}
     try:
-        if is_first():
+        if torch.distributed.get_rank() == 0:
             write_checkpoint(path, tensors.items(), described)
     finally:
         torch.distributed.barrier()  # no process goes on before the file exists

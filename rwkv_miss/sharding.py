@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -73,8 +72,3 @@ def require_whole(model: nn.Module) -> None:
                 " deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad],"
                 " modifier_rank=0), which saves from rank 0 and loads on all"
             )
-
-
-def is_first() -> bool:
-    """Tell whether this is the process that writes files."""
-    return torch.distributed.get_rank() == 0

@@ -303,11 +303,8 @@ def take_form(layer: nn.Module, form: str) -> None:
 def _with_form(form: type, cls: type) -> type:
     """Make a subclass of `form` and `cls`; a pickle of its modules records both classes."""
     names = {"__module__": cls.__module__, "plain_class": cls}
-    return type(cls.__name__, (form, cls), {**names, "__reduce__": lambda self: _reduced(form, cls, self)})
-
-
-def _reduced(form: type, cls: type, module: nn.Module) -> tuple:
-    return _unmade, (form, cls), module.__dict__
+    names["__reduce__"] = lambda self: (_unmade, (form, cls), self.__dict__)
+    return type(cls.__name__, (form, cls), names)
 
 
 def _unmade(form: type, cls: type) -> nn.Module:  # pickles of modules record this name

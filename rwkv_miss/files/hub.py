@@ -86,7 +86,8 @@ def fetch(name: HubName, shown: bool = True) -> Fetched:
             info = hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, revision=name.revision)
             names = [one.rfilename for one in info.siblings if "/" not in one.rfilename]
             # the weights last: if all of them are in the cache, the folder is complete
-            for file in sorted(filter(_is_read, names), key=lambda file: (file.endswith(READ[-1]), file)):
+            names = [file for file in names if file.endswith(READ)]
+            for file in sorted(names, key=lambda file: (file.endswith(READ[-1]), file)):
                 _file(hub, name.at(name.revision, file), shown)
         return Fetched(folder, str(name))
 
@@ -101,10 +102,6 @@ def _package(name: HubName) -> Any:
         raise UserError(
             f"{name} needs the package huggingface_hub: pip install huggingface_hub ({error})"
         ) from None
-
-
-def _is_read(file: str) -> bool:
-    return file.endswith(READ)
 
 
 def _choose(name: HubName, files: list[str]) -> str:

@@ -62,7 +62,9 @@ def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[st
     also share it as copies.
     """
     _forget_unused()
-    storages = [storage for t in tensors.values() if _is_mapped(storage := t.untyped_storage())]
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    # storages whose memory torch did not allocate cannot be resized
+    storages = [storage for storage in storages if storage.nbytes() > 0 and not storage.resizable()]
     if not storages:
         return dict(tensors)
     descriptor = os.open(path, os.O_RDONLY)
@@ -73,11 +75,6 @@ def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[st
     users = [weakref.ref(storage) for storage in storages]
     _mapped.append(_Mapped(os.fspath(path), descriptor, status.st_size, status.st_mtime_ns, users))
     return dict(tensors)
-
-
-def _is_mapped(storage: UntypedStorage) -> bool:
-    # storages whose memory torch did not allocate cannot be resized
-    return storage.nbytes() > 0 and not storage.resizable()
 
 
 def change_of_mapped() -> str:

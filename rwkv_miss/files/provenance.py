@@ -77,7 +77,8 @@ class Provenance(NamedTuple):
             for name, (dtype, *shape) in record["tensors"].items():
                 entries[name] = Entry(FLOATS[dtype], tuple(map(int, shape)))
             metadata = None if record["metadata"] is None else dict(record["metadata"])
-            if not all(_is_possible(entry.shape) for entry in entries.values()):
+            shapes = [entry.shape for entry in entries.values()]
+            if not all(len(shape) <= 4 and all(0 <= n < LARGEST_SIZE for n in shape) for shape in shapes):
                 raise ValueError("a size that no tensor has")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
@@ -114,7 +115,3 @@ class Provenance(NamedTuple):
             if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ()):
                 names.append(name)
         return names
-
-
-def _is_possible(shape: tuple[int, ...]) -> bool:
-    return len(shape) <= 4 and all(0 <= size < LARGEST_SIZE for size in shape)

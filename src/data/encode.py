@@ -198,7 +198,10 @@ class Encoder:
         if trains_by_marker(self.loss_mask):
             text, ends = self._bytes_of(ids, f"--loss_mask {self.loss_mask!r}")
             begins, trained = np.append(0, ends)[:-1], np.zeros(len(ids), dtype=bool)
-            for begin, end in marked_spans(text, self.loss_mask, _bytewise):
+            # bytes as characters, so that the places are those of bytes
+            for begin, end in marked_spans(
+                text, self.loss_mask, lambda text: text.encode().decode("latin-1")
+            ):
                 trained |= (begins >= begin) & (begins < end)
             weights = np.where(trained, weights, np.float32(self.prompt_weight))
             is_answer = bool(trained[-1:].any())
@@ -216,8 +219,3 @@ class Encoder:
             )
         pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
         return b"".join(pieces).decode("latin-1"), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-
-
-def _bytewise(text: str) -> str:
-    """Write a text with a character for each byte."""
-    return text.encode().decode("latin-1")

@@ -64,7 +64,8 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
     if spec == "world":
         tokenizer = _world()
     elif spec in RAW:
-        tokenizer = _raw(spec)
+        own_eod, encoding = RAW[spec]
+        tokenizer = ByteTokenizer(spec, own_eod, {i: bytes([i]) for i in range(256)}, list, encoding)
     else:
         tokenizer = _from_file(spec, eod)
     if tokenizer.vocab_size > vocab_size:
@@ -227,12 +228,6 @@ class ByteDecoder:
 
     def flush(self) -> str:
         return self.codec.decode(b"", final=True)
-
-
-def _raw(name: str) -> ByteTokenizer:
-    eod, encoding = RAW[name]
-    table = {i: bytes([i]) for i in range(256)}
-    return ByteTokenizer(name, eod, table, list, encoding)
 
 
 def _world() -> ByteTokenizer:

@@ -76,11 +76,6 @@ def common_config(arch: Arch) -> dict[str, object]:
     }
 
 
-def official_config(arch: Arch, dtype: str, ids: Mapping[str, int | None]) -> dict[str, object]:
-    """Build config.json of the official layout; `ids` are those of special_ids()."""
-    return {**common_config(arch), **ids, "architectures": ["Rwkv7ForCausalLM"], "dtype": dtype}
-
-
 def special_ids(begin: int | None, end: int | None) -> dict[str, int | None]:
     """Return the ids of the tokens that begin and end a document.
 
@@ -123,7 +118,10 @@ def write(
         end = tokenizer.eod[0] if tokenizer and len(tokenizer.eod) == 1 else None
         ids = special_ids(bos[0] if bos else end, end)
         ends = {"eos_token_id": [end, *turn_end]} if (turn_end := _turn_end(tokenizer, template)) else {}
-        described = {CONFIG: official_config(arch, dtype, ids), GENERATION: ids | ends}
+        described = {
+            CONFIG: {**common_config(arch), **ids, "architectures": ["Rwkv7ForCausalLM"], "dtype": dtype},
+            GENERATION: ids | ends,
+        }
         of_tokenizer, notes = official_files(tokenizer, template, bos)
     else:
         stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}

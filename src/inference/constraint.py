@@ -22,7 +22,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 
 from ..common.formatting import short
-from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from ..data.tokenizer import ByteTokenizer, Tokenizer
 from .stop_texts import StopTexts, TokenBytes
 
 # within these limits the worst schemas take 0.3 s and 9 MB: 700 properties with enums, 1,000 numbers
@@ -78,7 +78,7 @@ class GrammarCompiler:
         self.package = llguidance
         self.size = tokenizer.vocab_size
         (end,) = tokenizer.eod
-        source = _Table(tokenizer) if isinstance(tokenizer, ByteTokenizer) else _json_source(tokenizer)
+        source = _Table(tokenizer) if isinstance(tokenizer, ByteTokenizer) else tokenizer.inner.to_str()
         self.tokens = llguidance.LLTokenizer(source, n_vocab=self.size, eos_token=end)
         self.vocabulary = TokenBytes(
             {token: self.tokens.decode_bytes([token]) for token in tokenizer.ids if token != end}
@@ -268,7 +268,3 @@ class _Table:
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self.find(text if isinstance(text, bytes) else text.encode())
-
-
-def _json_source(tokenizer: JsonTokenizer) -> str:
-    return tokenizer.inner.to_str()

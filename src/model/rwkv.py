@@ -331,7 +331,8 @@ class RWKV(nn.Module):
         """
         if isinstance(self.head, Head):
             return self.head(x, targets, weights)
-        return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
+        blocks = self._in_blocks(lambda x, *others: loss_sum(self.head(x), *others), x, targets, weights)
+        return torch.stack(blocks).sum()
 
     def logit_sums(self, x: Tensor, targets: Tensor, weights: Tensor | None, logit_loss: LogitLoss) -> Tensor:
         """Compute the sums of a loss of all logits; all others are as for loss()."""
@@ -369,9 +370,6 @@ class RWKV(nn.Module):
             checkpoint(function, *part, use_reentrant=False)
             for part in zip(*(x.split(at_once) for x in tensors), strict=True)
         ]
-
-    def _loss_of(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        return loss_sum(self.head(x), targets, weights)
 
     def _log_probs_of(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(x)

@@ -104,9 +104,12 @@ class TokenNames:
         """Make the `logprobs` of a chat's answer, whose content the tokens spell."""
         content = []
         for text, data, token in ((one.text, one.bytes, one.token) for one in tokens):
-            top = [self._named(*other) for other in token.likeliest]
-            entry = {"token": text, "logprob": _finite(token.logprob), "bytes": data}
-            content.append({**entry, "top_logprobs": top})
+            top = [
+                {"token": self.text(other), "logprob": _finite(logprob), "bytes": self.bytes_of(other)}
+                for other, logprob in token.likeliest
+            ]
+            own = {"token": text, "logprob": _finite(token.logprob), "bytes": data}
+            content.append({**own, "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def completion(self, tokens: Sequence[Spelled], count: int) -> dict[str, Any]:
@@ -140,9 +143,6 @@ class TokenNames:
             str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.text(token)}
             for token, (rank, logprob) in found.items()
         }
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.text(token), "logprob": _finite(logprob), "bytes": self.bytes_of(token)}
 
 
 def _finite(logprob: float) -> float:

@@ -56,7 +56,11 @@ class Studio:
             self._route("/studio", self.about),
             self._route("/studio/settings", lambda request, fields: settings.described()),
             self._route("/studio/models", lambda request, fields: self.folders.models()),
-            self._route("/studio/models", self.named_model, "POST"),
+            self._route(
+                "/studio/models",
+                lambda request, fields: self.folders.model(fields.required("name")[0]),
+                "POST",
+            ),
             self._route("/studio/data", lambda request, fields: self.folders.data()),
             self._route("/studio/command", self.command, "POST"),
             self._route("/studio/jobs", self.start_job, "POST"),
@@ -131,9 +135,6 @@ class Studio:
             return await self.folders.receive(request, name, self.upload_bytes, self.trial.limits.receiving)
         finally:
             self.uploads -= 1
-
-    def named_model(self, request: Request, fields: Fields) -> dict[str, Any]:
-        return self.folders.model(fields.required("name")[0])
 
     # jobs
 
