@@ -318,7 +318,8 @@ def _reason(name: HubName, error: Exception) -> str:
             + f"; expected {FORM}"
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        files = _asked(lambda: _files(hub, name))
+        about = {"repo_type": name.repo_type, "revision": name.revision or None}
+        files = _asked(lambda: hub.HfApi().list_repo_files(name.repo, **about))
         near = difflib.get_close_matches(name.file, files, SHOWN, 0.5) or files
         return f"{name}: {name.repo} has no file {name.file}" + (
             f"; it has {listed(near, SHOWN)}" if near else ""
@@ -350,10 +351,6 @@ def _revisions(hub: Any, name: HubName) -> list[str]:
     refs = hub.HfApi().list_repo_refs(name.repo, repo_type=name.repo_type)
     names = [one.name for one in (*refs.branches, *refs.tags)]
     return difflib.get_close_matches(name.revision, names, SHOWN, 0.5) or names
-
-
-def _files(hub: Any, name: HubName) -> list[str]:
-    return hub.HfApi().list_repo_files(name.repo, repo_type=name.repo_type, revision=name.revision or None)
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -18,8 +18,6 @@ import numpy as np
 
 from ..config import Config
 from .examples import Examples
-from .file_documents import Document
-from .preferences import Preference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +219,7 @@ class Batches:
     def __iter__(self):
         for step in self.steps:
             for micro in range(self.schedule.accumulate):
-                rows = [self._documents_of(row) for row in self.schedule.micro_rows(step, micro, self.rank)]
+                numbers = self.schedule.micro_rows(step, micro, self.rank)
+                rows = [[self.documents[i] for i in self.schedule.rows[row]] for row in numbers]
                 batch = self.collate(rows, self.schedule.step_weight(step))
                 yield batch.having(width=self.schedule.micro_width(step, micro))
-
-    def _documents_of(self, row: int) -> list[Document] | list[Preference]:
-        return [self.documents[i] for i in self.schedule.rows[row]]

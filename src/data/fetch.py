@@ -45,7 +45,8 @@ def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, st
         text = getattr(config, setting)
         if hub_names.HUB not in text:
             continue
-        began = _names(setting, getattr(recorded, setting), kind) if recorded else []
+        earlier = _parts(setting, getattr(recorded, setting)) if recorded else []
+        began = [hub_names.parse(path, kind) for path, _ in earlier if hub_names.is_hub_name(path)]
         parts = []
         for path, weight in _parts(setting, text):
             if hub_names.is_hub_name(path):
@@ -99,10 +100,6 @@ def _check_local(config: Config) -> None:
 
 def _parts(setting: str, text: str) -> list[tuple[str, float]]:
     return weighted_paths(text) if KINDS[setting] == hub_names.DATA else [(text, 1.0)]
-
-
-def _names(setting: str, text: str, kind: str) -> list[hub_names.HubName]:
-    return [hub_names.parse(path, kind) for path, _ in _parts(setting, text) if hub_names.is_hub_name(path)]
 
 
 def _joined(parts: list[tuple[str, float]]) -> str:

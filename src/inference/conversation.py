@@ -11,7 +11,7 @@ import torch
 from rwkv_miss.errors import UserError
 
 from ..data.bos import with_bos
-from ..data.chat_template import Segment, Template
+from ..data.chat_template import Template
 from ..data.rwkv_template import DEFAULT, RwkvTemplate
 from ..data.tokenizer import Tokenizer
 from ..model import State
@@ -145,7 +145,8 @@ class Conversation:
     def _anew(self, new: list[dict]) -> list[str]:
         """Write the pieces of the whole conversation. Raises UserError for turns without a form."""
         try:
-            return [piece for piece, _ in self._segments(new)]
+            segments = self.template.segments([*self.messages, *new], self.tools, ask=True)
+            return [piece for piece, _ in segments]
         except UserError as error:
             if not self.turns:
                 raise
@@ -153,9 +154,6 @@ class Conversation:
                 f"the turns so far can't be written in template {self.template.name}: {error}. Take back the"
                 " turn that it is about, begin a new conversation, or choose the earlier template"
             ) from None
-
-    def _segments(self, new: list[dict]) -> list[Segment]:
-        return self.template.segments([*self.messages, *new], self.tools, ask=True)
 
     def _add(self, new: list[dict], pieces: list[str], whole: bool, said: str) -> None:
         text = (self.template.opening + said).strip()
