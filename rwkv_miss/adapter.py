@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from . import functional
 from .disabled_layers import disabled_here
 from .errors import UserError
-from .model_parts import put_linears
 from .options import About, NoOptions, Options, check_parts
 from .options import option as option
 from .quantised import dense, of_others, shape_of
 from .sharding import unsharded
-from .targets import READ, Target, View, put_read, take_form
+from .targets import READ, Target, View, put_linears, put_read, take_form
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 GradientOf = Callable[[nn.Parameter], Tensor | None]

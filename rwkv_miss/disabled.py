@@ -12,8 +12,8 @@ from torch import nn
 from .adapter import AdapterLinear, adapted_linears, trained_outside_linears
 from .disabled_layers import KEY, disabled_here
 from .errors import UserError
-from .model_parts import put_parameters
 from .sharding import is_sharded
+from .targets import put_parameters
 from .wrappers import unwrapped
 
 _SWITCHING = threading.Lock()

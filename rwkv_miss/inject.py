@@ -21,9 +21,17 @@ from .adapter import (
 from .errors import UserError
 from .methods.token_rows import LAYERS, TokenOptions, TokenRows, layers_of_rows
 from .methods.whole_tensors import add_states, in_parts, split_parts, state_names, train_whole
-from .model_parts import renewing, take_off
 from .target_checks import find_targets, refuse_unfit
-from .targets import DEFAULT_TARGETS, Layers, Target, all_targets, layer_number, layer_numbers
+from .targets import (
+    DEFAULT_TARGETS,
+    Layers,
+    Target,
+    all_targets,
+    layer_number,
+    layer_numbers,
+    renewing,
+    take_off,
+)
 from .wrappers import unwrapped
 
 

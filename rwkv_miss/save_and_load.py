@@ -21,10 +21,9 @@ from .files.file_kinds import may_replace
 from .inject import Injection, attach, keep_first_values, statistics_of
 from .methods.token_rows import layers_of_rows
 from .methods.whole_tensors import PARTS, in_parts, state_names
-from .model_parts import put_parameters, renewing, take_off
 from .sharding import gathered, is_sharded, local, put, require_whole, reshard, unsharded
 from .target_checks import SharedMemory, refuse_unfit
-from .targets import Target, View, all_targets, views_of
+from .targets import Target, View, all_targets, put_parameters, renewing, take_off, views_of
 from .wrappers import injected, unwrapped
 
 

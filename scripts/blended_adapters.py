@@ -11,7 +11,7 @@ from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.errors import UserError
 from rwkv_miss.merging.members import Member
 from rwkv_miss.methods.whole_tensors import state_names
-from rwkv_miss.model_parts import put_linears
+from rwkv_miss.targets import put_linears
 from src.inference.adapters import find, put, zeros_of
 from src.model import RWKV
 

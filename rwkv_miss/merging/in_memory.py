@@ -9,9 +9,9 @@ from torch import nn
 
 from ..adapter import AdapterLinear, adapted_linears
 from ..errors import UserError
-from ..model_parts import put_parameters, renewing, take_off
 from ..quantised import is_of_others
 from ..sharding import is_sharded
+from ..targets import put_parameters, renewing, take_off
 from ..wrappers import injected
 from .rounding import round_to
 

@@ -29,8 +29,8 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.merging.members import is_state
 from rwkv_miss.methods.token_rows import layers_of_rows, method_of
-from rwkv_miss.model_parts import put_linears
 from rwkv_miss.save_and_load import fit_adapter
+from rwkv_miss.targets import put_linears
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
