@@ -21,7 +21,7 @@ from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
 from .files.wrapped import is_model
-from .merging.cli import add_commands, add_hints, hints
+from .merging.cli import add_diff, add_hints, add_merge, add_unmerge, hints
 from .merging.members import merged_adapters
 from .version import version_line
 
@@ -130,7 +130,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_commands(commands)
+    add_merge(commands)
+    add_unmerge(commands)
+    add_diff(commands)
     extract.add_command(commands)
     converting = commands.add_parser(
         "convert", help="turn an adapter of any project into another project's file or folder"

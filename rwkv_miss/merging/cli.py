@@ -18,13 +18,6 @@ from .rounding import TABLE_ROWS
 from .unmerge import check_merge
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add the commands to the program's subparsers; the parsed arguments have their function as `run`."""
-    add_merge(commands)
-    add_unmerge(commands)
-    add_diff(commands)
-
-
 def add_merge(commands: argparse._SubParsersAction) -> None:
     merge = commands.add_parser("merge", help="write base model + adapters, a .pth or a Hugging Face folder")
     # the second names of flags are those of RWKV-PEFT's merge scripts

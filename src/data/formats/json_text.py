@@ -11,7 +11,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
-from .layouts import has_layout, is_pair
+from .layouts import has_layout, is_list_of_objects, is_pair
 from .text import BOM, Position, Record, bytes_of, open_text, too_large, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -118,7 +118,7 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
         return
     members = list(scanner.items("{}"))
     end = scanner.place
-    arrays = {name: place for name, place, value in members if _is_list_of_objects(value)}
+    arrays = {name: place for name, place, value in members if is_list_of_objects(value)}
     names = [name for name, _, _ in members]
     if len(arrays) != 1 or has_layout(names) or is_pair(names):
         yield start, _object([(name, value) for name, _, value in members])
@@ -127,10 +127,6 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
     for _, place, record in scanner.items("[]"):
         yield place, record
     scanner.place = end
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 class _Scanner:

@@ -245,19 +245,23 @@ def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
     return {"prompt": said(record[prompt], prompt), "completion": said(record[completion], completion, True)}
 
 
+def is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, Any]]:
     """Return the conversation of a question and its answer if one has turns; [] if both are texts."""
-
-    def is_turns(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-    if not is_turns(record[question]) and not is_turns(record[answer]):
+    if not is_list_of_objects(record[question]) and not is_list_of_objects(record[answer]):
         return []
     turns: list[dict] = []
     for column, role in ((question, "user"), (answer, "assistant")):
         value = record[column]
         may_be_empty = role == "assistant"
-        turns += value if is_turns(value) else [{"role": role, "content": said(value, column, may_be_empty)}]
+        turns += (
+            value
+            if is_list_of_objects(value)
+            else [{"role": role, "content": said(value, column, may_be_empty)}]
+        )
     return turns_of(turns, f"{question} + {answer}", last_is_answer=True)
 
 
