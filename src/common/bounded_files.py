@@ -96,16 +96,12 @@ def read_object(path: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return _typed(parse_json(read_bytes(path, LARGEST)), kinds)
 
 
-def read_objects(path: str, kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_objects(path: str, kinds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Read the JSON objects in the lines of a file, as read_object() does.
 
     They end before a line that has not all of `kinds`, such as the last one after a crash, and where the file
     has LARGEST_LOG bytes or MOST_VALUES values.
     """
-    return list(_objects(path, kinds))
-
-
-def _objects(path: str, kinds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     rest, marks = LARGEST_LOG, MOST_VALUES
     with open_regular(path) as file:
         while line := file.readline(rest):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
@@ -141,12 +140,9 @@ def _chat_template(file: str) -> str:
     """Read the template in a tokenizer_config.json, "" for none."""
     template = read_json(file).get("chat_template")
     if isinstance(template, list):  # several by name, as {"name": ..., "template": ...}
-        template = next((entry.get("template") for entry in template if _is_default(entry)), "")
+        default = (one for one in template if isinstance(one, dict) and one.get("name") == "default")
+        template = next(default, {}).get("template")
     return template if isinstance(template, str) else ""
-
-
-def _is_default(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.get("name") == "default"
 
 
 def add_template_flags(add) -> None:

@@ -133,7 +133,7 @@ class Run:
         self.running_json = self.holder or self._object(RUNNING, RUNNING_KINDS)
         self.summary = self._object(SUMMARY, SUMMARY_KINDS)
         self.is_alive = self.holder is not None or is_started(self.folder)
-        self.history = self.read(VALIDATION, lambda path: read_objects(path, EVALUATION_KINDS), [])
+        self.history = self.read(VALIDATION, lambda path: [*read_objects(path, EVALUATION_KINDS)], [])
         self.config, self.chosen = self.read(CONFIG, read_config, (Config(), {}))
 
     def _object(self, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
