@@ -6,6 +6,7 @@ All other tensors are copied byte for byte.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -244,11 +245,7 @@ def merge_file(
         _refuse_new_tensors(base, adapters.added(stored))
     adapters.check(stored)
     chosen, choice = _choose_dtype(stored, adapters) if dtype == "auto" else (DTYPE_NAMES.get(dtype), "")
-    # integers, and all with None, keep their own dtype
-    size = sum(
-        tensor.numel() * (chosen if chosen and tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in stored.values()
-    )
+    size = sum(map(functools.partial(_bytes_in, dtype=chosen), stored.values()))
     merger = _Merger(adapters)
 
     def values(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -352,6 +349,11 @@ def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], a
             f"{base} is already a merge of {adapter.path} into {before.get('base')}; --force merges it a"
             " second time"
         )
+
+
+def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a tensor in a file of this dtype; integers, and all with None, keep their own."""
+    return tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
 def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
