@@ -9,26 +9,26 @@ import json
 import os
 from typing import Any
 
-from . import extract
 from .adapter_file import ADAPTER_FORMAT
-from .convert import FORMATS, NO_HINTS, Source, convert, format_of, open_source
+from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
 from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
+from .extract import ExtractBase
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
 from .files.hf_folder import MODEL_TYPE, is_folder, read_config, read_folder
-from .files.hub import local_path
+from .files.hub import with_local_files
 from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
 from .files.wrapped import is_model
-from .merging.cli import add_diff, add_hints, add_merge, add_unmerge, hints
+from .flags import add_flags, flag, flags_of, options, options_of
+from .merging.cli import Diff, Merge, Unmerge
 from .merging.members import merged_adapters
 from .version import version_line
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 SAFETENSORS_MODEL = "model in safetensors"
 EMPTY = (None, "", [], {})
-FILES = ("file", "input", "base", "adapter", "merged", "a", "b")  # arguments that may name a file of the hub
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -126,71 +126,74 @@ class Version(argparse.Action):
         parser.exit()
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
-    parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_merge(commands)
-    add_unmerge(commands)
-    add_diff(commands)
-    extract.add_command(commands)
-    converting = commands.add_parser(
-        "convert", help="turn an adapter of any project into another project's file or folder"
+@options
+class Convert:
+    """rwkv-miss convert."""
+
+    input: str = flag(help="file or folder", positional=True, metavar="IN", file=True)
+    out: str = flag(positional=True, metavar="OUT")
+    to: str = flag(choices=[name for name, form in FORMATS.items() if form.writes])
+    hints: Hints = flags_of(Hints)
+    base: str = flag(
+        "",
+        "the base model, a file or a folder: for --to rwkv-lightning, for --to lora if the adapter does"
+        " not record its model's widths, and for what peft's folders leave to the base",
+        file=True,
     )
-    converting.add_argument("input", metavar="IN", help="file or folder")
-    converting.add_argument("out", metavar="OUT")
-    converting.add_argument(
-        "--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes]
-    )
-    add_hints(converting)
-    converting.add_argument(
-        "--base",
-        default="",
-        help=(
-            "the base model, a file or a folder: for --to rwkv-lightning, for --to lora if the adapter does"
-            " not record its model's widths, and for what peft's folders leave to the base"
-        ),
-    )
-    converting.add_argument(
-        "--layout",
-        default="",
+    layout: str = flag(
+        "",
+        "for --to peft and lora: the names of the tensors. official: Hugging Face's Rwkv7ForCausalLM."
+        " fla: flash-linear-attention. pth: the .pth's. Default: the adapter's own, else official for"
+        " RWKV-7",
         choices=LAYOUTS,
-        help=(
-            "for --to peft and lora: the names of the tensors. official: Hugging Face's Rwkv7ForCausalLM."
-            " fla: flash-linear-attention. pth: the .pth's. Default: the adapter's own, else official for"
-            " RWKV-7"
-        ),
     )
-    inspect = commands.add_parser("inspect", help="say what a file is")
-    inspect.add_argument("file")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object, for machines")
-    return parser.parse_args(argv)
+
+    def run(self) -> None:
+        with_base = dataclasses.replace(self.hints, base=self.base)
+        for line in convert(self.input, self.out, self.to, with_base, self.layout).lines():
+            print(line)
 
 
-def name_local_files(args: argparse.Namespace) -> None:
-    """Replace names of files on the Hugging Face hub in the arguments by local paths."""
-    for name in FILES:
-        given = getattr(args, name, None)
-        if isinstance(given, list):
-            setattr(args, name, [local_path(path) for path in given])
-        elif given:
-            setattr(args, name, local_path(given))
+@options
+class Inspect:
+    """rwkv-miss inspect."""
+
+    file: str = flag(positional=True, file=True)
+    json: bool = flag(False, "print one JSON object, for machines")
+
+    def run(self) -> None:
+        if self.json:
+            print(json.dumps(describe(self.file)))
+        else:
+            show(describe(self.file))
+
+
+# name -> (flags, help)
+COMMANDS = {
+    "merge": (Merge, "write base model + adapters, a .pth or a Hugging Face folder"),
+    "unmerge": (
+        Unmerge,
+        "check bit for bit that a file is the base model + adapters, so that the base model undoes the merge",
+    ),
+    "diff": (Diff, "write the MiSS adapter that brings A nearest to B"),
+    "extract-base": (
+        ExtractBase,
+        "write the RWKV inside a larger checkpoint as a .pth that can be a base model",
+    ),
+    "convert": (Convert, "turn an adapter of any project into another project's file or folder"),
+    "inspect": (Inspect, "say what a file is"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        args = arguments(argv)
-        name_local_files(args)
-        if hasattr(args, "run"):
-            args.run(args)
-        elif args.command == "convert":
-            with_base = dataclasses.replace(hints(args), base=args.base)
-            for line in convert(args.input, args.out, args.to, with_base, args.layout).lines():
-                print(line)
-        elif args.json:
-            print(json.dumps(describe(args.file)))
-        else:
-            show(describe(args.file))
+        parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
+        parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
+        commands = parser.add_subparsers(dest="command", required=True)
+        for name, (kind, about) in COMMANDS.items():
+            add_flags(commands.add_parser(name, help=about), kind)
+        given = vars(parser.parse_args(argv))
+        with_local_files(options_of(COMMANDS[given["command"]][0], given)).run()
 
 
 if __name__ == "__main__":

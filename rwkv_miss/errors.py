@@ -143,11 +143,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        # else argparse takes the values -0.5,1 and -1e-3 for flags
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += "; a flag takes one value, between quotes where it has spaces"
-        if found := re.fullmatch("argument (.*): invalid (int|float) value: (.*)", message):
+        if found := re.fullmatch("argument (.*): invalid (int|float|number) value: (.*)", message):
             flag, kind, value = found.groups()
             message = f"{flag} {value}: expected {'a whole number' if kind == 'int' else 'a number'}"
         raise UserError(f"{message}; {self.prog} --help lists the flags")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections import Counter
@@ -16,6 +15,7 @@ from .files.file_kinds import may_replace
 from .files.output import refuse_inputs, require_writable
 from .files.safetensors_io import is_safetensors, read_safetensors
 from .files.wrapped import PART, contained, plain_names, renamed, without_prefixes
+from .flags import flag, options
 from .progress import tensors_with_progress
 
 
@@ -83,21 +83,19 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
     return flat(path, loaded), notes
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the program's subparsers; the parsed arguments have its function as `run`."""
-    parser = commands.add_parser(
-        "extract-base", help="write the RWKV inside a larger checkpoint as a .pth that can be a base model"
-    )
-    parser.add_argument(
-        "input", metavar="IN", help="a .pth or safetensors file, such as a multimodal model's"
-    )
-    parser.add_argument("out", metavar="OUT")
-    parser.add_argument(
-        "--prefix", default=PART, help="beginning of the names of the RWKV's tensors [%(default)s]"
-    )
-    parser.set_defaults(run=run)
+@options
+class ExtractBase:
+    """rwkv-miss extract-base."""
 
+    input: str = flag(
+        help="a .pth or safetensors file, such as a multimodal model's",
+        positional=True,
+        metavar="IN",
+        file=True,
+    )
+    out: str = flag(positional=True, metavar="OUT")
+    prefix: str = flag(PART, "beginning of the names of the RWKV's tensors [%(default)s]")
 
-def run(args: argparse.Namespace) -> None:
-    for line in extract_base(args.input, args.out, args.prefix, shown=True).lines():
-        print(line)
+    def run(self) -> None:
+        for line in extract_base(self.input, self.out, self.prefix, shown=True).lines():
+            print(line)

@@ -8,7 +8,6 @@ its adapters unmerged.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from typing import Any
@@ -21,11 +20,12 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     import torch
 
-    from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
+    from rwkv_miss.errors import UserError, one_line_errors, printable
     from rwkv_miss.files.checkpoint import Arch
-    from rwkv_miss.files.hub import local_path
+    from rwkv_miss.files.hub import with_local_files
     from rwkv_miss.files.model_files import is_file_or_folder, read_tensors
-    from rwkv_miss.merging.cli import add_adapters, add_hints, add_output, hints
+    from rwkv_miss.flags import flag, flags_of, options, parse_flags
+    from rwkv_miss.merging.cli import RECORDED, Output, Parts, weights_flag
     from rwkv_miss.merging.members import Member
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
@@ -45,6 +45,25 @@ MERGED = "live -> merged file"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+@options
+class Flags(Parts):
+    """Flags of this program."""
+
+    weights: list[float] | None = weights_flag(RECORDED)
+    merged: str = flag(file=True)
+    text: str | None = flag(
+        None,
+        "a file with the text to compare logits on; default: src/evaluation/forgetting.txt, short and"
+        " of four kinds",
+    )
+    tokens: int = flag(
+        256, "number of tokens to read, the first of every kind of text; default %(default)s", low=1
+    )
+    tokenizer: str = flag("auto", "auto: as recorded in the files")
+    eod: str = flag("")
+    output: Output = flags_of(Output)
+
+
 @dataclasses.dataclass(frozen=True)
 class ComparedLogits:
     """Comparison of two models' logits, both computed in `precision`, unless `what` says otherwise."""
@@ -56,18 +75,18 @@ class ComparedLogits:
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
-        args = arguments(argv)
-        args.base, args.merged = local_path(args.base), local_path(args.merged)
-        args.adapter = [local_path(adapter) for adapter in args.adapter]
-        check = check_merge(args.base, args.merged, args.adapter, args.weights, hints(args))
-        texts = probe_texts(args)
-        rows = compare(args.base, args.merged, check.adapters, texts) if comparable(check) else []
+        flags = parse_flags(Flags, argv, prog="python -m scripts.verify_merge", description=__doc__)
+        flags = with_local_files(flags)
+        check = check_merge(flags.base, flags.merged, flags.adapter, flags.weights, flags.hints)
+        texts = probe_texts(flags)
+        rows = compare(flags.base, flags.merged, check.adapters, texts) if comparable(check) else []
         problems = check.problems + probe_problems(rows)
         tokens = sum(map(len, texts))
-        if args.json:
+        if flags.output.json:
             print(json.dumps(summary(check, rows, tokens, problems)))
         else:
-            for line in [*check.lines(None if args.layers else TABLE_ROWS), *table(rows, tokens, problems)]:
+            shown = None if flags.output.layers else TABLE_ROWS
+            for line in [*check.lines(shown), *table(rows, tokens, problems)]:
                 print(printable(line))
         if problems:
             raise SystemExit(1)
@@ -89,43 +108,17 @@ def summary(
     }
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m scripts.verify_merge", description=__doc__)
-    parser.add_argument("--base", "--base_model", required=True)
-    add_adapters(parser, required=True, default="what the merged file records, else 1 each")
-    add_hints(parser)
-    parser.add_argument("--merged", required=True)
-    parser.add_argument(
-        "--text",
-        help="a file with the text to compare logits on; default: src/evaluation/forgetting.txt, short and"
-        " of four kinds",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=256,
-        help="number of tokens to read, the first of every kind of text; default %(default)s",
-    )
-    parser.add_argument("--tokenizer", default="auto", help="auto: as recorded in the files")
-    parser.add_argument("--eod", default="")
-    add_output(parser)
-    args = parser.parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: must be at least 1")
-    return args
-
-
-def probe_texts(args: argparse.Namespace) -> list[list[int]]:
+def probe_texts(flags: Flags) -> list[list[int]]:
     """Encode each text of the probe."""
-    arch = Arch.detect(read_tensors(args.base))
-    # without folders, which hold other projects' adapters and record no tokenizer
-    files = filter(is_file_or_folder, [*args.adapter, args.merged, args.base])
-    tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
-    if args.text:
-        texts = [tokenizer.encode(read_text(args.text))]
+    arch = Arch.detect(read_tensors(flags.base))
+    # other projects' adapters in folders record no tokenizer
+    files = filter(is_file_or_folder, [*flags.adapter, flags.merged, flags.base])
+    tokenizer = recorded_tokenizer(flags.tokenizer, flags.eod, arch.vocab_size, *files)
+    if flags.text:
+        texts = [tokenizer.encode(read_text(flags.text))]
     else:
         texts = list(sections(tokenizer).values())
-    texts = [ids[: max(1, args.tokens // len(texts))] for ids in texts if ids]
+    texts = [ids[: max(1, flags.tokens // len(texts))] for ids in texts if ids]
     if not texts:
         raise UserError(
             f"tokenizer {tokenizer.name} has no tokens for the probe's text; give another with --text"

@@ -87,7 +87,7 @@ def has_parser(words):
         return True
     base = pathlib.Path(*words[1].split("."))
     source = base / "__main__.py" if base.is_dir() else base.with_suffix(".py")
-    return re.search(r"[Pp]arser\(", source.read_text(encoding="utf-8")) is not None
+    return re.search(r"[Pp]arser\(|parse_flags\(", source.read_text(encoding="utf-8")) is not None
 
 
 def checked(words, complete):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rwkv_miss
-from rwkv_miss.__main__ import arguments, main
+from rwkv_miss.__main__ import main
 from rwkv_miss.convert import Hints, convert
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src.model import RWKV
@@ -62,6 +62,5 @@ def test_an_unknown_origin_is_an_error_that_lists_them(tmp_path):
         rwkv_miss.UserError,
         match="--origin 'bone' is unknown; choose one of: rwkv-peft, bone-v0, openmose, peft",
     ):
-        main_convert = ["convert", str(path), str(tmp_path / "b.pth"), "--to", "native", "--origin", "bone"]
-        convert(path, tmp_path / "b.pth", "native", Hints(origin=arguments(main_convert).origin))
+        convert(path, tmp_path / "b.pth", "native", Hints(origin="bone"))
     assert not (tmp_path / "b.pth").exists()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapter import METHODS, NoOptions
 from ..adapter_file import ADAPTER_FORMAT, DEFAULTS
 from ..errors import UserError
+from ..flags import flag
 from ..targets import views_of
 from .source import Source
 
@@ -42,17 +43,20 @@ ORIGINS = {
 class Hints:
     """Facts about a file that it does not state and that the user gives.
 
-    origin: the project that wrote the file, one of ORIGINS, where the shapes of two projects are alike.
-    alpha: LoRA's alpha, which some files leave out. profile: RWKV-LM-RLHF's layer profile, with an alpha for
-    every layer. init: the file with the factors that a PiSSA training began with. base: the adapter's model,
-    for formats that need more facts about it than the adapter's file has.
+    base: the adapter's model, for formats that need more facts about it than the adapter's file has.
     """
 
-    origin: str = ""
-    alpha: float | None = None
-    init: str = ""
+    origin: str = flag("", "the project that wrote the adapter, if its shapes could be two projects'")
+    alpha: float | None = flag(
+        None, "LoRA's alpha, if the adapter's file does not hold it", alias=("lora_alpha",)
+    )
+    profile: str = flag("", "RWKV-LM-RLHF's layer profile (.csv), if the alphas of LoRA differ by layer")
+    init: str = flag(
+        "",
+        "file with PiSSA's factors at the start, if they have a file of their own",
+        alias=("lora_init",),
+    )
     base: str = ""
-    profile: str = ""
 
     def __post_init__(self) -> None:
         if self.origin and self.origin not in ORIGINS:

@@ -42,6 +42,16 @@ def local_path(text: str, repo_type: str = MODEL) -> str:
     return fetch(pin(parse(text, repo_type))) if is_hub_name(text) else text
 
 
+def with_local_files(options: Any) -> Any:
+    """Copy the flags of a program: those declared with file=True name local files."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata.get("file")}
+    local = {
+        name: [local_path(path) for path in value] if isinstance(value, list) else value and local_path(value)
+        for name, value in given.items()
+    }
+    return dataclasses.replace(options, **local)
+
+
 def pin(name: HubName, shown: bool = True) -> HubName:
     """Complete the name with its file, and with the commit that its revision is now.
 

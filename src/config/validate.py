@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.flags import Bounds
 from rwkv_miss.methods.token_rows import LAYERS, token_ids
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from ..common.option import AUTO, Bounds
+from ..common.option import AUTO
 from ..losses import LOSSES
 from .loss_rules import check_loss
 from .reward_rules import check_rewards
