@@ -21,38 +21,48 @@ if not __package__:  # started as a file, so that Python does not find src
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.flags import flag, options, parse_flags
+    from src.common.option import shared
     from src.config import FIELDS
     from src.data.encode import Encoder
     from src.data.fetch import fetch_data
     from src.data.formats import Reading, Report, read_source, sources
     from src.data.formats.binidx import BinidxWriter
     from src.data.formats.layouts import text
-    from src.data.templates import add_template_flags, choose_template
+    from src.data.templates import TEMPLATE_FLAG, TOOL_STYLE_FLAG, choose_template
     from src.data.tokenizer import load_tokenizer
 
 
+@options
+class Flags:
+    """Flags of this program."""
+
+    out: str = flag(
+        help="prefix of the .bin and .idx to write, or with --to_jsonl the JSONL", positional=True
+    )
+    data: list[str] = flag(
+        help="files, folders or names, as for --data_file of train.py", positional=True, nargs="+"
+    )
+    to_jsonl: bool = flag(False, "write text instead of tokens")
+    tokenizer: str = flag("world", "world, bytes, utf16, or a file [world]")
+    eod: str = flag("", "text of the end-of-document token, for a tokenizer file that does not name it")
+    template: str = flag(**TEMPLATE_FLAG)
+    tool_style: str = flag(**TOOL_STYLE_FLAG)
+    sft_field: str = shared(FIELDS["sft_field"])
+    sft_split: str = shared(FIELDS["sft_split"])
+    largest_row: int = shared(FIELDS["largest_row"])
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m scripts.binidx",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="prefix of the .bin and .idx to write, or with --to_jsonl the JSONL")
-    parser.add_argument("data", nargs="+", help="files, folders or names, as for --data_file of train.py")
-    parser.add_argument("--to_jsonl", action="store_true", help="write text instead of tokens")
-    parser.add_argument("--tokenizer", default="world", help="world, bytes, utf16, or a file [world]")
-    parser.add_argument(
-        "--eod",
-        default="",
-        help="text of the end-of-document token, for a tokenizer file that does not name it",
-    )
-    add_template_flags(parser.add_argument)
-    for name in ("sft_field", "sft_split", "largest_row"):
-        default, text = FIELDS[name].default, FIELDS[name].metadata["help"]
-        parser.add_argument(f"--{name}", default=default, type=type(default), help=text)
     with one_line_errors(), naming_missing_packages():
-        args = parser.parse_args(argv)
+        args = parse_flags(
+            Flags,
+            argv,
+            prog="python -m scripts.binidx",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         count, tokens = convert(args)
         print(
             f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents,"
@@ -60,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def convert(args: argparse.Namespace) -> tuple[int, int]:
+def convert(args: Flags) -> tuple[int, int]:
     """Write the documents: returns (documents, tokens with ends). After a UserError there is no file."""
     tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
     # mask "all", because then a row is always one document

@@ -8,7 +8,6 @@ task lambada_local reads --data_file instead.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,16 +18,17 @@ if not __package__:  # started as a file, so that Python does not find src
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from rwkv_miss.files.hub import local_path
+    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.files.hub import with_local_files
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
-    from src.common.device import PRECISIONS, choose_accelerator, choose_precision
+    from rwkv_miss.flags import flag, options, parse_flags
+    from src.common.device import PRECISION_FLAG, choose_accelerator, choose_precision
     from src.common.files import write_text
     from src.config.validate import check_bos
     from src.data.bos import bos_ids
     from src.data.fetch import fetch_data
-    from src.data.templates import add_template_flags, recorded_template
+    from src.data.templates import TEMPLATE_FLAG, TOOL_STYLE_FLAG, recorded_template
     from src.inference.load import load
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def main(argv: list[str]) -> None:
     from src.evaluation.lm_eval_model import HarnessModel
 
     manager, tasks = load_tasks(args)
-    args.model, args.adapter = local_path(args.model), args.adapter and local_path(args.adapter)
-    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
-    model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
+    args = with_local_files(args)
+    precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
+    model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=precision)
     template = recorded_template(
         args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
     )
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     summary = {
         "model": recorded(args.model),
         "adapter": recorded(args.adapter),
-        "precision": args.precision,
+        "precision": precision,
         "bos": list(bos),
         "lm_eval": lm_eval.__version__,
         "results": figures,
@@ -91,44 +91,35 @@ def protocol(bos: tuple[int, ...]) -> str:
     return f"{list(bos)} + text" + (", BlinkDL's protocol" if bos == (0,) else "")
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE]")
-    parser.add_argument("--adapter", help="an adapter .pth of this base model")
-    parser.add_argument(
-        "--tasks", required=True, help="tasks or groups of the harness, separated by commas, or lambada_local"
-    )
-    parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
-    parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
-    parser.add_argument(
-        "--num_fewshot", type=int, help="solved examples before each question (default: the task's)"
-    )
-    parser.add_argument("--limit", type=int, help="ask the first N questions of each task (default: all)")
-    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
-    parser.add_argument("--tokenizer", default="auto")
-    parser.add_argument("--eod", default="")
-    add_template_flags(parser.add_argument)
-    parser.add_argument(
-        "--bos",
-        default="auto",
-        help=(
-            "the token before every text: auto (the end-of-document token, 0 in World, as in BlinkDL's"
-            " evaluations), none, recorded (as the adapter or the model was trained), or an id; default"
-            " %(default)s"
-        ),
-    )
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", *PRECISIONS),
-        help="dtype of the weights. auto: bf16 on a GPU that has it, else fp16; on a CPU fp32. Default"
+@options
+class Flags:
+    """Flags of this program."""
+
+    model: str = flag(help="base or merged .pth, or hf://OWNER/NAME[/FILE]", file=True)
+    adapter: str | None = flag(None, "an adapter .pth of this base model", file=True)
+    tasks: str = flag(help="tasks or groups of the harness, separated by commas, or lambada_local")
+    data_file: str | None = flag(None, 'rows {"text"} of LAMBADA, for lambada_local')
+    include_path: str | None = flag(None, "folder with tasks of your own (YAML)")
+    num_fewshot: int | None = flag(None, "solved examples before each question (default: the task's)", low=0)
+    limit: int | None = flag(None, "ask the first N questions of each task (default: all)", low=1)
+    chat: bool = flag(False, "ask in the model's chat template")
+    tokenizer: str = flag("auto")
+    eod: str = flag("")
+    template: str = flag(**TEMPLATE_FLAG)
+    tool_style: str = flag(**TOOL_STYLE_FLAG)
+    bos: str = flag(
+        "auto",
+        "the token before every text: auto (the end-of-document token, 0 in World, as in BlinkDL's"
+        " evaluations), none, recorded (as the adapter or the model was trained), or an id; default"
         " %(default)s",
     )
-    parser.add_argument("--out", help="JSON file for results and every sample")
-    args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("num_fewshot", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    precision: str = flag(**PRECISION_FLAG)
+    out: str | None = flag(None, "JSON file for results and every sample")
+
+
+def arguments(argv: list[str]) -> Flags:
+    about = __doc__.partition("\n\n")[0]
+    args = parse_flags(Flags, argv, prog="python -m scripts.lm_eval", description=about)
     check_bos(args.bos)
     if args.data_file and "lambada_local" not in args.tasks.split(","):
         raise UserError(f"--data_file is for the task lambada_local; --tasks {args.tasks} reads its own")
@@ -153,7 +144,7 @@ def known(name: str, manager: TaskManager) -> str:
     return name
 
 
-def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
+def load_tasks(args: Flags) -> tuple[TaskManager, list]:
     """Load the harness's manager, and the tasks of the flags with their data, before the model.
 
     Raises UserError for a task that is unknown, that lacks its data, or that runs the model's text as code.

@@ -20,6 +20,13 @@ MOST_PROCESSES = 8  # on one core; they are slow then, but they finish
 # 12.x >= 525 (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility); in full, 12.8 >= 570
 WHEELS = {580: "cu130", 570: "cu128", 525: "cu126"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# --precision of programs that score, for flag()
+PRECISION_FLAG = {
+    "default": "auto",
+    "choices": ("auto", *PRECISIONS),
+    "help": "dtype of the weights. auto: bf16 on a GPU that has it, else fp16; on a CPU fp32. Default"
+    " %(default)s",
+}
 
 
 def choose_accelerator(choice: str, devices: int = 1) -> str:

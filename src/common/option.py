@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any
 
@@ -45,3 +46,9 @@ def opt(
     # what a file and the help have for the default
     more = {"type": type(default), "written": default, "automatic": automatic, "words": words or {}}
     return flag(value, help, bare=bare, file=file, operator=operator, **more, **declared)
+
+
+def shared(setting: dataclasses.Field, more: str = "") -> Any:
+    """Declare the flag of another program for a setting; `more` ends its help."""
+    bounds = dataclasses.asdict(setting.metadata["bounds"])
+    return flag(setting.default, (setting.metadata["help"] + more).replace("%", "%%"), **bounds)

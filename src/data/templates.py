@@ -145,21 +145,24 @@ def _chat_template(file: str) -> str:
     return template if isinstance(template, str) else ""
 
 
+# the flags of the programs, for flag()
+TEMPLATE_FLAG = {
+    "default": AUTO,
+    "help": f"auto (as recorded in the file, else rwkv), {', '.join(NAMES[1:])}, or a Jinja file; default"
+    " %(default)s",
+}
+TOOL_STYLE_FLAG = {
+    "default": AUTO,
+    "choices": (AUTO, *TOOL_STYLES),
+    "help": "how tools and their calls are written. auto: as recorded in the file, else json with the World"
+    " vocabulary and hermes with others; default %(default)s",
+}
+
+
 def add_template_flags(add) -> None:
     """Add --template and --tool_style to a program; `add` is its parser's add_argument."""
-    add(
-        "--template",
-        default=AUTO,
-        help=f"auto (as recorded in the file, else rwkv), {', '.join(NAMES[1:])}, or a Jinja file; default"
-        " %(default)s",
-    )
-    add(
-        "--tool_style",
-        default=AUTO,
-        choices=(AUTO, *TOOL_STYLES),
-        help="how tools and their calls are written. auto: as recorded in the file, else json with the World"
-        " vocabulary and hermes with others; default %(default)s",
-    )
+    add("--template", **TEMPLATE_FLAG)
+    add("--tool_style", **TOOL_STYLE_FLAG)
 
 
 def is_jinja(record) -> bool:

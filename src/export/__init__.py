@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.output import check_folder, refuse_inputs, require_writable
 from rwkv_miss.files.provenance import Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import write_safetensors
+from rwkv_miss.flags import flag
 
 from ..common.formatting import counted, size_text
 from ..config.validate import check_bos
+from ..data.bos import HELP as BOS_HELP
 from ..data.bos import bos_ids
 from ..data.chat_template import Template
-from ..data.templates import choose_template
+from ..data.templates import TEMPLATE_FLAG, TOOL_STYLE_FLAG, choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import adapters, ai00, gguf, hugging_face
@@ -47,17 +49,22 @@ NAMES = {
 TARGETS = tuple(NAMES)
 
 
-class TextSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
     """Flags about texts and their tokens, as everywhere; tokenizer may be "none" as well.
 
     auto and recorded stand for the file's own record.
     """
 
-    tokenizer: str = "auto"
-    eod: str = ""
-    template: str = "auto"
-    tool_style: str = "auto"
-    bos: str = "recorded"
+    tokenizer: str = flag(
+        "auto",
+        "tokenizer for gguf and hf, as in train.py, or none; auto: the model's record, else World"
+        " [%(default)s]",
+    )
+    eod: str = flag("", "as in train.py")
+    template: str = flag(**TEMPLATE_FLAG)
+    tool_style: str = flag(**TOOL_STYLE_FLAG)
+    bos: str = flag("recorded", BOS_HELP)
 
 
 @dataclasses.dataclass(frozen=True)
