@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += "; a flag takes one value, between quotes where it has spaces"
-        if found := re.fullmatch("argument (.*): invalid (int|float|number) value: (.*)", message):
+        if found := re.fullmatch("argument (.*): invalid (int|float) value: (.*)", message):
             flag, kind, value = found.groups()
             message = f"{flag} {value}: expected {'a whole number' if kind == 'int' else 'a number'}"
         raise UserError(f"{message}; {self.prog} --help lists the flags")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .errors import Parser, UserError
@@ -44,6 +44,8 @@ class Bounds:
 
     def complaint(self, value: float) -> str:
         """Say what is wrong with a value: "must be at least 1"; "" for nothing."""
+        if not abs(value) < math.inf:
+            return "must be a finite number"
         if self.high is not None and value > self.high:
             return f"must not be above {number_text(self.high)}"
         too_small = (self.low is not None and value < self.low) or (
@@ -97,40 +99,30 @@ def flags_of(kind: type) -> Any:
     return dataclasses.field(default_factory=kind, metadata={"flags": kind})
 
 
-def number(text: str) -> float:
-    """Read a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 # annotation as `from __future__ import annotations` leaves it -> keywords
 KINDS = {
     "str": {},
     "bool": {"action": "store_true"},
     "int": {"type": int},
-    "float": {"type": number},
+    "float": {"type": float},
     "list[str]": {"action": "append"},
 }
 
 
 def keywords(field: dataclasses.Field) -> dict[str, Any]:
     """Return the keywords of argparse's add_argument() for a field, without its names."""
-    given = {name: field.metadata[name] for name in ("metavar", "nargs", "type") if name in field.metadata}
-    if "type" not in given:
-        given |= KINDS[field.type.removesuffix(" | None")]
-    if "nargs" in given:
-        given.pop("action", None)
+    chosen = {name: field.metadata[name] for name in ("metavar", "nargs", "type") if name in field.metadata}
+    if "type" not in chosen:
+        chosen |= KINDS[field.type.removesuffix(" | None")]
+    if "nargs" in chosen:
+        chosen.pop("action", None)
     if field.metadata["choices"]:
-        given["choices"] = field.metadata["choices"]
-    if field.default_factory is not REQUIRED:
-        given["default"] = field.default_factory()
-    elif field.default is not REQUIRED:
-        given["default"] = field.default
+        chosen["choices"] = field.metadata["choices"]
+    if (default := default_of(field)) is not REQUIRED:
+        chosen["default"] = default
     elif "positional" not in field.metadata:
-        given["required"] = True
-    return {"help": field.metadata["help"], **given}
+        chosen["required"] = True
+    return {"help": field.metadata["help"], **chosen}
 
 
 def add_flags(
@@ -149,6 +141,19 @@ def add_flags(
             parser.add_argument(*names, dest=name_of(field), **keywords(field))
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default; REQUIRED if there is none."""
+    return field.default if field.default_factory is REQUIRED else field.default_factory()
+
+
+def given(options: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of those of the named flags that have another value than their default."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    for name in names:
+        if (value := getattr(options, name)) != default_of(fields[name]):
+            yield name, value
+
+
 def name_of(field: dataclasses.Field) -> str:
     """Return what the flag of a field is called."""
     return field.metadata.get("name", field.name)
@@ -156,15 +161,15 @@ def name_of(field: dataclasses.Field) -> str:
 
 def options_of(kind: type[Options], values: Mapping[str, Any]) -> Options:
     """Make the dataclass from values by the flags' names. Raises UserError for a number out of its bounds."""
-    given = {}
+    made = {}
     for field in dataclasses.fields(kind):
         if "flags" in field.metadata:
-            given[field.name] = options_of(field.metadata["flags"], values)
+            made[field.name] = options_of(field.metadata["flags"], values)
         elif "alias" in field.metadata:
-            value = given[field.name] = values[name_of(field)]
+            value = made[field.name] = values[name_of(field)]
             if isinstance(value, (int, float)) and (wrong := field.metadata["bounds"].complaint(value)):
                 raise UserError(f"--{name_of(field)} {value}: {wrong}")
-    return kind(**given)
+    return kind(**made)
 
 
 def parse_flags(

@@ -5,7 +5,7 @@ python -m scripts.evaluate --model m.pth --questions heldout.jsonl --score numbe
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Hashable
@@ -18,11 +18,12 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss import Arch
-    from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from rwkv_miss.files.hub import local_path
+    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.files.hub import with_local_files
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.identity import Identity
     from rwkv_miss.files.mapped import naming_changed_files
+    from rwkv_miss.flags import parse_flags
     from rwkv_miss.progress import progress
     from scripts.code_scoring import passed, read_problems
     from scripts.many_samples import Scores, scores_of
@@ -46,7 +47,7 @@ with importing():
         read_answers,
         require_unstarted_or_same,
     )
-    from src.evaluation.flags import BETA, PRESETS, add_flags, check, sampling_of
+    from src.evaluation.flags import BETA, PRESETS, Flags, check
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.preferences import Compared, read_preferences
     from src.evaluation.scoring import SCORES, require_readable
@@ -61,17 +62,15 @@ WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the l
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages(), naming_changed_files():
-        args = arguments(argv)
-        name_local_files(args)
+        args = prepared(arguments(argv))
         if args.preferences:
             evaluate_preferences(args)
         else:
             evaluate_questions(args)
 
 
-def evaluate_questions(args: argparse.Namespace) -> None:
+def evaluate_questions(args: Flags) -> None:
     """Print how many answers are right."""
-    args.adapter = next(iter(args.adapter), None)  # check() has refused a second adapter
     asked = ask_model(args) if args.model else read_answered(args)
     flat = [answer for answers in asked.answers for answer in answers]
     cut = None
@@ -94,7 +93,7 @@ def evaluate_questions(args: argparse.Namespace) -> None:
         "score": args.score,
         "questions": len(asked.questions),
         "model": recorded(args.model),
-        "adapter": recorded(args.adapter),
+        "adapter": recorded(args.only_adapter),
         "precision": None if args.answers else args.precision,
         "answers": args.answers,
         "bos": asked.bos,
@@ -104,13 +103,12 @@ def evaluate_questions(args: argparse.Namespace) -> None:
     if len(right[0]) > 1:
         summary |= {"samples": len(right[0]), **scores.record()}
     if args.model and args.temperature:
-        summary |= {**sampling_of(args), "seed": args.seed}
+        summary |= {**args.sampling, "seed": args.seed}
     print(json.dumps(summary))
 
 
-def evaluate_preferences(args: argparse.Namespace) -> None:
+def evaluate_preferences(args: Flags) -> None:
     """Print log probabilities of the answers of pairs by the model, or by each of the adapters."""
-    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     encoder = encoder_for(args)
     data = read_preferences(args.preferences, encoder, Reading.of(args))
     files = {path: path for path in args.adapter}
@@ -133,7 +131,7 @@ def evaluate_preferences(args: argparse.Namespace) -> None:
         write_lines(args.save, rows)
 
 
-def encoder_for(args: argparse.Namespace) -> Encoder:
+def encoder_for(args: Flags) -> Encoder:
     """Make the encoder of the rows from the adapters' metadata, else the model's, without reading weights."""
     arch = Arch.detect(read_model_file(args.model))
     if args.reference:
@@ -154,7 +152,7 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
     return next(iter(chosen.values()))
 
 
-def compared_with_reference(args: argparse.Namespace, data: Preferences, base: RWKV) -> Compared:
+def compared_with_reference(args: Flags, data: Preferences, base: RWKV) -> Compared:
     """Add the answers' ln p by a reference: another model, or the base without adapters."""
     if args.reference:
         model, _ = load(args.reference, None, args.tokenizer, args.eod, precision=args.precision)
@@ -165,19 +163,17 @@ def compared_with_reference(args: argparse.Namespace, data: Preferences, base: R
     return Compared(data)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> Flags:
     """Parse the flags. Raises UserError for flags that contradict each other, before a model is loaded."""
-    parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
-    add_flags(parser)
-    args = parser.parse_args(argv)
+    about = {"prog": "python -m scripts.evaluate", "description": __doc__}
+    args = parse_flags(Flags, argv, **about)
     if args.preset:  # the preset's values become defaults, which given flags override
-        parser.set_defaults(**PRESETS[args.preset])
-        args = parser.parse_args(argv)
+        args = parse_flags(Flags, argv, PRESETS[args.preset], **about)
     check(args)
     return args
 
 
-def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> None:
+def show(args: Flags, asked: Answered, right: list[list[bool]]) -> None:
     """Print the first answers to the first questions."""
     rows = zip(asked.questions, asked.answers, right, strict=True)
     for question, (answer, *_), (is_right, *_) in list(rows)[: args.show]:
@@ -201,15 +197,13 @@ def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
     print(f"score: {told if samples == 1 else f'{scores.text()}; {told}'}")
 
 
-def name_local_files(args: argparse.Namespace) -> None:
-    """Replace names of files on the hub by local paths."""
-    for name in ("questions", "preferences"):
-        if given := getattr(args, name):
-            setattr(args, name, fetch_data(given))
-    for name in ("model", "reference"):
-        if given := getattr(args, name):
-            setattr(args, name, local_path(given))
-    args.adapter = [local_path(given) for given in args.adapter]
+def prepared(args: Flags) -> Flags:
+    """Copy the flags with names of local files, and with the precision that is chosen here."""
+    names = [name for name in ("questions", "preferences") if getattr(args, name)]
+    chosen = {name: fetch_data(getattr(args, name)) for name in names}
+    if args.model:
+        chosen["precision"], _ = choose_precision(args.precision, choose_accelerator("auto"))
+    return with_local_files(dataclasses.replace(args, **chosen))
 
 
 class Answered(NamedTuple):
@@ -224,22 +218,20 @@ class Answered(NamedTuple):
     bos: list[int] | None
 
 
-def ask_model(args: argparse.Namespace) -> Answered:
+def ask_model(args: Flags) -> Answered:
     """Let the model answer the questions."""
-    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     about = about_files(args) if args.save else {}
     if args.save:
         require_unstarted_or_same(args.save, about)
-    model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
-    template = recorded_template(
-        args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
-    )
-    bos = bos_ids(args.bos, tokenizer, args.adapter, args.model)
+    adapter = args.only_adapter
+    model, tokenizer = load(args.model, adapter, args.tokenizer, args.eod, precision=args.precision)
+    template = recorded_template(args.template, tokenizer, adapter, args.model, tool_style=args.tool_style)
+    bos = bos_ids(args.bos, tokenizer, adapter, args.model)
     if bos:
         print(f"every question begins with {text_of(bos)}")
     questions = questions_of(args, template)
     limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
-    asking = Asking(limit, template, bos, Sampling(**sampling_of(args)), args.samples, args.seed)
+    asking = Asking(limit, template, bos, Sampling(**args.sampling), args.samples, args.seed)
     kept = None
     if args.save:
         about |= {"questions": digest(questions), "bos": list(bos), "max_tokens": limit}
@@ -262,19 +254,19 @@ def ask_model(args: argparse.Namespace) -> Answered:
     return Answered(questions, answers, limit, list(bos))
 
 
-def about_files(args: argparse.Namespace) -> dict[str, Any]:
+def about_files(args: Flags) -> dict[str, Any]:
     """Return the settings that decide the answers, known before the model is read. A resumed evaluation must
     have the same."""
     return {
         "model": Identity(args.model).fingerprint,
-        "adapter": Identity(args.adapter).fingerprint if args.adapter else None,
+        "adapter": Identity(adapter).fingerprint if (adapter := args.only_adapter) else None,
         "precision": args.precision,
-        **sampling_of(args),
+        **args.sampling,
         "seed": args.seed,
     }
 
 
-def read_answered(args: argparse.Namespace) -> Answered:
+def read_answered(args: Flags) -> Answered:
     """Read the questions, and their answers from the file --answers."""
     questions = questions_of(args, choose_template(args.template, args.tool_style, None, None))
     return Answered(questions, read_answers(args.answers, len(questions)), None, None)
@@ -309,7 +301,7 @@ def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
         )
 
 
-def questions_of(args: argparse.Namespace, template: Template) -> list[Question]:
+def questions_of(args: Flags, template: Template) -> list[Question]:
     """Read the first --limit questions of the file. Raises UserError for a reference answer that the score
     can't read."""
     if args.score == "code":

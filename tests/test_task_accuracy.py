@@ -374,7 +374,7 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
             "--samples 4 with --temperature 0: greedy answers are all alike",
         ),
         (["--model", "m", "--top_k", "4"], "--top_k 4 with --temperature 0: greedy answers sample nothing"),
-        (["--model", "m", "--temperature", "nan"], "temperature nan: expected 0 or more"),
+        (["--model", "m", "--temperature", "nan"], "--temperature nan: must be a finite number"),
         (["--model", "m", "--preset", "math50"], "invalid choice: 'math50'"),
         (["--answers", "a", "--temperature", "1"], "--temperature 1.0 belongs to a --model"),
         (

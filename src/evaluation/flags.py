@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import math
+import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
-from rwkv_miss.errors import Parser, UserError
+from rwkv_miss.errors import UserError
 from rwkv_miss.files.output import require_writable
+from rwkv_miss.flags import flag, given, options
 
-from ..common.device import PRECISIONS
+from ..common.device import PRECISION_FLAG
+from ..common.option import shared
 from ..config import FIELDS
 from ..config.validate import check_bos
 from ..data.bos import HELP as BOS_HELP
 from ..data.questions import LIMITS, THOUGHTS
-from ..data.templates import add_template_flags
+from ..data.templates import TEMPLATE_FLAG, TOOL_STYLE_FLAG
 from ..inference.sampling import Sampling
 from .mathematics import require_math_verify
 from .scoring import SCORES
@@ -35,191 +35,146 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top_k": 32,
     }
 }
+DESCRIBED = [
+    f"{name}: {', '.join(f'{flag} {value}' for flag, value in flags.items())}"
+    for name, flags in PRESETS.items()
+]
 # the other flags that --preferences takes
 WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "largest_row", "save", "show")
 
 
-def add_flags(parser: Parser) -> None:
-    """Add all flags."""
-    add_model(parser)
-    add_questions(parser)
-    add_answers(parser)
-    add_sampling(parser)
-    add_preferences(parser)
+@options
+class ModelFlags:
+    """Model, and how it is prompted."""
+
+    model: str | None = flag(
+        None,
+        "the model that answers: base model or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]",
+        file=True,
+    )
+    adapter: list[str] = flag(
+        [],
+        "an adapter .pth of this base model, used without a merge; with --preferences the flag may be"
+        " given several times, and each adapter is measured by itself; default: none",
+        file=True,
+    )
+    tokenizer: str = flag(
+        "auto",
+        "auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
+        "default %(default)s",
+    )
+    eod: str = flag(
+        "",
+        "text of the end-of-document token, for a tokenizer file that does not name it; default: as"
+        " the tokenizer says",
+    )
+    template: str = flag(**TEMPLATE_FLAG)
+    tool_style: str = flag(**TOOL_STYLE_FLAG)
+    bos: str = flag("recorded", BOS_HELP)
+    precision: str = flag(**PRECISION_FLAG)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add flags about the model, and how it is prompted."""
-    add = parser.add_argument
-    add(
-        "--model",
-        help="the model that answers: base model or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]",
-    )
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        help=(
-            "an adapter .pth of this base model, used without a merge; with --preferences the flag may be"
-            " given several times, and each adapter is measured by itself; default: none"
-        ),
-    )
-    add(
-        "--tokenizer",
-        default="auto",
-        help=(
-            "auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
-            "default %(default)s"
-        ),
-    )
-    add(
-        "--eod",
-        default="",
-        help=(
-            "text of the end-of-document token, for a tokenizer file that does not name it; default: as"
-            " the tokenizer says"
-        ),
-    )
-    add_template_flags(add)
-    add("--bos", default="recorded", help=BOS_HELP)
-    add(
-        "--precision",
-        default="auto",
-        choices=("auto", *PRECISIONS),
-        help="dtype of the weights. auto: bf16 on a GPU that has it, else fp16; on a CPU fp32. Default"
-        " %(default)s",
-    )
+@options
+class AskingFlags:
+    """Questions, when an answer is right, and how many answers are drawn and kept."""
 
-
-def add_questions(parser: argparse.ArgumentParser) -> None:
-    """Add flags about the questions, and when an answer is right."""
-    add = parser.add_argument
-    add(
-        "--questions",
-        help=(
-            "questions and reference answers, in any format of train.py's --data_file; with --score code"
-            " HumanEval or MBPP"
-        ),
+    questions: str | None = flag(
+        None,
+        "questions and reference answers, in any format of train.py's --data_file; with --score code"
+        " HumanEval or MBPP",
     )
-    add("--limit", type=int, help="ask the first N questions only; default: all of the file")
-    for name in ("sft_field", "sft_split", "largest_row"):
-        default = FIELDS[name].default
-        text = f"{FIELDS[name].metadata['help']}; default {default!r}"
-        add(f"--{name}", default=default, type=type(default), help=text.replace("%", "%%"))
-    add(
-        "--score",
-        default="exact",
+    limit: int | None = flag(None, "ask the first N questions only; default: all of the file", low=1)
+    sft_field: str = shared(FIELDS["sft_field"], f"; default {FIELDS['sft_field'].default!r}")
+    sft_split: str = shared(FIELDS["sft_split"], f"; default {FIELDS['sft_split'].default!r}")
+    largest_row: int = shared(FIELDS["largest_row"], f"; default {FIELDS['largest_row'].default!r}")
+    score: str = flag(
+        "exact",
+        "when an answer is right. exact: it equals the reference answer. number: it ends in the same"
+        " number (GSM8K). boxed: its \\boxed{} result is equal (MATH). math_verify: the package"
+        " math-verify finds it equal (MATH-500). code: it is a program that passes the tests"
+        " (HumanEval, MBPP); default %(default)s",
         choices=(*SCORES, "code"),
-        help=(
-            "when an answer is right. exact: it equals the reference answer. number: it ends in the same"
-            " number (GSM8K). boxed: its \\boxed{} result is equal (MATH). math_verify: the package"
-            " math-verify finds it equal (MATH-500). code: it is a program that passes the tests"
-            " (HumanEval, MBPP); default %(default)s"
-        ),
     )
-    add(
-        "--run_code",
-        action="store_true",
-        help=(
-            "with --score code: run the model's programs on this machine, with limits of time and memory but"
-            " in no sandbox; default: only keep the answers"
-        ),
+    run_code: bool = flag(
+        False,
+        "with --score code: run the model's programs on this machine, with limits of time and memory but"
+        " in no sandbox; default: only keep the answers",
     )
-
-
-def add_answers(parser: argparse.ArgumentParser) -> None:
-    """Add flags about the length of answers, how many are made at once, and where they are kept."""
-    add = parser.add_argument
-    limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
-    add(
-        "--max_tokens",
-        type=int,
-        help=(
-            "the longest answer, in tokens. Default: for exact 1.25 times the longest reference answer,"
-            f" plus 16; {limits}; {THOUGHTS} with a template that begins thoughts"
-        ),
+    max_tokens: int | None = flag(
+        None,
+        "the longest answer, in tokens. Default: for exact 1.25 times the longest reference answer,"
+        f" plus 16; {', '.join(f'{limit} for {score}' for score, limit in LIMITS.items())}; {THOUGHTS} with a"
+        " template that begins thoughts",
+        low=1,
     )
-    add(
-        "--batch",
-        type=int,
-        help="answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer if the memory is small",
+    batch: int | None = flag(
+        None,
+        "answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer if the memory is small",
+        low=1,
     )
-    add(
-        "--show",
-        type=int,
-        default=5,
-        help="number of answers to print, or with --preferences of wrong pairs, the worst first; default"
+    show: int = flag(
+        5,
+        "number of answers to print, or with --preferences of wrong pairs, the worst first; default"
         " %(default)s",
+        low=0,
     )
-    add(
-        "--save",
-        help=(
-            "write prompts and answers to this JSONL file as they come; the same command goes on after a"
-            " stop. With --preferences: all pairs with their log p, at the end. Default: they are not kept"
-        ),
+    save: str | None = flag(
+        None,
+        "write prompts and answers to this JSONL file as they come; the same command goes on after a"
+        " stop. With --preferences: all pairs with their log p, at the end. Default: they are not kept",
     )
-    add("--answers", help="score the answers of a file that --save wrote, instead of asking a --model")
+    answers: str | None = flag(
+        None, "score the answers of a file that --save wrote, instead of asking a --model"
+    )
+    samples: int = flag(
+        1,
+        "answers to each question, for pass@k and the majority; needs a --temperature; default %(default)s",
+        low=1,
+    )
+    temperature: float = flag(
+        0.0, "how freely tokens are drawn; default %(default)s, the likeliest token each time"
+    )
+    top_p: float = flag(
+        1.0, "draw among the likeliest tokens whose probabilities add up to this [%(default)s]"
+    )
+    top_k: int = flag(0, "draw among this many of the likeliest tokens; 0: among all [%(default)s]")
+    seed: int = flag(0, "seed of the samples; default %(default)s", low=0)
+    preset: str | None = flag(None, f"a published protocol. {'; '.join(DESCRIBED)}", choices=PRESETS)
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Sampling of the answers, by the names of Sampling."""
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add flags about the number of answers to each question, and how they are drawn."""
-    add = parser.add_argument
-    add(
-        "--samples",
-        type=int,
-        default=1,
-        help=(
-            "answers to each question, for pass@k and the majority; needs a --temperature; default"
-            " %(default)s"
-        ),
+@options
+class Flags(AskingFlags, ModelFlags):
+    """Flags of scripts.evaluate; its own are about pairs of answers instead of questions."""
+
+    preferences: str | None = flag(
+        None,
+        "instead of --questions: pairs of a chosen and a rejected answer, or answers with a label, as"
+        " train.py --loss takes them. The model tells how likely it finds each answer, and writes none",
     )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="how freely tokens are drawn; default %(default)s, the likeliest token each time",
+    reference: str | None = flag(
+        None,
+        "the reference model for the rewards. Default: with an --adapter the base model without it;"
+        " else there are no rewards",
+        file=True,
     )
-    add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="draw among the likeliest tokens whose probabilities add up to this [%(default)s]",
+    beta: float | None = flag(
+        None,
+        f"rewards are beta times the difference of the log p; default {BETA:g}",
+        above=0,
     )
-    add(
-        "--top_k",
-        type=int,
-        default=0,
-        help="draw among this many of the likeliest tokens; 0: among all [%(default)s]",
-    )
-    add("--seed", type=int, default=0, help="seed of the samples; default %(default)s")
-    described = [
-        f"{name}: {', '.join(f'{flag} {value}' for flag, value in flags.items())}"
-        for name, flags in PRESETS.items()
-    ]
-    add("--preset", choices=PRESETS, help=f"a published protocol. {'; '.join(described)}")
+
+    @property
+    def only_adapter(self) -> str | None:
+        """The adapter that answers questions; check() has seen to it that there is no other."""
+        return next(iter(self.adapter), None)
 
 
-def add_preferences(parser: argparse.ArgumentParser) -> None:
-    """Add flags about pairs of answers instead of questions, and about the reference."""
-    add = parser.add_argument
-    add(
-        "--preferences",
-        help=(
-            "instead of --questions: pairs of a chosen and a rejected answer, or answers with a label, as"
-            " train.py --loss takes them. The model tells how likely it finds each answer, and writes none"
-        ),
-    )
-    add(
-        "--reference",
-        help=(
-            "the reference model for the rewards. Default: with an --adapter the base model without it;"
-            " else there are no rewards"
-        ),
-    )
-    add("--beta", type=float, help=f"rewards are beta times the difference of the log p; default {BETA:g}")
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: Flags) -> None:
     """Raise UserError for flags that are out of range or do not go together."""
     if bool(args.questions) == bool(args.preferences):
         raise UserError(
@@ -232,17 +187,13 @@ def check(args: argparse.Namespace) -> None:
         check_questions(args)
 
 
-def check_preferences(args: argparse.Namespace) -> None:
+def check_preferences(args: Flags) -> None:
     """Raise UserError for flags that do not go with --preferences."""
     if not args.model:
         raise UserError("--preferences needs a --model, which says how likely it finds each answer")
-    for name, unused in without(add_questions, add_answers, add_sampling).items():
-        if name not in WITH_PREFERENCES and (given := getattr(args, name)) != unused:
-            raise UserError(
-                f"--{name} {given} belongs to --questions; with --preferences nothing is answered"
-            )
-    if args.beta is not None and not 0 < args.beta < math.inf:
-        raise UserError(f"--beta {args.beta:g}: expected a number above 0, such as {BETA:g}")
+    asking = [field.name for field in dataclasses.fields(AskingFlags) if field.name not in WITH_PREFERENCES]
+    for name, value in given(args, asking):
+        raise UserError(f"--{name} {value} belongs to --questions; with --preferences nothing is answered")
     if args.beta is not None and not (args.reference or args.adapter):
         raise UserError(
             f"--beta {args.beta:g} multiplies rewards, and there are none without a reference: give the"
@@ -251,37 +202,18 @@ def check_preferences(args: argparse.Namespace) -> None:
     if len({*args.adapter}) < len(args.adapter):
         raise UserError(f"--adapter is given twice with one file: {' '.join(args.adapter)}")
     check_bos(args.bos)
-    check_number("show", args.show, 0)
     if args.save:
         if os.path.exists(args.save):
             raise UserError(f"--save {args.save} is there already; give another name, or delete it")
         require_writable(args.save)
 
 
-def without(*add_flags: Callable[[Parser], None]) -> dict[str, Any]:
-    """Return the values of flags that are not given, by name."""
-    parser = Parser()
-    for add_some in add_flags:
-        add_some(parser)
-    return vars(parser.parse_args([]))
-
-
-def check_questions(args: argparse.Namespace) -> None:
+def check_questions(args: Flags) -> None:
     """Raise UserError for flags that do not go with --questions."""
-    for name in ("reference", "beta"):
-        if (given := getattr(args, name)) is not None:
-            raise UserError(f"--{name} {given} belongs to --preferences")
+    for name, value in given(args, ("reference", "beta")):
+        raise UserError(f"--{name} {value} belongs to --preferences")
     if len(args.adapter) > 1:
         raise UserError("several --adapter need --preferences; --questions takes one adapter at a time")
-    for name, least in (
-        ("max_tokens", 1),
-        ("batch", 1),
-        ("show", 0),
-        ("samples", 1),
-        ("seed", 0),
-        ("limit", 1),
-    ):
-        check_number(name, getattr(args, name), least)
     if bool(args.model) == bool(args.answers):
         raise UserError(
             "give --model, which answers the questions, or --answers, a file of answers"
@@ -304,29 +236,20 @@ def check_questions(args: argparse.Namespace) -> None:
         require_writable(args.save)
 
 
-def check_number(name: str, given: int | None, least: int) -> None:
-    """Raise UserError for a number below the least."""
-    if given is not None and given < least:
-        expected = "must be at least 1" if least else "must not be negative"
-        raise UserError(f"--{name} {given}: {expected}")
-
-
-def check_answers(args: argparse.Namespace) -> None:
+def check_answers(args: Flags) -> None:
     """Raise UserError if --answers is given together with flags that ask a model."""
     if args.model:
         return
-    asking = {"adapter": [], "bos": "recorded", "save": None}
-    if not args.preset:  # which may tell how to score answers, too
-        asking |= {"samples": 1, "temperature": 0.0}
-    for name, without in asking.items():
-        if (given := getattr(args, name)) != without:
-            shown = given[0] if isinstance(given, list) else given
-            raise UserError(f"--{name} {shown} belongs to a --model; --answers has the answers already")
+    # a preset may tell how to score answers, too
+    asking = ("adapter", "bos", "save", *(() if args.preset else ("samples", "temperature")))
+    for name, value in given(args, asking):
+        shown = value[0] if isinstance(value, list) else value
+        raise UserError(f"--{name} {shown} belongs to a --model; --answers has the answers already")
 
 
-def check_sampling(args: argparse.Namespace) -> None:
+def check_sampling(args: Flags) -> None:
     """Raise UserError for a sampling that is none."""
-    sampling = Sampling(**sampling_of(args))
+    sampling = Sampling(**args.sampling)
     sampling.check()
     if not sampling.greedy:
         return
@@ -335,14 +258,8 @@ def check_sampling(args: argparse.Namespace) -> None:
             f"--samples {args.samples} with --temperature {args.temperature:g}: greedy answers are all alike;"
             " give a --temperature above 0, such as 1"
         )
-    for name, without in (("top_p", 1.0), ("top_k", 0), ("seed", 0)):
-        if (given := getattr(args, name)) != without:
-            raise UserError(
-                f"--{name} {given} with --temperature {args.temperature:g}: greedy answers sample nothing;"
-                " give a --temperature above 0, such as 1"
-            )
-
-
-def sampling_of(args: argparse.Namespace) -> dict[str, float]:
-    """Return the sampling of the flags, by the names of Sampling."""
-    return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+    for name, value in given(args, ("top_p", "top_k", "seed")):
+        raise UserError(
+            f"--{name} {value} with --temperature {args.temperature:g}: greedy answers sample nothing;"
+            " give a --temperature above 0, such as 1"
+        )
