@@ -32,7 +32,6 @@ from src.config import Config
 from src.model import RWKV
 from src.run import prepare, train
 from src.serving import program
-from src.serving.flags import limits_of
 from src.serving.listener import bound
 
 from .common import argument_parser, report
@@ -134,7 +133,7 @@ def walk_of_request() -> Walk:
     threading.Thread(target=ask).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            program.serve(args, limits_of(args), listener, loaded)
+            program.serve(args, args.limits, listener, loaded)
     finally:
         threading.setprofile(None)
         sys.setprofile(None)

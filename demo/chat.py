@@ -5,26 +5,21 @@ python -m demo.chat --model merged.pth
 
 from __future__ import annotations
 
-import argparse
-
-if not __package__:  # started as a file, so that Python does not find src
+if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m demo.chat")
 
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.errors import one_line_errors
     from rwkv_miss.files.mapped import naming_changed_files
-    from src.chat.flags import add_flags, check
+    from rwkv_miss.flags import parse_flags
+    from src.chat.flags import Flags, check
     from src.chat.program import run
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m demo.chat", description=__doc__)
-    add_flags(parser.add_argument)
-    args = parser.parse_args(argv)
-    check(args)
-    return args
+def parse(argv: list[str] | None) -> Flags:
+    return check(parse_flags(Flags, argv, prog="python -m demo.chat", description=__doc__))
 
 
 def main(argv: list[str] | None = None) -> None:

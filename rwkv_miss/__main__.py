@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, (kind, about) in COMMANDS.items():
             add_flags(commands.add_parser(name, help=about), kind)
         given = vars(parser.parse_args(argv))
-        with_local_files(options_of(COMMANDS[given["command"]][0], given)).run()
+        with_local_files(options_of(COMMANDS[given.pop("command")][0], given)).run()
 
 
 if __name__ == "__main__":

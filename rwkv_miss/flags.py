@@ -146,10 +146,10 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is REQUIRED else field.default_factory()
 
 
-def given(options: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of those of the named flags that have another value than their default."""
+def given(options: Any, names: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of the flags with another value than their default; of all without `names`."""
     fields = {field.name: field for field in dataclasses.fields(options)}
-    for name in names:
+    for name in names or fields:
         if (value := getattr(options, name)) != default_of(fields[name]):
             yield name, value
 
@@ -159,14 +159,17 @@ def name_of(field: dataclasses.Field) -> str:
     return field.metadata.get("name", field.name)
 
 
-def options_of(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """Make the dataclass from values by the flags' names. Raises UserError for a number out of its bounds."""
+def options_of(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Make the dataclass from values by the flags' names, which are taken out of them.
+
+    Raises UserError for a number that is out of its bounds.
+    """
     made = {}
     for field in dataclasses.fields(kind):
         if "flags" in field.metadata:
             made[field.name] = options_of(field.metadata["flags"], values)
         elif "alias" in field.metadata:
-            value = made[field.name] = values[name_of(field)]
+            value = made[field.name] = values.pop(name_of(field))
             if isinstance(value, (int, float)) and (wrong := field.metadata["bounds"].complaint(value)):
                 raise UserError(f"--{name_of(field)} {value}: {wrong}")
     return kind(**made)

@@ -58,7 +58,7 @@ def test_a_dataclass_is_the_command_line():
         ("--seed -1", "^--seed -1: must not be negative$"),
         ("--scale -2", "^--scale -2.0: must be above -2$"),
         ("--scale nan", "^--scale nan: must be a finite number$"),
-        ("--scale x", "--scale 'x': expected a number"),
+        ("--scale x", "'x': expected a number;"),
         ("--seed 1.5", "expected a whole number"),
         ("--limit_rows 5", "invalid choice: '?5"),
     ],

@@ -56,7 +56,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     "flags, words",
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
-        (["--rows", "0"], "--rows 0: expected 1 or more"),
+        (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--rows", "x"], "--rows 'x': expected a whole number"),
         (["--scale", "x"], "--scale 'x': expected a number"),
         (["--port", "70000"], "--port 70000"),

@@ -771,7 +771,7 @@ def test_a_trial_that_cannot_be_loaded_says_so_and_a_next_one_may_be(served, mon
     asked = []
 
     def load(args):
-        asked.append((os.path.basename(args.model), args.adapter))
+        asked.append((os.path.basename(args.model), args.adapters))
         raise KeyError("blocks.0")
 
     monkeypatch.setattr("src.serving.program.load", load)

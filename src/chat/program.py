@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -15,18 +14,19 @@ from ..data.tool_styles import read_tools
 from ..inference.conversation import Conversation
 from ..inference.decoders import fastest
 from ..inference.engine import Engine, Request
-from ..inference.flags import PromptSettings, decoder_options, load_named
+from ..inference.flags import PromptSettings, load_named, localised
 from ..inference.generate import stream
 from .commands import Chat, note_calls, show
-from .flags import check_local, sampling_of
+from .flags import Flags, check_local
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
     """Answer --prompt, or each line until the chat ends."""
     tools = read_tools(args.tools) if args.tools else []
     check_local(args)
+    args = localised(args)
     chat, how = load(args)
     if tools:
         chat.conversation.use_tools(tools)
@@ -42,16 +42,16 @@ def run(args: argparse.Namespace) -> None:
     chat.converse()
 
 
-def load(args: argparse.Namespace) -> tuple[Chat, str]:
+def load(args: Flags) -> tuple[Chat, str]:
     """Load (the chat, a description of its decoder). Raises UserError for files that do not fit."""
     adapters, tokenizer = load_named(args)
-    adapters.use(list(args.adapter)[:1], args.scale)
+    adapters.use(list(args.adapters)[:1], args.scale)
     with Progress("preparing the weights"):
-        decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
+        decoder, how = fastest(adapters.model, adapters, **args.decoder)
     engine = Engine(decoder, tokenizer, chunk=CHUNK)
-    recorded, used = PromptSettings(args, tokenizer), list(args.adapter.values())[:1]
+    recorded, used = PromptSettings(args, tokenizer), list(args.adapters.values())[:1]
     template, bos = recorded.template(used), recorded.bos(used)
-    conversation = Conversation(engine, sampling_of(args), template, args.system, bos)
+    conversation = Conversation(engine, args.sampling, template, args.system, bos)
     conversation.generator.manual_seed(args.seed)
     chat = Chat(conversation, adapters, recorded.template, args.max_tokens, args.seed, recorded.bos)
     if args.load_state:
@@ -66,7 +66,7 @@ def load(args: argparse.Namespace) -> tuple[Chat, str]:
     return chat, how
 
 
-def show_answer(args: argparse.Namespace, chat: Chat) -> None:
+def show_answer(args: Flags, chat: Chat) -> None:
     """Answer --prompt on stdout."""
     conversation = chat.conversation
     if args.raw:

@@ -159,12 +159,6 @@ TOOL_STYLE_FLAG = {
 }
 
 
-def add_template_flags(add) -> None:
-    """Add --template and --tool_style to a program; `add` is its parser's add_argument."""
-    add("--template", **TEMPLATE_FLAG)
-    add("--tool_style", **TOOL_STYLE_FLAG)
-
-
 def is_jinja(record) -> bool:
     """Tell a Jinja template's source from a name."""
     return isinstance(record, str) and "{" in record

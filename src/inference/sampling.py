@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.flags import flag
 
 from ..data.chat_template import begins_thoughts
 from ..ops import PLAIN, native, self_test
 from .constraint import Constraint
 from .logit_changes import ChangedLogits
+
+DEFAULT = "; default %(default)s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,15 @@ class Sampling:
     occurrence fades by `penalty_decay` with every token.
     """
 
-    temperature: float = 1.0
-    top_p: float = 0.7
-    top_k: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = flag(1.0, "how freely tokens are drawn; 0: always the likeliest one" + DEFAULT)
+    top_p: float = flag(
+        0.7, "draw among the likeliest tokens whose probabilities add up to this; 1: among all" + DEFAULT
+    )
+    top_k: int = flag(0, "draw among this many of the likeliest tokens; 0: among all" + DEFAULT)
+    presence_penalty: float = flag(0.0, "lowers the logit of a token that is in the answer already" + DEFAULT)
+    frequency_penalty: float = flag(
+        0.0, "lowers a token's logit once for each time that it is in the answer" + DEFAULT
+    )
     penalty_decay: float = 0.996
 
     def __str__(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import NamedTuple
@@ -10,20 +9,21 @@ from typing import NamedTuple
 from starlette.applications import Starlette
 
 from rwkv_miss.files.mapped import ChangedFile
+from rwkv_miss.flags import given
 from rwkv_miss.progress import Progress
 
-from ..common.available_memory import parse_size, resident
+from ..common.available_memory import resident
 from ..common.formatting import counted, size_text
 from ..data.released import modes_note
 from ..data.templates import choose_template
 from ..inference.adapters import Adapters
 from ..inference.decoders import fastest, prompt_chunk
 from ..inference.engine import Engine
-from ..inference.flags import PromptSettings, decoder_options, load_named
+from ..inference.flags import PromptSettings, load_named, localised
 from ..inference.load import refuse_folders
 from .app import assemble
 from .dispatcher import Dispatcher
-from .flags import chosen_sampling, limits_of
+from .flags import Flags
 from .guard import OWN_NAMES, Guard, is_own_machine
 from .limits import Limits
 from .listener import Listener, allow_files, bound
@@ -35,10 +35,12 @@ from .uvicorn_server import Server
 FAILED = 70  # exit code if the engine can't go on: "internal software error" in sysexits.h
 
 
-def run(args: argparse.Namespace) -> None:
-    limits = limits_of(args)
+def run(args: Flags) -> None:
+    limits = args.limits
     allow_files(limits.connections)
     listener = bound(args.host, args.port)  # before a model is read in vain
+    check_local(args)
+    args = localised(args)
     serve(args, limits, listener, load(args))
 
 
@@ -50,11 +52,15 @@ class Serving(NamedTuple):
     how: str  # description of the decoder
 
 
-def load(args: argparse.Namespace) -> Serving:
-    """Read the model and its adapters. Raises UserError for files that do not fit."""
+def check_local(args: Flags) -> None:
+    """Raise UserError for what can't be read, before anything is downloaded."""
     choose_template(args.template, args.tool_style, None, None)
-    refuse_folders(args.adapter)
-    cache = 0 if args.cache.strip() == "0" else parse_size(args.cache, "--cache")
+    refuse_folders(args.adapters)
+    args.cache_bytes()
+
+
+def load(args: Flags) -> Serving:
+    """Read the model and its adapters. Raises UserError for files that do not fit."""
     adapters, tokenizer = load_named(args)
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
     name = merged_name(adapters, name, args.scale)
@@ -62,9 +68,9 @@ def load(args: argparse.Namespace) -> Serving:
     records = Records(recorded.template, recorded.bos, tokenizer.name)
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
     with Progress("preparing the weights"):
-        decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
+        decoder, how = fastest(adapters.model, adapters, args.rows, **args.decoder)
     chunk = args.chunk or prompt_chunk(decoder)
-    engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
+    engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=args.cache_bytes())
     return Serving(engine, served, how)
 
 
@@ -82,7 +88,7 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
     return f"{name}:{names[0]}"
 
 
-def guard_of(args: argparse.Namespace) -> Guard:
+def guard_of(args: Flags) -> Guard:
     is_local = is_own_machine(args.host)
     hosts = (
         frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if is_local else None
@@ -91,12 +97,12 @@ def guard_of(args: argparse.Namespace) -> Guard:
     return Guard(args.keys, hosts, origins, args.admin_keys)
 
 
-def assembled(args: argparse.Namespace, limits: Limits, loaded: Serving) -> tuple[Starlette, Dispatcher]:
+def assembled(args: Flags, limits: Limits, loaded: Serving) -> tuple[Starlette, Dispatcher]:
     """Assemble the server of what was loaded: (the application, its dispatcher)."""
     return assemble(
         loaded.engine,
         loaded.served,
-        Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed),
+        Defaults(args.max_tokens, args.system, dict(given(args.sampling)), args.seed),
         limits,
         guard_of(args),
         args.log_requests,
@@ -106,7 +112,7 @@ def assembled(args: argparse.Namespace, limits: Limits, loaded: Serving) -> tupl
     )
 
 
-def address(args: argparse.Namespace, listener: Listener) -> str:
+def address(args: Flags, listener: Listener) -> str:
     """Return the URL of the server for a browser on this machine."""
     # a browser can't open the address that stands for all of the machine's
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
@@ -114,7 +120,7 @@ def address(args: argparse.Namespace, listener: Listener) -> str:
     return f"{'https' if args.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
 
 
-def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: Serving) -> None:
+def serve(args: Flags, limits: Limits, listener: Listener, loaded: Serving) -> None:
     """Answer until a signal ends the server."""
     engine, served, how = loaded
     app, dispatcher = assembled(args, limits, loaded)

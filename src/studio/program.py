@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 
@@ -11,7 +10,7 @@ from rwkv_miss.errors import UserError
 from ..common.available_memory import parse_size
 from ..config.parse import flag_parser, read_flags, settle
 from ..serving.app import make_app
-from ..serving.flags import limits_of
+from ..serving.flags import Flags
 from ..serving.listener import allow_files, bound
 from ..serving.program import address, guard_of
 from ..serving.uvicorn_server import Server
@@ -20,8 +19,8 @@ from .folders import Folders
 from .trial import Mounted, TriedModel
 
 
-def run(args: argparse.Namespace) -> None:
-    limits = limits_of(args)
+def run(args: Flags) -> None:
+    limits = args.limits
     allow_files(limits.connections)
     operators = checked_flags(args.train_flags)
     upload_bytes = parse_size(args.limit_upload or "4GB", "--limit_upload")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import copy
+import dataclasses
 import traceback
 import types
 from typing import Any
@@ -17,6 +16,7 @@ from rwkv_miss.errors import UserError
 from ..serving import program
 from ..serving.dispatcher import Dispatcher
 from ..serving.errors import Refused
+from ..serving.flags import Flags
 from ..serving.limits import Limits
 from ..serving.metrics import ServerMetrics
 
@@ -28,7 +28,7 @@ class TriedModel:
 
     worker = types.SimpleNamespace(fatal=None)  # a trial that fails does not end the server
 
-    def __init__(self, args: argparse.Namespace, limits: Limits):
+    def __init__(self, args: Flags, limits: Limits):
         self.args, self.limits, self.metrics = args, limits, ServerMetrics()
         self.state, self.run, self.error = "none", None, None
         self.app: ASGIApp | None = None
@@ -55,13 +55,13 @@ class TriedModel:
         if self.state == "loading":
             raise Refused(409, f"{self.run} is being loaded; wait for its end", code="loading")
         self.state, self.run, self.error = "loading", run, None
-        args = copy.copy(self.args)
-        args.model, args.adapter = model, {"adapter": adapter} if adapter else {}
-        args.name = args.name or ("base" if adapter else "trained")
+        adapters = {"adapter": adapter} if adapter else {}
+        name = self.args.name or ("base" if adapter else "trained")
+        args = dataclasses.replace(self.args, model=model, adapters=adapters, name=name)
         self.loading = asyncio.create_task(self._load(args))
         return self.as_object()
 
-    async def _load(self, args: argparse.Namespace) -> None:
+    async def _load(self, args: Flags) -> None:
         try:
             await self.close()
             loaded = await asyncio.to_thread(program.load, args)
