@@ -13,7 +13,6 @@ Exit code 0: there is a best rate. 1: no rate is better than not training. 2: th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -32,6 +31,7 @@ with importing():
     from matplotlib.figure import Figure
 
     from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.flags import add_flags, flag, options, options_of
     from src.common.device import PRECISIONS
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
@@ -50,48 +50,39 @@ with importing():
     from src.training.short_runs import Trial, held_out_loss, judge_of, trials, with_reference
     from src.training.validation_log import BEST
 
-OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 600  # shorter trainings prefer rates that are too high for a run
 FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # rates of the sweep, times --lr_init or the chosen rate
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+@options
+class Own:
+    """Flags of this program alone."""
+
+    rates: str = flag(
+        "",
+        "learning rates to try [0.03 to 30 times --lr_init, or the chosen rate]",
+        metavar="R,R,...",
+    )
+    steps: int = flag(0, f"optimizer steps of each training [the run's steps, at most {STEPS}]", low=0)
+    setting: str = flag(SETTINGS[0], "the setting that --rates are values of [lr_init]", choices=SETTINGS)
+
+
+def parse(argv: list[str]) -> tuple[Own, Config]:
     """Parse (this program's own flags, the run's settings)."""
     parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n\n")[0])
-    own = parser.add_argument_group("of the sweep alone")
-    own.add_argument(
-        "--rates",
-        default="",
-        metavar="R,R,...",
-        help="learning rates to try [0.03 to 30 times --lr_init, or the chosen rate]",
-    )
-    own.add_argument(
-        "--steps",
-        type=int,
-        default=0,
-        help=f"optimizer steps of each training [the run's steps, at most {STEPS}]",
-    )
-    own.add_argument(
-        "--setting",
-        choices=SETTINGS,
-        default=SETTINGS[0],
-        help="the setting that --rates are values of [lr_init]",
-    )
+    add_flags(parser.add_argument_group("of the sweep alone"), Own)
     given = read_flags(parser, argv)
-    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config = settle(given)
+    ours, config = options_of(Own, given), settle(given)
     validate(config)
     check(ours, config)
     return ours, config
 
 
-def check(ours: argparse.Namespace, config: Config) -> None:
+def check(ours: Own, config: Config) -> None:
     """Check the rules for a sweep, in addition to a run's."""
-    ours.rates = read_rates(ours.rates)
-    if ours.steps < 0:
-        raise UserError(f"--steps {ours.steps}: must not be negative")
+    read_rates(ours.rates)
     if ours.setting == "state_lr" and config.state_learning_rate is None:
         raise UserError(
             "--setting state_lr is for --train_parts state, an initial state with an adapter; all else"
@@ -135,7 +126,7 @@ def main() -> None:
         sys.exit(sweep(*parse(sys.argv[1:])))
 
 
-def sweep(ours: argparse.Namespace, given: Config) -> int:
+def sweep(ours: Own, given: Config) -> int:
     """Train at every rate, print and write the results; returns 0 if a rate beats no training, else 1."""
     given = fetch_inputs(given)  # so that the printed command names the commits of the hub's files
     require_folder(given.proj_dir)
@@ -150,7 +141,8 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     steps, config = steps_of_a_training(ours, given, plan.steps), plan.settings
     if given.is_automatic("warmup_steps"):  # a chosen warm-up is a share of each training, not of the run
         config = dataclasses.replace(config, warmup_steps=warm_up(steps))
-    rates = ours.rates or grid(config.state_learning_rate if ours.setting == "state_lr" else config.lr_init)
+    centre = config.state_learning_rate if ours.setting == "state_lr" else config.lr_init
+    rates = read_rates(ours.rates) or grid(centre)
     torch.manual_seed(config.random_seed)
     model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision]).to(
         "cuda" if plan.device.accelerator == "gpu" else "cpu"
@@ -174,7 +166,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     return conclude(ours.setting, given, before, done, steps, shortened)
 
 
-def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
+def steps_of_a_training(ours: Own, config: Config, of_run: int) -> int:
     """Count the steps at every rate. Raises UserError if the warm-up takes all of them."""
     steps = ours.steps or min(of_run, STEPS)
     if config.settled().warmup_steps >= steps:

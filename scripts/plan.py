@@ -11,10 +11,8 @@ settings are wrong.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 
@@ -26,6 +24,7 @@ from src.common.startup import Start, importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.hub_names import recorded
+    from rwkv_miss.flags import add_flags, flag, options, options_of
     from rwkv_miss.progress import Progress, duration_text
     from src import ops
     from src.common.available_memory import parse_size
@@ -47,42 +46,32 @@ with importing():
     from src.sources.estimates import Speed
 
 
-OWN = ("memory", "tokens_per_second", "metrics", "json")
+@options
+class Own:
+    """Flags of this program alone, and its start."""
 
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse the command line; returns (this program's own flags, the run's settings)."""
-    start = Start.of_process()
-    parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
-    own = parser.add_argument_group("of the plan alone")
-    own.add_argument(
-        "--memory",
-        default="",
+    memory: str = flag(
+        "",
+        "memory of one device, such as 24GB [the free memory of this machine's device]; with it,"
+        " --accelerator gpu describes a GPU that need not be here",
         metavar="SIZE",
-        help=(
-            "memory of one device, such as 24GB [the free memory of this machine's device]; with it,"
-            " --accelerator gpu describes a GPU that need not be here"
-        ),
     )
-    own.add_argument(
-        "--tokens_per_second",
-        type=float,
-        default=0.0,
-        help="speed of the whole run, from which its time is estimated",
-    )
-    own.add_argument(
-        "--metrics",
-        default="",
+    tokens_per_second: float = flag(0.0, "speed of the whole run, from which its time is estimated", low=0)
+    metrics: str = flag(
+        "",
+        "metrics.jsonl of an earlier run like this one, from which its speed is taken",
         metavar="FILE",
-        help="metrics.jsonl of an earlier run like this one, from which its speed is taken",
     )
-    own.add_argument("--json", action="store_true", default=False, help="print a last line for machines")
+    json: bool = flag(False, "print a last line for machines")
+    start: Start = dataclasses.field(default_factory=Start.of_process)
+
+
+def parse(argv: list[str]) -> tuple[Own, Config]:
+    """Parse the command line; returns (this program's own flags, the run's settings)."""
+    parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
+    add_flags(parser.add_argument_group("of the plan alone"), Own)
     given = read_flags(parser, argv)
-    ours = argparse.Namespace(start=start, **{name: given.pop(name) for name in OWN})
-    config = settle(given)
-    if not 0 <= ours.tokens_per_second < math.inf:
-        raise UserError(f"--tokens_per_second {ours.tokens_per_second}: must be a number above 0")
-    return ours, config
+    return options_of(Own, given), settle(given)
 
 
 def main() -> None:
@@ -90,7 +79,7 @@ def main() -> None:
         sys.exit(plan(*parse(sys.argv[1:])))
 
 
-def plan(ours: argparse.Namespace, config: Config) -> int:
+def plan(ours: Own, config: Config) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
     counted_plan = count(ours, config)
     lines = shown(counted_plan)
@@ -112,7 +101,7 @@ class Needs:
     cost: Cost
 
 
-def count(ours: argparse.Namespace, typed: Config) -> Needs:
+def count(ours: Own, typed: Config) -> Needs:
     """Plan a run, and count its needs."""
 
     def device_of(config: Config, head_size: int) -> Device:
@@ -225,7 +214,7 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
     return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 
 
-def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
+def find_speed(ours: Own, plan: Plan) -> Speed:
     """Find the speed of the whole run: given by a flag, recorded in --metrics, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")

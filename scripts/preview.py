@@ -15,7 +15,6 @@ Exit code 0: done. 1: with --strict, something was found. 2: the settings are wr
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -33,6 +32,7 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
+    from rwkv_miss.flags import add_flags, flag, options, options_of
     from scripts.preview_answers import answer_figures, answer_lines
     from scripts.preview_forms import forms
     from scripts.preview_lint import Lint, for_machines
@@ -61,36 +61,34 @@ with importing():
     from src.reporting import data_text
     from src.sources.documents import mask_text
 
-OWN = ("samples", "plain", "json", "strict")
 SHOWN_WEIGHTS = 6  # if there are more different weights, only their range is shown
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Parse the command line; returns (this program's own flags, the run's settings)."""
-    parser = flag_parser("python -m scripts.preview", __doc__.partition("\n\n")[0])
-    own = parser.add_argument_group("of the preview alone")
-    own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
-    own.add_argument(
-        "--plain",
-        action="store_true",
-        default=False,
-        help="mark trained text with « » instead of colours; also chosen if the output is no terminal or"
+@options
+class Own:
+    """Flags of this program alone."""
+
+    samples: int = flag(3, "documents to show, from all over the data [3]", low=0)
+    plain: bool = flag(
+        False,
+        "mark trained text with « » instead of colours; also chosen if the output is no terminal or"
         " NO_COLOR is set",
     )
-    own.add_argument("--json", action="store_true", default=False, help="print JSON alone, for machines")
-    own.add_argument(
-        "--strict", action="store_true", default=False, help="exit code 1 if something was found"
-    )
+    json: bool = flag(False, "print JSON alone, for machines")
+    strict: bool = flag(False, "exit code 1 if something was found")
+
+
+def parse(argv: list[str] | None) -> tuple[Own, Config]:
+    """Parse (this program's own flags, the run's settings)."""
+    parser = flag_parser("python -m scripts.preview", __doc__.partition("\n\n")[0])
+    add_flags(parser.add_argument_group("of the preview alone"), Own)
     given = read_flags(parser, sys.argv[1:] if argv is None else argv)
-    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config = settle(given)
+    ours, config = options_of(Own, given), settle(given)
     if config.data_file:
         check_data(config)
     elif ours.json or ours.strict:
         raise UserError("--json and --strict are about data; give --data_file")
-    if ours.samples < 0:
-        raise UserError(f"--samples {ours.samples}: must not be negative")
     return ours, config
 
 

@@ -3,12 +3,11 @@ reference answers."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,6 +29,9 @@ from src.losses.grpo import REWARDS
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
 from src.sources import source_of
+
+if TYPE_CHECKING:
+    from scripts.preview import Own
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards that are computed in this process, for all reference answers; others score JUDGED of them elsewhere
@@ -56,7 +58,7 @@ class ReadQuestions(NamedTuple):
     report: Report
 
 
-def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace, plain: bool) -> bool:
+def preview_questions(config: Config, encoder: Encoder, ours: Own, plain: bool) -> bool:
     """Print the findings, and some questions; returns whether something is odd."""
     draft = Draft(config)
     choose_loss(draft)
