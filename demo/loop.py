@@ -10,7 +10,6 @@ several GPUs, resume, quantised bases, long rows in chunks, and reports.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 
@@ -24,7 +23,8 @@ with importing():
     import torch
 
     import rwkv_miss
-    from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.errors import one_line_errors
+    from rwkv_miss.flags import flag, options, parse_flags
     from rwkv_miss.progress import progress, say
     from src import ops
     from src.common.batch import Batch
@@ -40,25 +40,23 @@ with importing():
     from src.model import RWKV
 
 
-def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m demo.loop", description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--load_model", required=True, help="base model, a .pth of RWKV-6 or RWKV-7")
-    add("--data_file", required=True, help='rows to train on: {"text": ...} or {"messages": [...]}')
-    add("--eval_file", required=True, help="rows for the validation loss")
-    add("--proj_dir", required=True, help="folder for adapter.pth and merged.pth")
-    add("--prompt", required=True, help="prompt for the merged model at the end")
-    add("--rank", type=int, default=12, help="rank of MiSS; default %(default)s, for real models 64")
-    add("--ctx_len", type=int, default=128, help="tokens of a row; default %(default)s")
-    add("--micro_bsz", type=int, default=16, help="rows of a step; default %(default)s")
-    add("--epoch_steps", type=int, default=300, help="steps in all; default %(default)s")
-    add("--eval_steps", type=int, default=100, help="steps between validations; default %(default)s")
-    add("--lr_init", type=float, default=5e-3, help="the highest learning rate; default %(default)s")
-    add("--random_seed", type=int, default=42, help="default %(default)s")
-    return parser.parse_args(argv)
+@options
+class Flags:
+    load_model: str = flag(help="base model, a .pth of RWKV-6 or RWKV-7")
+    data_file: str = flag(help='rows to train on: {"text": ...} or {"messages": [...]}')
+    eval_file: str = flag(help="rows for the validation loss")
+    proj_dir: str = flag(help="folder for adapter.pth and merged.pth")
+    prompt: str = flag(help="prompt for the merged model at the end")
+    rank: int = flag(12, "rank of MiSS; default %(default)s, for real models 64", low=1)
+    ctx_len: int = flag(128, "tokens of a row; default %(default)s", low=1)
+    micro_bsz: int = flag(16, "rows of a step; default %(default)s", low=1)
+    epoch_steps: int = flag(300, "steps in all; default %(default)s", low=1)
+    eval_steps: int = flag(100, "steps between validations; default %(default)s", low=1)
+    lr_init: float = flag(5e-3, "the highest learning rate; default %(default)s")
+    random_seed: int = flag(42, "default %(default)s")
 
 
-def train(args: argparse.Namespace) -> list[float]:
+def train(args: Flags) -> list[float]:
     """Train, print, save, merge and ask. Return the loss of every step."""
     # The device. Weights are bf16 on a GPU; MiSS's trained numbers are fp32 everywhere.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +127,7 @@ def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: RWKV, documents: Documents, args: argparse.Namespace) -> float:
+def validation_loss(model: RWKV, documents: Documents, args: Flags) -> float:
     """Return the mean loss over all trained tokens of the documents."""
     rows = list(pack(documents.lengths - 1, args.ctx_len, args.random_seed))
     parts = [rows[at : at + args.micro_bsz] for at in range(0, len(rows), args.micro_bsz)]
@@ -147,4 +145,4 @@ def rate_factor(step: int, steps: int) -> float:
 
 if __name__ == "__main__":
     with one_line_errors():
-        train(read_flags(None))
+        train(parse_flags(Flags, None, prog="python -m demo.loop", description=__doc__.partition("\n")[0]))

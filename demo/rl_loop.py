@@ -13,7 +13,6 @@ other rewards and their time limits, several GPUs, resume, and reports.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import os
@@ -29,7 +28,8 @@ with importing():
     import torch
 
     import rwkv_miss
-    from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.flags import flag, options, parse_flags
     from rwkv_miss.progress import progress, say
     from src import ops
     from src.common.batch import Batch
@@ -50,30 +50,28 @@ with importing():
     from .loop import rate_factor
 
 
-def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m demo.rl_loop", description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--load_model", required=True, help="base model, a .pth of RWKV-6 or RWKV-7")
-    add("--data_file", required=True, help="questions with their right answers")
-    add("--eval_file", required=True, help="questions that judge the training")
-    add("--proj_dir", required=True, help="folder for adapter.pth and merged.pth")
-    add("--rank", type=int, default=12, help="rank of MiSS; default %(default)s, for real models 64")
-    add("--ctx_len", type=int, default=128, help="tokens of a question and an answer; default %(default)s")
-    add("--max_tokens", type=int, default=24, help="longest answer; default %(default)s")
-    add("--micro_bsz", type=int, default=4, help="questions of a step; default %(default)s")
-    add("--group_size", type=int, default=8, help="answers to each; default %(default)s")
-    add("--epoch_steps", type=int, default=100, help="steps in all; default %(default)s")
-    add("--eval_steps", type=int, default=50, help="steps between checks; default %(default)s")
-    add("--lr_init", type=float, default=1e-3, help="the highest learning rate; default %(default)s")
-    add("--random_seed", type=int, default=42, help="default %(default)s")
-    args = parser.parse_args(argv)
-    if args.group_size < 2:
-        parser.error(f"--group_size {args.group_size}: an answer is compared with others; give 2 or more")
-    return args
+@options
+class Flags:
+    load_model: str = flag(help="base model, a .pth of RWKV-6 or RWKV-7")
+    data_file: str = flag(help="questions with their right answers")
+    eval_file: str = flag(help="questions that judge the training")
+    proj_dir: str = flag(help="folder for adapter.pth and merged.pth")
+    rank: int = flag(12, "rank of MiSS; default %(default)s, for real models 64", low=1)
+    ctx_len: int = flag(128, "tokens of a question and an answer; default %(default)s", low=1)
+    max_tokens: int = flag(24, "longest answer; default %(default)s", low=1)
+    micro_bsz: int = flag(4, "questions of a step; default %(default)s", low=1)
+    group_size: int = flag(8, "answers to each; default %(default)s")
+    epoch_steps: int = flag(100, "steps in all; default %(default)s", low=1)
+    eval_steps: int = flag(50, "steps between checks; default %(default)s", low=1)
+    lr_init: float = flag(1e-3, "the highest learning rate; default %(default)s")
+    random_seed: int = flag(42, "default %(default)s")
 
 
-def train(args: argparse.Namespace) -> list[tuple[float, float]]:
+def train(args: Flags) -> list[tuple[float, float]]:
     """Train, print, save and merge. Return (mean reward, loss) of every step."""
+    if args.group_size < 2:
+        raise UserError(f"--group_size {args.group_size}: an answer is compared with others; give 2 or more")
+
     # The device. Weights are bf16 on a GPU; MiSS's trained numbers are fp32 everywhere.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -138,10 +136,8 @@ def train(args: argparse.Namespace) -> list[tuple[float, float]]:
     return steps
 
 
-def rollout(
-    questions: Questions, place: int, step: int, encoder: Encoder, args: argparse.Namespace
-) -> Request:
-    """Request a group of answers at temperature 1, so that ln p equals the training's; each has a seed."""
+def rollout(questions: Questions, place: int, step: int, encoder: Encoder, args: Flags) -> Request:
+    """Request answers at temperature 1, so that ln p equals the training's; each has a seed."""
     seed = np.random.SeedSequence([args.random_seed, step, place]).generate_state(1, np.uint64)
     return Request(
         questions.prompts[place].tolist(),
@@ -195,4 +191,4 @@ def greedy_reward(model: RWKV, questions: Questions, encoder: Encoder) -> float:
 
 if __name__ == "__main__":
     with one_line_errors():
-        train(read_flags(None))
+        train(parse_flags(Flags, None, prog="python -m demo.rl_loop", description=__doc__.partition("\n")[0]))

@@ -8,6 +8,7 @@ import torch
 
 import rwkv_miss
 from demo import loop, rl_loop, task
+from rwkv_miss.flags import parse_flags
 
 from .conftest import make_arch, random_tensors
 from .program import call
@@ -27,7 +28,9 @@ def test_the_losses_are_those_of_train(version, tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     files = f"--load_model {tmp_path}/base.pth --data_file {tmp_path}/rows.jsonl"
     shared = f"{files} --eval_file {tmp_path}/held.jsonl {SHARED}".split()
-    ours = loop.train(loop.read_flags([*shared, *f"--rank 6 --proj_dir {tmp_path}/loop --prompt a".split()]))
+    ours = loop.train(
+        parse_flags(loop.Flags, [*shared, *f"--rank 6 --proj_dir {tmp_path}/loop --prompt a".split()])
+    )
     own = "--peft_config r=6 --accelerator cpu --precision fp32 --eval_docs 9 --eval_samples 0 --early_stop 0"
     code, said = call(["train.py", *shared, *own.split(), "--proj_dir", str(tmp_path / "train")])
     assert code == 0, said
@@ -50,7 +53,9 @@ def test_rewards_and_losses_are_those_of_train(tmp_path, capsys):
     shared = f"--load_model {BASE} --data_file {tmp_path}/rows.jsonl --eval_file {tmp_path}/held.jsonl"
     shared += " --epoch_steps 6 --eval_steps 3 --lr_init 1e-3 --micro_bsz 3 --ctx_len 64 --max_tokens 14"
     shared = [*shared.split(), "--group_size", "4"]
-    ours = rl_loop.train(rl_loop.read_flags([*shared, *f"--rank 6 --proj_dir {tmp_path}/loop".split()]))
+    ours = rl_loop.train(
+        parse_flags(rl_loop.Flags, [*shared, *f"--rank 6 --proj_dir {tmp_path}/loop".split()])
+    )
     own = "--loss grpo --peft_config r=6 --accelerator cpu --precision fp32 --accumulate_grad_batches 1"
     own += " --train_parts= --eval_docs 5 --early_stop 0"
     code, said = call(["train.py", *shared, *own.split(), "--proj_dir", str(tmp_path / "train")])
