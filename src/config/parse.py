@@ -21,6 +21,7 @@ import yaml
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import Parser, UserError, did_you_mean, similar_path
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.flags import add_flags
 
 from ..common.bounded_files import read_settings
 from ..common.files import write_text
@@ -112,17 +113,21 @@ def flag_parser(prog: str, description: str) -> Parser:
         action=_GivenOnce,
         help="YAML with any of these settings; an earlier run's config.yaml is one",
     )
-    for field in FIELDS.values():
-        default = "chosen" if field.default is AUTO else field.metadata["written"]
-        default = f"{default:g}" if isinstance(default, bool | float) else default
-        default = "" if default in ("", {}) else f" [{default}]"
-        names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
-        bounds = f"; {text}" if (text := uncommon_bounds(field.name)) else ""
-        help = (field.metadata["help"] + bounds + default).replace("%", "%%")
-        # --verbose is --verbose 1
-        alone = {"nargs": "?", "const": "1"} if type_of(field.name) is bool else {}
-        parser.add_argument(*names, dest=field.name, metavar=type_of(field.name).__name__, help=help, **alone)
+    add_flags(parser, Config, _keywords)
     return parser
+
+
+def _keywords(field: dataclasses.Field) -> dict[str, Any]:
+    """Return the keywords of a setting's flag. Its value stays a text, as those of YAML become typed, too."""
+    kind = type_of(field.name)
+    default = "chosen" if field.default is AUTO else field.metadata["written"]
+    default = f"{default:g}" if isinstance(default, bool | float) else default
+    default = "" if default in ("", {}) else f" [{default}]"
+    bounds = f"; {text}" if (text := uncommon_bounds(field.name)) else ""
+    help = (field.metadata["help"] + bounds + default).replace("%", "%%")
+    # --verbose is --verbose 1
+    alone = {"nargs": "?", "const": "1"} if kind is bool else {}
+    return {"metavar": kind.__name__, "help": help, **alone}
 
 
 def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
