@@ -79,7 +79,7 @@ def flag(
     """Declare a flag with its help, other names and allowed values.
 
     `low` and `high` are the smallest and the largest number; `above` and `below` are no longer allowed.
-    `more` is metavar, nargs, type or const, as argparse has them; `name`, where the flag is not called as the
+    `more` is metavar, nargs or type, as argparse has them; `name`, where the flag is not called as the
     field; `positional`; or what a program wants to know of the field.
     """
     meta = {

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError, listed
+from ..flags import Options
 from ..progress import Progress, print_notes
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
 from .weight_files import weight_map
@@ -42,7 +43,7 @@ def local_path(text: str, repo_type: str = MODEL) -> str:
     return fetch(pin(parse(text, repo_type))) if is_hub_name(text) else text
 
 
-def with_local_files(options: Any) -> Any:
+def with_local_files(options: Options) -> Options:
     """Copy the flags of a program: those declared with file=True name local files."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata.get("file")}
     local = {

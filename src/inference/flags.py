@@ -9,7 +9,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub import local_path
-from rwkv_miss.flags import flag, options
+from rwkv_miss.flags import Options, flag, options
 
 from ..common.device import PRECISIONS
 from ..data.bos import HELP as BOS_HELP
@@ -43,7 +43,7 @@ class FileFlags:
 
 
 @options
-class TextFlags:
+class TextFlags(FileFlags):
     """The way from a prompt to tokens."""
 
     tokenizer: str = flag(
@@ -57,7 +57,7 @@ class TextFlags:
 
 
 @options
-class DeviceFlags:
+class DeviceFlags(TextFlags):
     """Device and number formats."""
 
     accelerator: str = flag("auto", choices=("auto", "cpu", "gpu"))
@@ -121,14 +121,14 @@ def named(given: list[str]) -> dict[str, str]:
     return files
 
 
-def load_named(args: Any) -> tuple[Adapters, Tokenizer]:
+def load_named(args: DeviceFlags) -> tuple[Adapters, Tokenizer]:
     """Load what the flags name, as load_with() does. The names are of local files."""
     return load_with(
         args.model, args.adapters, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
     )
 
 
-def localised(args: Any) -> Any:
+def localised(args: Options) -> Options:
     """Copy the flags: --model and --adapter name local files."""
     adapters = {name: local_path(path) for name, path in args.adapters.items()}
     return dataclasses.replace(args, model=local_path(args.model), adapters=adapters)
@@ -140,7 +140,7 @@ class PromptSettings:
     The template is that of the first file with a record. The BOS is the first file's, none without a record.
     """
 
-    def __init__(self, args: Any, tokenizer: Tokenizer):
+    def __init__(self, args: TextFlags, tokenizer: Tokenizer):
         self.args, self.tokenizer = args, tokenizer
 
     def template(self, paths: list[str]) -> Template:
