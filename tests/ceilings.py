@@ -32,8 +32,8 @@ def statements(tree: ast.AST) -> int:
 
 def parameters(function: ast.FunctionDef) -> int:
     """Count the parameters, without self and cls."""
-    given = function.args
-    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    arguments = function.args
+    names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
 

@@ -262,8 +262,8 @@ def pypi_rwkv(path):
         if state is None and version == 7:
             state = model.generate_zero_state()
         ids = list(ids)
-        given = ids[0] if version == 7 and len(ids) == 1 else ids
-        logits, state = model.forward(given, state, full_output=True)
+        tokens = ids[0] if version == 7 and len(ids) == 1 else ids
+        logits, state = model.forward(tokens, state, full_output=True)
         return logits.reshape(len(ids), -1), state
 
     return run

@@ -106,17 +106,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         files = self.hub.repositories[key][commit]
         if what == "refs":
-            told = self.refs(key)
+            answer = self.refs(key)
         elif what == "tree":
-            told = [
+            answer = [
                 {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
                 for path, content in files.items()
             ]
         else:
             siblings = [{"rfilename": path} for path in files]
-            told = {"id": key[1], "sha": commit, "private": False, "downloads": 0, "likes": 0, "tags": []}
-            told |= {"siblings": siblings}
-        self.send(json.dumps(told).encode(), {"Content-Type": "application/json"})
+            answer = {"id": key[1], "sha": commit, "private": False, "downloads": 0, "likes": 0, "tags": []}
+            answer |= {"siblings": siblings}
+        self.send(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def refs(self, key):
         branches = [

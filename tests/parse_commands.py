@@ -73,12 +73,12 @@ def settled(values):
     """UserError for values that the settings refuse; placeholders pass."""
     from src.config import FIELDS, settle
 
-    known = {
+    answers = {
         name: value
         for name, value in vars(values).items()
         if name in FIELDS and not PLACEHOLDER.fullmatch(str(value))
     }
-    settle(known)
+    settle(answers)
 
 
 def has_parser(words):

@@ -112,11 +112,11 @@ def flags_of(files, proj_dir, *more):
     All rows are trained on, where no flag is about evaluations.
     """
     paths = ("--load_model", files / "base.pth", "--data_file", files / "rows.jsonl", "--proj_dir", proj_dir)
-    own = "--tokenizer bytes --accelerator cpu --micro_bsz 4 --lr_init 1e-2".split()
+    small = "--tokenizer bytes --accelerator cpu --micro_bsz 4 --lr_init 1e-2".split()
     if not {"grpo", "distill_on_policy"}.intersection(more):  # whose questions share no rows
-        own += ["--packing", "0"]
+        small += ["--packing", "0"]
     whole = [] if any(str(flag).startswith("--eval_") for flag in more) else ["--eval_split", "0"]
-    return [str(word) for word in (*paths, *own, *whole, *more)]
+    return [str(word) for word in (*paths, *small, *whole, *more)]
 
 
 def run(flags, sabotage=None, counted=False, sample_tokens=9, forgetting=False):

@@ -329,11 +329,11 @@ def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(
     x = torch.randn(2, 5, width, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(2, 5, out, dtype=torch.float64)
     trained = {name: t for name, t in layer.own_tensors().items() if t.requires_grad}
-    own = list(trained.values())
-    got = torch.autograd.grad(layer(x), [x, *own], dy)
+    parameters = list(trained.values())
+    got = torch.autograd.grad(layer(x), [x, *parameters], dy)
     # the base class's forward is the definition: x (W + delta)^T + bias
     y = AdapterLinear.forward(layer, x)
-    want = torch.autograd.grad(y, [x, *own], dy)
+    want = torch.autograd.grad(y, [x, *parameters], dy)
     close("y", layer(x), y, 1e-12)
     for name, mine, theirs in zip(["dx", *trained], got, want, strict=True):
         close(name, mine, theirs, 1e-12)
@@ -573,12 +573,12 @@ def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
         rank = int(re.search(r"\br=(\d+)", name)[1])
         rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options(g, rank))
         layer = model.to(dtype)[0]
-        given = g["params"] | g["frozen"]
+        tensors = g["params"] | g["frozen"]
         layer.load(
             {
                 **layer.own_tensors(),
                 **initial,
-                **{ours: given[theirs].squeeze(-1) for ours, theirs in names.items()},
+                **{ours: tensors[theirs].squeeze(-1) for ours, theirs in names.items()},
             }
         )
         close(f"{name} frozen weight", layer.weight, g["base_weight"], ratio)

@@ -163,8 +163,8 @@ def test_made_up_facts_are_asked_as_trained_in_other_forms_and_of_new_names():
     for question, (_, answer) in zip(asked["as trained"], rows, strict=True):
         assert facts.is_right(answer["content"], question)
         assert not facts.is_right(answer["content"].replace(question.answer, "nothing"), question)
-    known = " ".join(made.names)
-    assert not [question for question in asked["style on new names"] if question.prompt.split()[-2] in known]
+    labels = " ".join(made.names)
+    assert not [question for question in asked["style on new names"] if question.prompt.split()[-2] in labels]
 
 
 @pytest.mark.parametrize(

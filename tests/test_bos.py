@@ -327,8 +327,8 @@ def test_gguf_says_it(spec, bos, trained, tmp_path):
     assert keys["tokenizer.ggml.bos_token_id"] == (bos or (0,))[0]
     begin, _, _ = keys["tokenizer.chat_template"].partition("{")
     assert begin == (keys["tokenizer.ggml.tokens"][0] if bos == (0,) else "")
-    told = [note for note in done.notes if "add_bos_token" in note]
-    assert [f"begins with token {token}" in note for note, token in zip(told, bos, strict=True)] == [
+    notes = [note for note in done.notes if "add_bos_token" in note]
+    assert [f"begins with token {token}" in note for note, token in zip(notes, bos, strict=True)] == [
         True
     ] * len(bos)
 
@@ -339,18 +339,18 @@ def test_the_tokenizer_of_a_hugging_face_folder_adds_it(spec, bos, trained, tmp_
     pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
     model = trained("bytes", 33)
     done = export(model, tmp_path / "hf", "hf", settings=TextSettings(bos=spec))
-    told = {
+    files = {
         name: json.loads((tmp_path / "hf" / name).read_text())
         for name in ("config.json", "generation_config.json", "tokenizer_config.json")
     }
-    assert told["tokenizer_config.json"].get("add_bos_token", False) == bool(bos) == bool(done.notes)
+    assert files["tokenizer_config.json"].get("add_bos_token", False) == bool(bos) == bool(done.notes)
     for name in ("config.json", "generation_config.json"):
-        assert told[name]["bos_token_id"] == (bos or (0,))[0]
+        assert files[name]["bos_token_id"] == (bos or (0,))[0]
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
     assert theirs.encode("User: hi").ids == [*bos, *b"User: hi"]
     assert theirs.encode("User: hi", add_special_tokens=False).ids == [*b"User: hi"]
     if bos:
-        assert theirs.token_to_id(told["tokenizer_config.json"]["bos_token"]) == bos[0]
+        assert theirs.token_to_id(files["tokenizer_config.json"]["bos_token"]) == bos[0]
     done = export(model, tmp_path / "fla", "hf", layout="fla", settings=TextSettings(bos=spec))
     assert ["adds no BOS" in note for note in done.notes] == [True] * len(bos)
 
@@ -367,8 +367,8 @@ def test_a_tokenizer_json_gets_it_too(trained, tmp_path):
         export(model, tmp_path / layout, "hf", layout=layout, settings=TextSettings(tokenizer, bos="auto"))
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / layout / "tokenizer.json"))
         assert theirs.encode("b").ids == [2, 1]
-        told = json.loads((tmp_path / layout / "tokenizer_config.json").read_text())
-        assert told["bos_token"] == "</s>" and told["add_bos_token"]
+        settings = json.loads((tmp_path / layout / "tokenizer_config.json").read_text())
+        assert settings["bos_token"] == "</s>" and settings["add_bos_token"]
 
 
 def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):

@@ -382,14 +382,14 @@ def fake_nvcc(folder, record, cuda="13.0", architectures=toolchain.ARCHITECTURES
     """A compiler for the host that drops what only nvcc understands, and answers as nvcc does."""
     folder.mkdir(parents=True)
     path = folder / "nvcc"
-    known = "".join(f"compute_{arch}\\n" for arch in architectures)
+    listed = "".join(f"compute_{arch}\\n" for arch in architectures)
     path.write_text(f"""#!/bin/sh
 case "$1" in
     --version)
         echo asked >> {record}.asked
         echo "Cuda compilation tools, release {cuda}, V{cuda}.88"
         exit ;;
-    --list-gpu-arch) printf "{known}"; exit ;;
+    --list-gpu-arch) printf "{listed}"; exit ;;
 esac
 echo "$@" >> {record}
 for word do
@@ -636,16 +636,16 @@ def test_an_nvcc_is_asked_once_in_its_life(machine, tmp_path):
 
 def test_a_gpu_that_nvcc_does_not_know():
     """Code for an older one of its generation runs on it; else the driver compiles PTX."""
-    known = (75, 80, 86, 89, 90, 100)
+    architectures = (75, 80, 86, 89, 90, 100)
     for arch, flags in {
         "90": "arch=compute_90,code=sm_90",
         "90a": "arch=compute_90a,code=sm_90a",
         "103": "arch=compute_100,code=sm_100",
         "120": "arch=compute_100,code=compute_100",
     }.items():
-        assert toolchain.code_for([arch], known) == [f"-gencode={flags}"]
+        assert toolchain.code_for([arch], architectures) == [f"-gencode={flags}"]
         assert toolchain.code_for([arch], ()) == [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    assert len(toolchain.code_for(["120", "121"], known)) == 1
+    assert len(toolchain.code_for(["120", "121"], architectures)) == 1
 
 
 @pytest.mark.parametrize(

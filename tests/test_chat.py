@@ -736,8 +736,8 @@ def test_flags_that_do_not_go_together(flags, why):
 def test_adapters_are_named_by_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.pth").touch()
-    given = ["x=run/adapter.pth", "run/other.pth", "a=b.pth", "runs/lr=1/third.pth"]
-    assert named(given) == {
+    adapters = ["x=run/adapter.pth", "run/other.pth", "a=b.pth", "runs/lr=1/third.pth"]
+    assert named(adapters) == {
         "x": "run/adapter.pth",
         "other": "run/other.pth",
         "a=b": "a=b.pth",

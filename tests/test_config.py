@@ -263,8 +263,8 @@ def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
     path.write_text("load_model: a\ndata_file: b\npeft_config: {1: 2}\n")
     # whose name is then refused
     assert parse(["--config", str(path)]).adapter == AdapterOptions("miss", {"1": 2}, None)
-    given = settings("--peft_config", "alpha=1e2,layout=contiguous,magnitude=True,expand=false").peft_config
-    assert given == {"alpha": 100.0, "layout": "contiguous", "magnitude": True, "expand": False}
+    options = settings("--peft_config", "alpha=1e2,layout=contiguous,magnitude=True,expand=false").peft_config
+    assert options == {"alpha": 100.0, "layout": "contiguous", "magnitude": True, "expand": False}
     assert settings().adapter == AdapterOptions("miss", {}, None)
     assert settings("--peft", "none").adapter is None
 

@@ -65,8 +65,8 @@ def several(compiler):
     samplings = [Sampling(0), WARM, Sampling(1, 1, 5, 0.5, 0.2), Sampling(2, 1)]
     for i in range(16):
         form, check = forms[i % 5]
-        given = {"sampling": samplings[i % 4], "seed": i, "stops": ("\n\n", "e"), "form": form}
-        yield Request([i + 1] * (1 + i % 3), 80, n=1 + i % 2, logprobs=i % 3 or None, **given), check
+        options = {"sampling": samplings[i % 4], "seed": i, "stops": ("\n\n", "e"), "form": form}
+        yield Request([i + 1] * (1 + i % 3), 80, n=1 + i % 2, logprobs=i % 3 or None, **options), check
 
 
 def test_answers_have_their_forms_and_do_not_depend_on_each_other(compiler):

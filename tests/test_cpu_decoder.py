@@ -495,9 +495,9 @@ def test_states_of_other_models_and_other_shapes_are_errors():
                 )
             )
     for ids in (one, torch.tensor([[1, 2, 3]])):
-        for given, why in wrong:
+        for tensors, why in wrong:
             with pytest.raises(ValueError, match=why):
-                decoder.read(ids, given)
+                decoder.read(ids, tensors)
 
 
 def test_a_closed_decoder_is_an_error():
@@ -662,8 +662,8 @@ def test_prompts_read_together_are_those_read_alone(sizes):
     for row, prompt in enumerate(prompts):
         want, want_state = exact.next_logits(torch.tensor([prompt]))
         close("logits", logits[row : row + 1], want, TOLERANCE)
-        own = [LayerState(*(part[row : row + 1] for part in layer)) for layer in state]
-        close_states(own, want_state, TOLERANCE)
+        row_state = [LayerState(*(part[row : row + 1] for part in layer)) for layer in state]
+        close_states(row_state, want_state, TOLERANCE)
 
 
 def adapters_of(path, tmp_path, methods):

@@ -419,8 +419,8 @@ def judged(run, config=SFT, origin=GIVEN, step=None):
     """The verdict on a run that has ended."""
     step = run.history[-1]["step"] if step is None and run.history else step or 0
     origins = {"peft_config": f"{CHOSEN}: a rank", **config.origins, "lr_init": origin}
-    told = dataclasses.replace(config, origins=origins)
-    return verdict(told, run.lines, step, run.history)
+    with_origins = dataclasses.replace(config, origins=origins)
+    return verdict(with_origins, run.lines, step, run.history)
 
 
 def test_it_is_the_recommended_state_that_is_judged():

@@ -220,9 +220,9 @@ def files(tmp_path_factory):
 
 
 def start(files, proj_dir, *flags, sabotage=None):
-    own = ["--peft_config", "r=7", "--epoch_steps", "3", "--data_cache", files / "cache"]
-    own += ["--loss", "distill", "--reference", files / "teacher.pth"]
-    flags = program.flags_of(files, proj_dir, *own, *flags)
+    common = ["--peft_config", "r=7", "--epoch_steps", "3", "--data_cache", files / "cache"]
+    common += ["--loss", "distill", "--reference", files / "teacher.pth"]
+    flags = program.flags_of(files, proj_dir, *common, *flags)
     if "sft" in flags:
         place = flags.index("--reference")
         flags = flags[:place] + flags[place + 2 :]
@@ -289,10 +289,10 @@ def test_with_a_mix_of_0_a_run_is_the_supervised_one_in_every_bit(files, tmp_pat
 
 def test_where_documents_share_no_rows_the_teacher_reads_none_that_are_longer(files):
     """And as a frozen base is read, also where all of the student is trained."""
-    given = ["--load_model", str(files / "base.pth"), "--data_file", "rows.jsonl", "--loss", "distill"]
-    given += ["--reference", str(files / "teacher.pth"), "--peft", "none", "--precision", "bf16"]
-    given += ["--ctx_len", "4096", "--packing"]
-    apart, together = (parse([*given, packing]) for packing in "01")
+    flags = ["--load_model", str(files / "base.pth"), "--data_file", "rows.jsonl", "--loss", "distill"]
+    flags += ["--reference", str(files / "teacher.pth"), "--peft", "none", "--precision", "bf16"]
+    flags += ["--ctx_len", "4096", "--packing"]
+    apart, together = (parse([*flags, packing]) for packing in "01")
     documents = documents_with_values([6, 4, 9], 67, 3)
     values = TokenValues(LOG_PROB, None, as_in_steps=False)
     assert [longest_row(config, values, documents) for config in (apart, together)] == [8, 4096]
@@ -301,9 +301,9 @@ def test_where_documents_share_no_rows_the_teacher_reads_none_that_are_longer(fi
 
 
 def test_the_plan_has_the_values_of_a_teacher_in_memory_and_in_the_pass_twice(files):
-    given = ["--load_model", "x.pth", "--data_file", "x.jsonl", "--loss", "distill", "--micro_bsz", "1"]
+    flags = ["--load_model", "x.pth", "--data_file", "x.jsonl", "--loss", "distill", "--micro_bsz", "1"]
     config = parse(
-        [*given, "--grad_cp", "0", "--peft_config", "r=4", "--reference", str(files / "teacher.pth")]
+        [*flags, "--grad_cp", "0", "--peft_config", "r=4", "--reference", str(files / "teacher.pth")]
     )
     arch, kind = make_arch(7, vocab_size=256), ("cpu", "cpu", "fp32", 32, 32)
     none, many = (memory_parts(arch, config, *kind, values=size) for size in (0, 10**9))
@@ -320,6 +320,6 @@ def test_a_teacher_that_is_missing_or_has_other_tokens_is_refused(files, tmp_pat
     save_base(tmp_path / "other.pth", vocab_size=300)
     needed += ["--reference", str(tmp_path / "other.pth"), "--tokenizer", "bytes"]
     new = "--peft none --version x070 --n_layer 2 --n_embd 64 --vocab_size 256".split()
-    for given in (needed, [*needed[2:], *new]):
+    for flags in (needed, [*needed[2:], *new]):
         with pytest.raises(UserError, match="has a vocabulary of 300 tokens, .* one of 256"):
-            read_base(Draft(parse(given)))
+            read_base(Draft(parse(flags)))

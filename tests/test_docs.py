@@ -232,13 +232,13 @@ def test_every_command_parses(parsed):
 def test_every_flag_in_the_text_is_one_of_a_program(parsed):
     _, answers = parsed
     assert len(answers) > 30 and not [answer for answer, _ in answers if answer]
-    known = {flag for _, own in answers for flag in own}
-    known |= {f"--{name}" for name in legacy.NAMES} | FOREIGN_FLAGS
+    flags = {flag for _, own in answers for flag in own}
+    flags |= {f"--{name}" for name in legacy.NAMES} | FOREIGN_FLAGS
     unknown = [
         f"{page}: {span}"
         for page, text in current_pages().items()
         for span in spans(text)
-        if set(re.findall(r"(?<![\w-])--[a-z][\w-]*", span)) - known
+        if set(re.findall(r"(?<![\w-])--[a-z][\w-]*", span)) - flags
     ]
     assert not unknown, "\n".join(unknown)
 
@@ -310,9 +310,9 @@ def test_prose_has_at_most_110_columns():
 def test_the_commands_for_a_fresh_machine_are_those_of_ci():
     """So that they are known to work where nothing was set up before."""
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    given = [words for words in commands(pages()["README.md"]) if words[0] in ("bash", "source")]
-    assert ["bash", "demo/demo-training-miss.sh"] in given and ["bash", "scripts/test.sh"] in given
-    for program, script, *_ in given:
+    blocks = [words for words in commands(pages()["README.md"]) if words[0] in ("bash", "source")]
+    assert ["bash", "demo/demo-training-miss.sh"] in blocks and ["bash", "scripts/test.sh"] in blocks
+    for program, script, *_ in blocks:
         assert re.search(rf"^[^#\n]*\b{program} {re.escape(script)}(?!\S)", ci, re.M), f"{program} {script}"
     workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     assert "bash .ci/run" in workflow and "bash .ci/versions" in workflow

@@ -59,12 +59,12 @@ def test_json_is_one_object_and_says_the_same_as_the_lines():
     plain, as_json = run(), run("--json")
     assert plain.returncode == as_json.returncode == 0, plain.stdout + plain.stderr
     assert as_json.stdout.count("\n") == 1
-    told = json.loads(as_json.stdout)
-    assert told["works"] is True and plain.stdout.splitlines()[-1] == "training works here"
-    assert {check["name"]: check["state"] for check in told["checks"]} == {
+    facts = json.loads(as_json.stdout)
+    assert facts["works"] is True and plain.stdout.splitlines()[-1] == "training works here"
+    assert {check["name"]: check["state"] for check in facts["checks"]} == {
         name: state for name, (state, _) in lines(plain).items()
     }
-    names = [check["name"] for check in told["checks"]]
+    names = [check["name"] for check in facts["checks"]]
     assert len(set(names)) == len(names)
     wanted = {
         "Python",

@@ -68,8 +68,8 @@ def requests(count, seed=0, **changes):
     for i in range(count):
         tokens = [rng.randrange(1, 256) for _ in range(rng.choice([1, 2, 7, 16, 17, 40]))]
         sampling = rng.choice([Sampling(0), WARM, Sampling(1, 1, 5, 0.5, 0.2)])
-        given = {"max_tokens": rng.randrange(1, 25), "sampling": sampling, "seed": i, "stops": ("q", "zz")}
-        made.append(Request(tokens, **{**given, **changes}))
+        options = {"max_tokens": rng.randrange(1, 25), "sampling": sampling, "seed": i, "stops": ("q", "zz")}
+        made.append(Request(tokens, **{**options, **changes}))
     return made
 
 

@@ -68,9 +68,9 @@ def by_hand(folder, pairs, name, adapter=None):
 
 def test_pairs_against_the_base_without_its_adapters(files, capsys):
     folder, pairs = files
-    given = ["--preferences", "@pairs.jsonl", "--model", "@base.pth", "--beta", 0.3]
-    given += ["--adapter", "@adapter1.pth", "--adapter", "@adapter2.pth", "--save", "@kept.jsonl"]
-    found, _ = evaluated(capsys, folder, *given)
+    flags = ["--preferences", "@pairs.jsonl", "--model", "@base.pth", "--beta", 0.3]
+    flags += ["--adapter", "@adapter1.pth", "--adapter", "@adapter2.pth", "--save", "@kept.jsonl"]
+    found, _ = evaluated(capsys, folder, *flags)
     reference, tokens = by_hand(folder, pairs, "base.pth")
     rows = read_rows(folder / "kept.jsonl")
     assert len(found) == 2 and len(rows) == 2 * len(pairs)
@@ -98,7 +98,7 @@ def test_pairs_against_the_base_without_its_adapters(files, capsys):
         ]
         assert [[row["logp_chosen"], row["logp_rejected"]] for row in mine] == pytest.approx(log_p, rel=1e-5)
         assert mine[4]["adapter"] == line["adapter"] and line["adapter"].endswith(f"{place + 1}.pth")
-    _, error = evaluated(capsys, folder, *given)
+    _, error = evaluated(capsys, folder, *flags)
     assert "kept.jsonl is there already" in error
 
 

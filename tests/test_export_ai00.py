@@ -72,8 +72,8 @@ def test_a_model_has_what_the_loader_asks_for(tmp_path, version):
         f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(2)
     }
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    told = export(tmp_path / "m.pth", tmp_path / "m.st", "ai00")
-    assert "had to be rounded to fp16" in told.notes[0]
+    exported = export(tmp_path / "m.pth", tmp_path / "m.st", "ai00")
+    assert "had to be rounded to fp16" in exported.notes[0]
     found, sizes, t = loaded(tmp_path / "m.st")
     expected = {"V": 256, "C": 128, "F": 160, "layers": 2, "H": 2} | arch.ranks
     assert (found, sizes) == (version, expected)
@@ -98,8 +98,8 @@ def test_a_tuned_state_is_a_file_of_its_own(tmp_path):
         for block in model.blocks:
             block.att.time_state.normal_()
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
-    told = export(tmp_path / "a.pth", tmp_path / "a.state", "ai00")
-    assert told.lines()[0].startswith(f"{tmp_path}/a.state: Ai00 states, state of 2 tensors")
+    exported = export(tmp_path / "a.pth", tmp_path / "a.state", "ai00")
+    assert exported.lines()[0].startswith(f"{tmp_path}/a.state: Ai00 states, state of 2 tensors")
     found = safetensors.load_file(tmp_path / "a.state")
     # [key, value], read as (key, head, value)
     assert found.keys() == {f"blocks.{i}.att.time_state" for i in range(2)}

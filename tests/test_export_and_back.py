@@ -53,8 +53,8 @@ def test_there_and_back_is_the_same_file(tmp_path, version, dtype):
     for to, kind in (
         [("gguf", kind) for kind in kinds] + [("safetensors", "")] + [("hf", "")] * (version == 7)
     ):
-        _, back, told = there_and_back(tmp_path / "m.pth", to, kind)
-        assert back.read_bytes() == (tmp_path / "m.pth").read_bytes() and told.notes == [], (to, kind)
+        _, back, exported = there_and_back(tmp_path / "m.pth", to, kind)
+        assert back.read_bytes() == (tmp_path / "m.pth").read_bytes() and exported.notes == [], (to, kind)
 
 
 @pytest.mark.parametrize("to", ["gguf", "hf", "safetensors"])
@@ -82,7 +82,7 @@ def test_odd_files_come_back_as_they_were(tmp_path, to):
         "F32" if to == "gguf" else "",
         settings=TextSettings("auto" if to == "safetensors" else "none"),
     )
-    told = export(tmp_path / "there", tmp_path / "back.pth", "pth")
+    exported = export(tmp_path / "there", tmp_path / "back.pth", "pth")
     back = read_checkpoint(tmp_path / "back.pth")
     assert list(back) == list(tensors) and read_metadata(tmp_path / "back.pth") is None
     for name, tensor in tensors.items():
@@ -90,24 +90,24 @@ def test_odd_files_come_back_as_they_were(tmp_path, to):
         assert torch.equal(
             back[name], tensor if to != "gguf" or name != "head.weight" else tensor.float().double()
         ), name
-    assert len(told.notes) == (to == "gguf")  # no fp64 there
+    assert len(exported.notes) == (to == "gguf")  # no fp64 there
 
 
 def test_what_gguf_does_not_keep_is_said(tmp_path):
     tensors = saved(tmp_path / "m.pth", released(7))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", settings=TextSettings("none"))
-    told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
-    assert "tensors, emb.weight first, were rounded in the export" in told.notes[0]
+    exported = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+    assert "tensors, emb.weight first, were rounded in the export" in exported.notes[0]
     back = read_checkpoint(tmp_path / "back.pth")
     assert all(
         torch.equal(back[name], t if t.squeeze().dim() < 2 or name.endswith("r_k") else t.bfloat16().float())
         for name, t in tensors.items()
     )
     saved(tmp_path / "m.pth", arch_of(7), torch.bfloat16)  # the value residual's rank, 24, is above a's, 12
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", settings=TextSettings("none"))
-    assert "which no runtime reads, is cut to a's rank" in told.notes[-1]
-    told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
-    assert "its last columns are zeros" in told.notes[0]
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", settings=TextSettings("none"))
+    assert "which no runtime reads, is cut to a's rank" in exported.notes[-1]
+    exported = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+    assert "its last columns are zeros" in exported.notes[0]
     before, back = read_checkpoint(tmp_path / "m.pth"), read_checkpoint(tmp_path / "back.pth")
     assert [name for name in before if not torch.equal(before[name], back[name])] == [
         "blocks.0.att.v1",
@@ -138,9 +138,9 @@ def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, v
                 to,
                 settings=TextSettings("auto" if to == "safetensors" else "none"),
             )
-        told = export(tmp_path / to, tmp_path / "back.pth", "pth")
+        exported = export(tmp_path / to, tmp_path / "back.pth", "pth")
         back = read_checkpoint(tmp_path / "back.pth")
-        assert "another program wrote this" in told.notes[-1]
+        assert "another program wrote this" in exported.notes[-1]
         wanted = {
             name: t
             for name, t in tensors.items()
@@ -158,9 +158,9 @@ def test_safetensors_of_a_trainer_become_a_checkpoint(tmp_path, prefix):
     pytest.importorskip("safetensors.torch").save_file(
         {prefix + name: t for name, t in tensors.items()}, tmp_path / "m.safetensors"
     )
-    told = export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
+    exported = export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
     assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
-    assert f"{prefix} is taken off" in told.notes[0] and "another program wrote this" in told.notes[1]
+    assert f"{prefix} is taken off" in exported.notes[0] and "another program wrote this" in exported.notes[1]
 
 
 def test_safetensors_are_read_by_the_package(tmp_path):

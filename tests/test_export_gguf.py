@@ -217,13 +217,13 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
     saved(
         tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "eod": "", "template": "think:hermes"}
     )
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     keys, _ = read(tmp_path / "m.gguf")
     assert len(keys["tokenizer.ggml.tokens"]) == 256 and keys["tokenizer.ggml.tokens"][0] == r"\x00"
     assert set(keys["tokenizer.ggml.token_type"]) == {1}
     assert keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("think"))
     assert "tokenizer.ggml.eot_token_id" not in keys
-    assert not any("newline" in note for note in told.notes)
+    assert not any("newline" in note for note in exported.notes)
 
 
 def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_path):
@@ -242,16 +242,16 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
             arch_of(7),
             metadata={"tokenizer": str(tmp_path / "v.txt"), "template": template},
         )
-        told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+        exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
         keys, _ = read(tmp_path / "m.gguf")
-        assert not any("no token is ✿" in note for note in told.notes)
+        assert not any("no token is ✿" in note for note in exported.notes)
         assert keys.get("tokenizer.ggml.eot_token_id") == eot
-        assert any("s hold blank lines, so" in note for note in told.notes) == (eot is None)
+        assert any("s hold blank lines, so" in note for note in exported.notes) == (eot is None)
         assert keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]
         assert keys["tokenizer.ggml.token_type"][4] == 5
     saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "template": "flower:json"})
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
-    assert "template flower: no token is ✿, which ends a turn; let llama.cpp stop at it" in told.notes
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+    assert "template flower: no token is ✿, which ends a turn; let llama.cpp stop at it" in exported.notes
     assert "tokenizer.ggml.eot_token_id" not in read(tmp_path / "m.gguf")[0]
 
 
@@ -262,22 +262,22 @@ def test_the_end_of_a_turn_is_that_of_the_users_template(tmp_path):
         template = f"{{% for m in messages %}}{{{{ m.role + ':' + m.content + {ending!r} }}}}{{% endfor %}}"
         metadata = {"tokenizer": str(tmp_path / "v.txt"), "template": template}
         saved(tmp_path / "m.pth", arch_of(7), metadata=metadata)
-        told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+        exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
         assert read(tmp_path / "m.gguf")[0].get("tokenizer.ggml.eot_token_id") == eot
-        assert any("no token is <end>, which ends a turn" in note for note in told.notes) == (
+        assert any("no token is <end>, which ends a turn" in note for note in exported.notes) == (
             ending == "<end>\n"
         )
 
 
 def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("utf16"))
-    assert "no tokenizer is in the file: llama.cpp has none like utf16" in "\n".join(told.lines())
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("utf16"))
+    assert "no tokenizer is in the file: llama.cpp has none like utf16" in "\n".join(exported.lines())
     (tmp_path / "v.txt").write_text("1 'a' 1\n2 'b' 1\n")
-    told = export(
+    exported = export(
         tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings(str(tmp_path / "v.txt"))
     )
-    assert "has no token for a newline" in "\n".join(told.lines())
+    assert "has no token for a newline" in "\n".join(exported.lines())
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.model"] == "none"
 
 
@@ -387,11 +387,11 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(tmp_path, version, size
 
 def test_heads_that_only_cpus_run_are_told_of(tmp_path):
     saved(tmp_path / "m.pth", dataclasses.replace(arch_of(6), head_size=32, n_head=4))
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
-    assert "heads of 32: llama.cpp runs them on a CPU; its CUDA kernels" in told.notes[0]
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
+    assert "heads of 32: llama.cpp runs them on a CPU; its CUDA kernels" in exported.notes[0]
     saved(tmp_path / "m.pth", arch_of(6))
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
-    assert not any("CUDA" in note for note in told.notes)
+    exported = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
+    assert not any("CUDA" in note for note in exported.notes)
 
 
 @pytest.mark.parametrize(
@@ -420,11 +420,11 @@ def test_what_is_no_merged_model_is_refused(tmp_path, change, message):
 
 
 def test_an_adapter_and_the_checkpoint_of_a_run_are_refused(tmp_path):
-    told = {
+    messages = {
         "--resume auto": {"format": RUN_FORMAT, "step": 3},
         "is an adapter": {"format": ADAPTER_FORMAT, "base": "b.pth"},
     }
-    for message, metadata in told.items():
+    for message, metadata in messages.items():
         write_checkpoint(tmp_path / "m.pth", {"x": torch.ones(2)}.items(), metadata)
         with pytest.raises(UserError, match=message):
             export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
@@ -477,10 +477,10 @@ def test_an_initial_state_is_left_out_when_told_to(tmp_path):
         f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)
     }
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    told = export(
+    exported = export(
         tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", drop_state=True, settings=TextSettings("none")
     )
-    assert told.notes[0].startswith("2 initial states left out")
+    assert exported.notes[0].startswith("2 initial states left out")
     assert not any("state" in name for name in read(tmp_path / "m.gguf")[1])
 
 

@@ -65,8 +65,8 @@ def official_as_fla(stored):
 def logits_of(folder, layout, rwkv7_hf, ids):
     """By rwkv7-hf; it knows the fla layout alone, so the official one is renamed for it."""
     if layout == "fla":
-        model, told = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not any(told.values())
+        model, loading = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(loading.values())
     else:
         from safetensors.torch import load_file
 
@@ -113,8 +113,8 @@ def test_there_and_back_is_the_same_file(tmp_path, layout):
         write_checkpoint(tmp_path / "m.pth", tensors.items(), METADATA)
         export(tmp_path / "m.pth", tmp_path / f"hf-{present}", "hf", layout=layout)
         (tmp_path / "back.pth").unlink(missing_ok=True)
-        told = export(tmp_path / f"hf-{present}", tmp_path / "back.pth", "pth")
-        assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes() and told.notes == []
+        done = export(tmp_path / f"hf-{present}", tmp_path / "back.pth", "pth")
+        assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes() and done.notes == []
 
 
 def test_the_official_layout_has_the_released_names_and_shapes(tmp_path):
@@ -315,9 +315,9 @@ def test_a_folder_that_claims_too_much(tmp_path):
     (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
     weights = tmp_path / "hf" / "model.safetensors"
     content = weights.read_bytes()
-    told = b'\\"blocks.0.att.v1\\":[\\"float32\\",128,5]'
-    assert told in content
-    weights.write_bytes(content.replace(told, told.replace(b"128,5]", b"99999]")))
+    recorded = b'\\"blocks.0.att.v1\\":[\\"float32\\",128,5]'
+    assert recorded in content
+    weights.write_bytes(content.replace(recorded, recorded.replace(b"128,5]", b"99999]")))
     with pytest.raises(UserError, match="a value residual that is larger than its matrices"):
         export(tmp_path / "hf", tmp_path / "back.pth", "pth")
 

@@ -119,13 +119,13 @@ def test_a_model_of_bytes_end_to_end(tmp_path, library):
     text = "Grüße,\n\n<s> 世界 \x00\x7f!"
     ids = model.encode(text, special=True)
     assert ids == list(text.encode()) and model.decode(ids) == text.encode() and model.ends(0)
-    given, state = ids, None
+    tokens, state = ids, None
     with torch.no_grad():
         for _ in range(12):  # both go on with the same bytes
-            got, (want, state) = model.feed(given), ours(torch.tensor([given]), state)
+            got, (want, state) = model.feed(tokens), ours(torch.tensor([tokens]), state)
             close("logits", got, want[0, -1], EXACT)
-            given = [int(got.argmax())]
-            assert given == [int(want[0, -1].argmax())]
+            tokens = [int(got.argmax())]
+            assert tokens == [int(want[0, -1].argmax())]
 
 
 @pytest.fixture(scope="session")

@@ -307,10 +307,10 @@ def test_the_loss_has_all_its_settings():
     )
     draft = Draft(parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
     choose_loss(draft)
-    given = loss_of(draft.config)
-    options, names = given.options, ("grpo_type", "clip_low", "clip_high", "beta", "max_tokens")
+    loss = loss_of(draft.config)
+    options, names = loss.options, ("grpo_type", "clip_low", "clip_high", "beta", "max_tokens")
     assert [getattr(options, name) for name in names] == ["dr_grpo", 0.1, 0.1, 0.04, 33]
-    assert given.reward_names == ("number", "partial")
+    assert loss.reward_names == ("number", "partial")
 
 
 # Losses and advantages of TRL 1.16.0 on random numbers; docs/worklog.md names the commit that wrote them.

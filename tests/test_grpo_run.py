@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 
 def flags_of(files, proj_dir, *flags):
     # the epsilon keeps Adam from blowing up a gradient near zero
-    own = f"""
+    common = f"""
         --load_model {files}/base.pth --data_file {files}/rows.jsonl --eval_file {files}/held.jsonl
         --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu --loss grpo --rewards low=1
         --reward_file {files}/judge.py --group_size 3 --max_tokens 5 --lr_init 1e-2 --adam_eps 1e-3
@@ -53,7 +53,7 @@ def flags_of(files, proj_dir, *flags):
     given = dict(itertools.zip_longest(flags[::2], flags[1::2]))
     return [
         str(word)
-        for pair in (dict(zip(own[::2], own[1::2])) | given).items()
+        for pair in (dict(zip(common[::2], common[1::2])) | given).items()
         if pair[1] is not None
         for word in pair
     ]
@@ -79,9 +79,9 @@ def test_a_run_whose_rewards_fail_resumes_when_they_are_mended(files, tmp_path):
     code, output = program.run(unnamed)
     assert code == 2 and f"add --reward_file {judge}" in output, output
     output = succeed(program.run(flags))
-    for told in (output, (proj_dir / "run_card.md").read_text()):
+    for text in (output, (proj_dir / "run_card.md").read_text()):
         assert (
-            "--reward_file is not as it was when the checkpoint was written; rewards after step 2 may" in told
+            "--reward_file is not as it was when the checkpoint was written; rewards after step 2 may" in text
         )
     start(files, tmp_path / "whole")
     for name in ("metrics.jsonl", "validation.jsonl"):

@@ -37,8 +37,8 @@ def answer(text, cut=False):
 def judged(rights, texts, prompt="Assistant:", template="rwkv"):
     """(score, what is counted) for answers, those with "..." at their end cut."""
     judge = Judge([question(prompt, right) for right in rights], Encoder(BYTES, load_template(template)))
-    given = [answer(text.removesuffix("..."), text.endswith("...")) for text in texts]
-    return judge.score, judge.counted(given)
+    answers = [answer(text.removesuffix("..."), text.endswith("...")) for text in texts]
+    return judge.score, judge.counted(answers)
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,8 @@ def test_a_broken_hub_is_one_that_is_not_there(hub):
     "etag, commit", [("../../../a", "0" * 40), ("a", "../a"), ("a", None), (None, "0" * 40)]
 )
 def test_an_answer_that_would_leave_the_cache_is_no_hubs(hub, monkeypatch, etag, commit):
-    told = types.SimpleNamespace(etag=etag, commit_hash=commit, location="", size=1)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: told)
+    metadata = types.SimpleNamespace(etag=etag, commit_hash=commit, location="", size=1)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: metadata)
     assert "not as a hub does" in refused("hf://o/n/m.pth")
 
 

@@ -177,9 +177,9 @@ def test_a_card_names_a_base_that_is_a_folder(run, monkeypatch):
     config, summary, metrics = facts_of(folder / "run")
     config = dataclasses.replace(config, load_model="/secret/base/", data_file="a.jsonl")
     adapter = folder / "run" / "adapter.pth"
-    told = read_metadata(adapter)
+    metadata = read_metadata(adapter)
     for recorded in ("base", None):
-        monkeypatch.setattr(rwkv_miss, "read_metadata", lambda _, base=recorded: {**told, "base": base})
+        monkeypatch.setattr(rwkv_miss, "read_metadata", lambda _, base=recorded: {**metadata, "base": base})
         text = model_card(config, summary, metrics, [], str(adapter))
         assert "for `base`" in text and "| base | `base` |" in text
         assert "--model base --adapter" in text and "--base base --adapter" in text

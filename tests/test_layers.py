@@ -129,8 +129,8 @@ def test_layers_that_are_not_there_are_named_with_the_bounds(tmp_path, flags, wo
     from src.planning.draft import Draft
 
     write_checkpoint(tmp_path / "base.pth", random_tensors(make_arch(7, **SIZES)).items())
-    given = f"--load_model {tmp_path}/base.pth --data_file x --tokenizer bytes {flags}"
-    draft = Draft(parse(given.split()))
+    command = f"--load_model {tmp_path}/base.pth --data_file x --tokenizer bytes {flags}"
+    draft = Draft(parse(command.split()))
     with pytest.raises(rwkv_miss.UserError, match=words):
         read_base(draft)
 

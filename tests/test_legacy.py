@@ -156,8 +156,8 @@ def test_an_adapter_of_theirs_is_what_the_run_begins_with(tmp_path, capsys):
     assert read(*words).init_adapter == f"{tmp_path / 'rwkv-0.pth'}"
     assert "the run begins with the adapter in" in capsys.readouterr().out
     options = '{"pissa_load":"rwkv-0","pissa_r":8}'
-    given = ["--proj_dir", str(tmp_path), "--peft", "pissa", "--pissa_config", options]
-    assert read(*given).init_adapter.endswith("rwkv-0.pth")
+    flags = ["--proj_dir", str(tmp_path), "--peft", "pissa", "--pissa_config", options]
+    assert read(*flags).init_adapter.endswith("rwkv-0.pth")
 
 
 SENSELESS = """

@@ -139,8 +139,8 @@ def test_a_shared_tensor_stands_once_in_the_state_dict_and_stays_shared(method, 
         **state,
         **{f"2.{key}": getattr(model[2], key) for key in shared},
     }
-    for given in (state, earlier):
-        other.load_state_dict({name: t.clone() for name, t in given.items()}, strict=True, assign=assign)
+    for checkpoint in (state, earlier):
+        other.load_state_dict({name: t.clone() for name, t in checkpoint.items()}, strict=True, assign=assign)
         assert same_tensors(other.state_dict(), state)
         for key in shared:
             a, b = getattr(other[0], key), getattr(other[2], key)

@@ -224,18 +224,18 @@ def other_value(option):
 @pytest.mark.parametrize("option", options_of())
 @each_loss
 def test_an_option_belongs_to_its_losses_and_is_refused_elsewhere(name, option):
-    given = other_value(option)
-    flags = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", name, f"--{option}", given]
+    value = other_value(option)
+    flags = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", name, f"--{option}", value]
     if LOSSES[name].needs_teacher and option != "reference":
         flags += ["--reference", "big.pth"]
     if name in options_of()[option][1]:
         with contextlib.suppress(UserError):  # an option that needs others, see test_reward_settings.py
-            assert str(parse(flags).written(option)).removesuffix(".0") in (given, "{'number': 1}")
+            assert str(parse(flags).written(option)).removesuffix(".0") in (value, "{'number': 1}")
         return
     with pytest.raises(UserError) as caught:
         parse(flags)
     said = str(caught.value)
-    assert said.startswith(f"--{option} {given}") and said.endswith("drop it, or choose another --loss")
+    assert said.startswith(f"--{option} {value}") and said.endswith("drop it, or choose another --loss")
     assert f"has no meaning with --loss {name}: it is for {', '.join(options_of()[option][1])}" in said
 
 

@@ -148,14 +148,14 @@ def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_th
     assert sweep(*flags(files, tmp_path, "--peft_config", "r=7", "--rates", "1e-3", *more)) == 0
     assert trained == [(steps, pytest.approx(factor))]
     command = results(tmp_path)["command"]
-    given = [flag for flag in more if flag.startswith("--") and flag != "--steps"]
-    told = ("--warmup_steps", "--epoch_count", "--epoch_steps", "--eval_steps", "--early_stop")
-    assert [flag for flag in told if flag in command] == given
+    kept_flags = [flag for flag in more if flag.startswith("--") and flag != "--steps"]
+    schedule = ("--warmup_steps", "--epoch_count", "--epoch_steps", "--eval_steps", "--early_stop")
+    assert [flag for flag in schedule if flag in command] == kept_flags
 
 
 def test_a_rate_that_diverges_is_said_and_not_chosen(files, tmp_path, capsys):
-    given = "--peft_config r=7 --steps 6 --rates 1e-2,1e30,3e-3".split()
-    assert sweep(*flags(files, tmp_path / "run", *given)) == 0
+    sweep_flags = "--peft_config r=7 --steps 6 --rates 1e-2,1e30,3e-3".split()
+    assert sweep(*flags(files, tmp_path / "run", *sweep_flags)) == 0
     found = results(tmp_path / "run")
     slow, best, diverged = found["trials"]
     assert best["held_out"] < slow["held_out"] < found["held_out_before"] and found["best"] == 1e-2
@@ -186,8 +186,10 @@ def test_what_is_wrong_with_a_training_is_said(losses, held_out, words):
 
 
 def test_the_rate_of_the_initial_state_alone(files, tmp_path):
-    given = "--peft_config r=7 --train_parts state --setting state_lr --steps 2 --rates 1e-2,1e-1".split()
-    assert sweep(*flags(files, tmp_path, *given)) == 0
+    sweep_flags = (
+        "--peft_config r=7 --train_parts state --setting state_lr --steps 2 --rates 1e-2,1e-1".split()
+    )
+    assert sweep(*flags(files, tmp_path, *sweep_flags)) == 0
     found = results(tmp_path)
     assert found["setting"] == "state_lr" and f"--state_lr {found['best']:g}" in found["command"]
     assert "lr_init" not in found["command"]

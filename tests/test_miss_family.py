@@ -36,10 +36,10 @@ def test_what_layers_share_is_one_tensor_after_a_move_and_a_copy():
 def test_a_method_with_frozen_random_matrices_does_not_keep_its_input():
     model, saved = two_linears("vera", 3), []
     x = torch.randn(7, 10, requires_grad=True)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    addresses = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model[0](x)
-    assert [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in own] == [(7, 3)]
+    assert [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in addresses] == [(7, 3)]
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_a_shared_tensor_gets_the_sum_of_its_layers_gradients(checkpointed):
     y = x
     for layer, pool in zip(model, separate, strict=True):
         A, B = layer.factors()
-        own = torch.cat((F.embedding(layer.mos_A_index, pool).flatten(1), layer.mos_A_private))
-        y = y @ (layer.weight + layer.scale * B @ own).t()
+        stacked = torch.cat((F.embedding(layer.mos_A_index, pool).flatten(1), layer.mos_A_private))
+        y = y @ (layer.weight + layer.scale * B @ stacked).t()
     y.square().sum().backward()
     close("gradient", got, sum(pool.grad for pool in separate), 1e-12)
     assert all(pool.grad.norm() > 0.01 * got.norm() for pool in separate)

@@ -115,12 +115,12 @@ def files(tmp_path_factory):
 
 
 def flags_of(files, proj_dir, *flags):
-    own = f"""
+    common = f"""
         --loss distill_on_policy --reference {files}/teacher.pth --eval_file {files}/held.jsonl --group_size 3
         --max_tokens 5 --adam_eps 1e-3 --peft_config r=7 --epoch_count 1 --eval_docs 3 --eval_samples 0
         --data_cache none
     """.split()
-    return program.flags_of(files, proj_dir, *own, *flags)
+    return program.flags_of(files, proj_dir, *common, *flags)
 
 
 def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_path):

@@ -48,10 +48,10 @@ def public_functions(body, inside_class=False):
             yield from public_functions(node.body, True)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
-            given = node.args
-            positional = given.posonlyargs + given.args
+            args = node.args
+            positional = args.posonlyargs + args.args
             parameters = positional[1:] if inside_class and not static else positional
-            yield node, [*parameters, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+            yield node, [*parameters, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
 
 
 def test_every_public_function_is_typed():

@@ -88,13 +88,13 @@ def counted_in_training(config, rows, kernel):
         grouped.append(documents.items[place : place + len(row)])
         place += len(row)
     batch = collate(grouped, 1, config.chunk_ctx).having(width=sum(rows[0]))
-    known = [
+    tensors = [
         *model.parameters(),
         *model.buffers(),
         *(p.grad for p in model.parameters() if p.grad is not None),
     ]
-    known += batch.tensors().values()
-    with Live(known) as live:
+    tensors += batch.tensors().values()
+    with Live(tensors) as live:
         kept = live.after(model, "features")
         module.training_step(batch, 0).backward()
     return max(kept), live.peak

@@ -268,14 +268,16 @@ def test_the_digest_sees_labels_and_what_is_trained(read):
 def test_reference_values_stay_with_their_tokens(read, kind):
     preferences = read(random_rows(11, kind=kind), kind).preferences(64)
     values = -np.arange(preferences.targets, dtype=np.float32)
-    known = preferences.with_reference(values)
-    flat = [part for example in known for part in example.reference]
-    assert np.concatenate(flat).tolist() == values.tolist() and known.digest == preferences.digest
-    assert all(len(p) == a.targets for u in known for p, a in zip(u.reference, u.answers, strict=True))
+    with_values = preferences.with_reference(values)
+    flat = [part for example in with_values for part in example.reference]
+    assert np.concatenate(flat).tolist() == values.tolist() and with_values.digest == preferences.digest
+    assert all(len(p) == a.targets for u in with_values for p, a in zip(u.reference, u.answers, strict=True))
     order = np.array([4, 4, 0, 10])
-    taken = known.take(order)
+    taken = with_values.take(order)
     for i, example in zip(order, taken):
-        assert [part.tolist() for part in example.reference] == [part.tolist() for part in known[i].reference]
+        assert [part.tolist() for part in example.reference] == [
+            part.tolist() for part in with_values[i].reference
+        ]
     batch = collate_answers([[taken[0], taken[2]], [taken[3]]], 3.0)
     wanted = [*taken[0].reference, *taken[2].reference, *taken[3].reference]
     assert batch.reference.tolist() == np.concatenate(wanted).tolist()
@@ -553,10 +555,13 @@ def test_a_million_pairs_are_no_million_objects():
         schedule = make_schedule(preferences, Config(ctx_len=70, packing=True, micro_bsz=1), 1)
         values = np.zeros(preferences.targets, np.float32)
         begin, _ = tracemalloc.get_traced_memory()
-        known = preferences.with_reference(values)
+        with_values = preferences.with_reference(values)
         kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(known) + known.too_long == count and schedule.step_weight(0) >= 1
-    assert known.too_long == int((lengths.reshape(-1, 2).sum(1) - 2 > 70).sum()) and known.targets % 10 == 0
+    assert len(with_values) + with_values.too_long == count and schedule.step_weight(0) >= 1
+    assert (
+        with_values.too_long == int((lengths.reshape(-1, 2).sum(1) - 2 > 70).sum())
+        and with_values.targets % 10 == 0
+    )
     assert (kept - values.nbytes) / count < 160 and kept - begin < 9 * 2 * count

@@ -42,7 +42,7 @@ def flags(checkpoint, tmp_path):
     )
     data, base = tmp_path / "pairs.jsonl", checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
     write_rows(data, [*ROWS, equal, empty, long])
-    given = {
+    options = {
         "load_model": base,
         "data_file": data,
         "proj_dir": tmp_path / "run",
@@ -57,7 +57,7 @@ def flags(checkpoint, tmp_path):
         "lr_init": 0.001,
         "tokens_per_second": 10,
     }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 def planned(flags, capsys):
@@ -186,9 +186,9 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     model.grad_cp = grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    known += [*model.buffers(), *batch.tensors().values()]
-    with Live(known) as live:
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [*model.buffers(), *batch.tensors().values()]
+    with Live(tensors) as live:
         kept = live.after(model, "features")
         source_of(config).loss(model, batch.having(width=37), source_of(config).chunks)[0].backward()
     planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch.targets), shared)

@@ -58,7 +58,7 @@ def files(tmp_path_factory):
 def flags_of(files, proj_dir, *flags):
     given = dict(itertools.zip_longest(flags[::2], flags[1::2]))
     kind = "answers" if given.get("--loss") == "kto" else "pairs"
-    own = {
+    common = {
         "--load_model": files / "base.pth",
         "--data_file": files / f"{kind}-rows.jsonl",
         "--proj_dir": proj_dir,
@@ -74,7 +74,7 @@ def flags_of(files, proj_dir, *flags):
         "--epoch_count": "1",
         "--data_cache": proj_dir.parent / "cache",
     }
-    return [str(word) for pair in (own | given).items() for word in pair]
+    return [str(word) for pair in (common | given).items() for word in pair]
 
 
 def start(files, proj_dir, *flags, sabotage=None):

@@ -501,8 +501,8 @@ def test_a_run_keeps_its_kind_and_its_merge_takes_the_unquantised_file(tmp_path)
     rows = [{"text": "".join(draw.choices("abcd ", k=draw.randint(20, 40)))} for _ in range(24)]
     write_rows(tmp_path / "rows.jsonl", rows)
 
-    own = ("--load_model", base, "--peft_config", "r=5", "--epoch_count", "1")
-    flags = flags_of(tmp_path, tmp_path / "one", *own)
+    more_flags = ("--load_model", base, "--peft_config", "r=5", "--epoch_count", "1")
+    flags = flags_of(tmp_path, tmp_path / "one", *more_flags)
     output = succeed(program.run([*flags, "--quant", "nf4"]))
     assert "its layers in nf4, " in output and "--quant nf4" in (tmp_path / "one/run_card.md").read_text()
     code, output = program.run([*flags, "--resume", "auto"])

@@ -414,21 +414,21 @@ def test_the_process_ends_with_the_one_that_asks(functions_of):
     functions = functions_of(
         "import re\ndef f(prompt, answers, right):\n return [re.search('(a+)+$', 'a' * 60 + 'b')]\n"
     )
-    told, tell = os.pipe()
+    reads, writes = os.pipe()
     asks = os.fork()
     if not asks:
         with contextlib.suppress(BaseException):
             functions.start()
-            os.write(tell, b"%d\n" % functions.worker.process.pid)
+            os.write(writes, b"%d\n" % functions.worker.process.pid)
             functions.call("f", "", [""], "")
         os._exit(1)
-    with open(told) as lines:
+    with open(reads) as lines:
         worker = int(lines.readline())
     time.sleep(0.1)
     assert not gone(worker, 0)
     os.kill(asks, signal.SIGKILL)
     os.waitpid(asks, 0)
-    os.close(tell)
+    os.close(writes)
     try:
         assert gone(worker)
     finally:

@@ -49,7 +49,7 @@ def flags(checkpoint, tmp_path, monkeypatch):
         checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256),
     )
     write_rows(data, ROWS)
-    given = {
+    options = {
         "load_model": base,
         "data_file": data,
         "proj_dir": tmp_path / "run",
@@ -57,12 +57,12 @@ def flags(checkpoint, tmp_path, monkeypatch):
         "loss": "grpo",
         "tokens_per_second": 100,
     }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 def test_the_plan_in_words(flags, capsys):
-    given = ["--rewards", "exact=1,partial=-0.5", "--epoch_steps", "20", "--eval_split", "0.1"]
-    shown, numbers = planned([*flags, *given], capsys)
+    more_flags = ["--rewards", "exact=1,partial=-0.5", "--epoch_steps", "20", "--eval_split", "0.1"]
+    shown, numbers = planned([*flags, *more_flags], capsys)
     for words in (
         " questions, ",
         " tokens of prompts (template rwkv)\n",
@@ -80,7 +80,7 @@ def test_the_plan_in_words(flags, capsys):
         assert words in shown, words
     assert "drawing" in numbers["memory"]
     more = ["--grpo_type", "dr_grpo", "--chunk_ctx", "8", "--inner_steps", "4", "--beta", "0.1"]
-    shown, _ = planned([*flags, *given, *more], capsys)
+    shown, _ = planned([*flags, *more_flags, *more], capsys)
     for words in (
         "reward exact - 0.5 partial, against the mean of a question's answers; clip 0.2 and 0.2; 4 steps on"
         " each draw; KL 0.1 to the base, adapter off\n",
@@ -142,8 +142,8 @@ def test_a_run_takes_what_was_chosen(tmp_path):
     assert (found.documents.group_size, found.held_out.max_tokens) == (8, 18)
     found = read_data(Draft(Config(**files, ctx_len=64, max_tokens=18)), BYTES, load_template("rwkv"))
     assert found.documents.too_long == found.held_out.too_long == 1 and len(found.held_out) == 1
-    told = "1 question of more than --ctx_len 64 tokens with an answer of 18: "
-    assert f"left out   {told}{held}, line 1" in found.found.lines()
+    warning = "1 question of more than --ctx_len 64 tokens with an answer of 18: "
+    assert f"left out   {warning}{held}, line 1" in found.found.lines()
     with pytest.raises(UserError, match="line 1: all 21 questions with an answer of --max_tokens 18"):
         read_data(Draft(Config(**files, ctx_len=20, max_tokens=18)), BYTES, load_template("rwkv"))
 
@@ -152,9 +152,9 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     """At a given speed of the whole run a drawn token counts as a part of a trained one, and an answer has
     half as many again as a right one.
     """
-    given = ["--epoch_steps", "10", "--epoch_count", "3", "--eval_split", "0.1", "--max_tokens", "20"]
-    given += ["--eval_steps", "0"]
-    shown, numbers = planned([*flags, *given], capsys)
+    more_flags = ["--epoch_steps", "10", "--epoch_count", "3", "--eval_split", "0.1", "--max_tokens", "20"]
+    more_flags += ["--eval_steps", "0"]
+    shown, numbers = planned([*flags, *more_flags], capsys)
     assert "; if answers are about as long as the right ones, 5 tokens)" in shown
     assert "estimated, at most\n" in shown and " 0 bytes" not in shown
     rows = numbers["documents"]
@@ -171,7 +171,7 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     assert numbers["evaluation_seconds"] == pytest.approx(2 * evaluated * of_one / 100)
     assert numbers["seconds"] == pytest.approx(drawing + trained + numbers["evaluation_seconds"], rel=1e-6)
     # an inner step trains on the same answers again, and KL has the reference read them once
-    _, more = planned([*flags, *given, "--inner_steps", "2", "--beta", "0.1"], capsys)
+    _, more = planned([*flags, *more_flags, "--inner_steps", "2", "--beta", "0.1"], capsys)
     half = numbers["tokens"] / 2
     assert more["tokens"] == pytest.approx(numbers["tokens"])
     assert more["drawing_seconds"] == pytest.approx(drawing / 2)
@@ -179,14 +179,14 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     wanted = drawing / 2 + (numbers["tokens"] + reads) / 100 + more["evaluation_seconds"]
     assert more["seconds"] == pytest.approx(wanted, rel=1e-6)
     # right answers don't tell how long the way to them is
-    shown, longest = planned([*flags, *given, "--rewards", "number=1"], capsys)
+    shown, longest = planned([*flags, *more_flags, "--rewards", "number=1"], capsys)
     assert "; if answers have all 20 tokens; shorter ones take less)" in shown
     assert longest["drawing_seconds"] == pytest.approx(drawing * 20 / usual)
 
 
 def test_evaluations_take_a_tenth_at_most(flags, capsys):
-    given = ["--eval_split", "0.5", "--epoch_steps", "2", "--epoch_count", "1", "--max_tokens", "20"]
-    shown, numbers = planned([*flags, *given], capsys)
+    more_flags = ["--eval_split", "0.5", "--epoch_steps", "2", "--epoch_count", "1", "--max_tokens", "20"]
+    shown, numbers = planned([*flags, *more_flags], capsys)
     assert 0 < numbers["evaluated_documents"] < 100
     assert 0.05 < numbers["evaluation_seconds"] / (numbers["seconds"] - numbers["evaluation_seconds"]) <= 0.1
     assert "so that all evaluations take at most a tenth of the run" in shown
@@ -215,12 +215,12 @@ def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, ev
 
 
 def test_a_run_evaluates_in_between_where_that_is_cheap(flags, capsys):
-    given = ["--eval_split", "0.01", "--epoch_steps", "60", "--epoch_count", "1"]
-    shown, numbers = planned([*flags, *given], capsys)
+    more_flags = ["--eval_split", "0.01", "--epoch_steps", "60", "--epoch_count", "1"]
+    shown, numbers = planned([*flags, *more_flags], capsys)
     assert "7 times: before the training, every 10 steps and at its end" in shown
     assert numbers["evaluation_seconds"] <= 0.1 * (numbers["seconds"] - numbers["evaluation_seconds"])
     assert "early stop" not in shown
-    shown, _ = planned([*flags, *given, "--eval_steps", "0"], capsys)
+    shown, _ = planned([*flags, *more_flags, "--eval_steps", "0"], capsys)
     assert "2 times: before the training and at its end" in shown
 
 
@@ -271,9 +271,9 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     model.grad_cp = grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    known += [*model.buffers(), *batch.tensors().values()]
-    with Live(known) as live:
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [*model.buffers(), *batch.tensors().values()]
+    with Live(tensors) as live:
         kept = live.after(model, "features")
         source_of(config).loss(model, batch, source_of(config).chunks)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
@@ -320,9 +320,10 @@ def test_right_answers_that_cannot_be_drawn_are_told():
     questions = [Question(["a"], right) for right in ("1", "1234", "12345")]
     prompts = [np.ones(1, np.int32)] * 3
     warnings = source_of(Config(loss="grpo")).warnings
-    (told,) = warnings(Questions(questions, prompts, 2, 4), BYTES)
+    (warning,) = warnings(Questions(questions, prompts, 2, 4), BYTES)
     assert (
-        told == "2 of 3 reference answers have more tokens than --max_tokens 4, so that they can't be drawn"
+        warning
+        == "2 of 3 reference answers have more tokens than --max_tokens 4, so that they can't be drawn"
     )
     assert not warnings(Questions(questions, prompts, 2, 6), BYTES)
 

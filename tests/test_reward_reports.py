@@ -214,11 +214,14 @@ def test_a_lost_run_offers_no_file_and_says_what_to_do(tmp_path):
     history = [evaluation(0, 0.5), evaluation(10, 0.0), evaluation(20, 0.0)]
     card, _, said = finished(tmp_path, metrics, history)
     assert not any(text.startswith(("merge it:", "try it:")) for text in said)
-    [told] = [text for text in said if text.startswith("verdict:")]
-    assert told.startswith(
+    [verdict_line] = [text for text in said if text.startswith("verdict:")]
+    assert verdict_line.startswith(
         "verdict:   made worse: the reward on held-out questions fell from 0.5 to 0; right answers"
     )
-    assert told.count("--lr_init") == 1 == told.count("starting again") and "best.pth" not in told
+    assert (
+        verdict_line.count("--lr_init") == 1 == verdict_line.count("starting again")
+        and "best.pth" not in verdict_line
+    )
     assert "No evaluated state is better than the model before the training." in card
     assert "best:      the base, validation reward 0.5000; at the end 0.0000" in said
     assert said[-1] == "keep:      the base; a.pth is not worth using"

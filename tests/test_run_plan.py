@@ -46,12 +46,12 @@ def files(tmp_path_factory):
 
 
 def flags_of(files, proj_dir, *more):
-    own = f"""
+    common = f"""
         --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir} --tokenizer bytes
         --accelerator cpu --peft_config r=5 --packing 0 --micro_bsz 4 --accumulate_grad_batches 2
     """.split()
     whole = [] if any(flag.startswith("--eval") for flag in more) else ["--eval_split", "0"]
-    return [*own, *whole, *([] if "--epoch_count" in more else ["--epoch_count", "1"]), *more]
+    return [*common, *whole, *([] if "--epoch_count" in more else ["--epoch_count", "1"]), *more]
 
 
 def start(files, proj_dir, *more, **options):
@@ -150,8 +150,8 @@ def test_a_longer_schedule_tells_the_rate_before_and_now():
     )
     path, schedule = "step-00000010.pth", types.SimpleNamespace(steps_per_pass=0)
     run = types.SimpleNamespace(settings=config, before=before, resume_from=path, steps=20, schedule=schedule)
-    told = plan_text.resume(run, over=False)[-1]
-    assert told == (
+    note = plan_text.resume(run, over=False)[-1]
+    assert note == (
         "           10 steps -> 20: the learning rate was 0.0001 in step 10 and is 0.00051 in step 11, as its"
         " schedule is now that of 20 steps"
     )

@@ -285,8 +285,8 @@ def test_a_seed_gives_the_same_tokens_in_any_company(native_code):
 
     def tokens(rows, native_code=native_code):
         generators = {i: torch.Generator().manual_seed(i) for i in rows}
-        given = [RowInputs(samplings[i], generator=generators[i]) for i in rows]
-        return [[x.token for x in choose(logits[rows], given, native_code)] for _ in range(20)]
+        inputs = [RowInputs(samplings[i], generator=generators[i]) for i in rows]
+        return [[x.token for x in choose(logits[rows], inputs, native_code)] for _ in range(20)]
 
     together = tokens([0, 1, 2, 3, 4])
     for i in range(5):

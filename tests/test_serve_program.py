@@ -117,19 +117,19 @@ def test_a_key_file_has_a_key_in_each_line(tmp_path):
 
 
 def test_more_connections_than_the_process_may_have_files_are_refused(monkeypatch):
-    given = []
+    calls = []
 
     def setrlimit(kind, both):
         if both[0] > both[1]:
             raise ValueError("planted")
-        given.append(both)
+        calls.append(both)
 
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
     listener.allow_files(256)
-    assert not given
+    assert not calls
     listener.allow_files(1000)
-    assert given == [(2128, 4096)]
+    assert calls == [(2128, 4096)]
     with pytest.raises(UserError, match="--limit_connections 4000 needs 8128 open files.* at most 1984"):
         listener.allow_files(4000)
 

@@ -147,10 +147,10 @@ def test_efforts_keep_to_the_family_of_the_template():
 def test_thoughts_of_earlier_answers_are_left_out_where_a_mode_has_no_place_for_them():
     messages = [*HI, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}, *HI]
     inline = [*HI, {"role": "assistant", "content": "<think>hm</think>yes"}, *HI]
-    for given in (messages, inline):
-        kept = prompt_of(chat(messages=given, think_mode="think"))
+    for conversation in (messages, inline):
+        kept = prompt_of(chat(messages=conversation, think_mode="think"))
         assert "Assistant: <think>\nhm\n</think>\nyes\n\nUser" in kept
-        plain = prompt_of(chat(messages=given, think_mode="fake-think-compact"))
+        plain = prompt_of(chat(messages=conversation, think_mode="fake-think-compact"))
         assert "Assistant: <think></think>\nyes\n\nUser" in plain and "hm" not in plain
 
 

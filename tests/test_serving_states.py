@@ -76,8 +76,8 @@ def no_states(server):
 
 def said(server, path="chat/completions", **asked):
     """(text, ln p of its tokens, usage) of a greedy answer."""
-    given = {"logprobs": True} if path == "chat/completions" else {"logprobs": 0}
-    reply = post(server, path, max_tokens=12, temperature=0, **given, **asked)
+    options = {"logprobs": True} if path == "chat/completions" else {"logprobs": 0}
+    reply = post(server, path, max_tokens=12, temperature=0, **options, **asked)
     assert reply.status_code == 200, reply.text
     (choice,), usage = reply.json()["choices"], reply.json()["usage"]
     if "message" in choice:

@@ -62,8 +62,8 @@ MEMORYLESS = "--beta1 0 --beta2 0 --lr_schedule constant --warmup_steps 0 --lr_i
 
 def test_20_steps_are_10_and_10_that_begin_with_their_adapter(files, tmp_path):
     common = MEMORYLESS.split()
-    own = "--train_parts ln,state --layers last:1 --peft_config r=5 --save_steps 10".split()
-    whole = flags_of(files, tmp_path / "whole", *common, *own)
+    adapter_flags = "--train_parts ln,state --layers last:1 --peft_config r=5 --save_steps 10".split()
+    whole = flags_of(files, tmp_path / "whole", *common, *adapter_flags)
     said = succeed(program.run([*whole, "--epoch_steps", "20"]))
     assert "2 adapter-step-N.pth of" in said
     ten = tmp_path / "whole" / adapter_of_step(10)
@@ -86,8 +86,8 @@ def test_20_steps_are_10_and_10_that_begin_with_their_adapter(files, tmp_path):
 
 
 def settings(files, path, *flags, base="base"):
-    given = f"--load_model {files}/{base}.pth --data_file {files}/rows.jsonl --tokenizer bytes --grad_cp 0"
-    draft = Draft(parse([*given.split(), "--init_adapter", str(path), *flags]))
+    command = f"--load_model {files}/{base}.pth --data_file {files}/rows.jsonl --tokenizer bytes --grad_cp 0"
+    draft = Draft(parse([*command.split(), "--init_adapter", str(path), *flags]))
     read_base(draft)
     return draft.config
 
@@ -95,8 +95,8 @@ def settings(files, path, *flags, base="base"):
 def test_settings_come_from_the_file_of_any_project(files, adapters, tmp_path):
     path, live = adapters("lora", layers="last:1", rank=6, alpha=9.0, targets=["att.key", "ffn.value"])
     convert(path, tmp_path / "peft", "peft")
-    for given in (path, tmp_path / "peft"):
-        config = settings(files, given, "--peft_config", "alpha=9")
+    for adapter in (path, tmp_path / "peft"):
+        config = settings(files, adapter, "--peft_config", "alpha=9")
         assert (config.peft, config.layers, config.train_parts) == ("lora", "1", "")
         assert config.adapter.targets == ["att.key", "ffn.value"]
         model = build_model(config, live.arch, "torch", torch.float32)

@@ -420,12 +420,12 @@ def test_the_first_questions_alone_and_those_that_rewards_can_teach(tmp_path, ca
 
 def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", types.ModuleType("math_verify"))
-    given = ["--model", "m", "--questions", "q", "--preset", "math500"]
-    args = evaluate.arguments(given)
+    flags = ["--model", "m", "--questions", "q", "--preset", "math500"]
+    args = evaluate.arguments(flags)
     assert (args.samples, args.max_tokens, args.score) == (4, 1500, "math_verify")
     assert (args.temperature, args.top_p, args.top_k) == (1.0, 0.28, 32)
     assert args.sft_field == "problem,answer"
-    other = evaluate.arguments([*given, "--samples", "2", "--score", "boxed"])
+    other = evaluate.arguments([*flags, "--samples", "2", "--score", "boxed"])
     assert (other.samples, other.score, other.top_k) == (2, "boxed", 32)
 
 
@@ -503,10 +503,10 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert evaluated(capsys, "--model", merged, *flags[:4])[0] == found | {"max_tokens": 512}
     kept.unlink()
     evaluate.main(["--model", str(merged), "--max_tokens", "9", "--save", str(kept), *map(str, flags[:4])])
-    told = capsys.readouterr()
-    assert "4 answers (100.0%) reach the limit of 9 tokens" in told.out
-    assert "warning: 100.0% of the answers were cut" in told.err and "--max_tokens N" in told.err
-    *_, cut, score, last = told.out.splitlines()
+    printed = capsys.readouterr()
+    assert "4 answers (100.0%) reach the limit of 9 tokens" in printed.out
+    assert "warning: 100.0% of the answers were cut" in printed.err and "--max_tokens N" in printed.err
+    *_, cut, score, last = printed.out.splitlines()
     assert "limit" in cut and score == "score: 0.0%, 0 of 4 answers are right", "the score is before the JSON"
     assert json.loads(last)["cut"] == 4
     assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4

@@ -208,14 +208,14 @@ def test_a_broken_row_leaves_nothing(path, encoder, cached):
 
 def test_old_entries_and_what_a_killed_process_left_are_removed(path, encoder, cached):
     old, recent = "0" * 24, "1" * 24
-    own = {"photos": 99, ".git": 99, "2" * 23: 99}
-    for name, days in {old: 31, recent: 29, ".making-a": 2, ".making-b": 0.5, **own}.items():
+    folders = {"photos": 99, ".git": 99, "2" * 23: 99}
+    for name, days in {old: 31, recent: 29, ".making-a": 2, ".making-b": 0.5, **folders}.items():
         (cached / name).mkdir(parents=True)
         os.utime(cached / name, (time.time() - days * 86400,) * 2)
     tokenise(path, encoder, str(cached))
     first = fingerprint(path, encoder)
     left = {entry.name for entry in entries(cached)}
-    assert left == {recent, ".making-b", first, *own}, "the user's own folders stay"
+    assert left == {recent, ".making-b", first, *folders}, "the user's own folders stay"
     os.utime(cached / first, (time.time() - 31 * 86400,) * 2)
     tokenise(path, encoder, str(cached))  # an entry that is used again is young again
     tokenise(path, Encoder(encoder.tokenizer, loss_mask="all"), str(cached))

@@ -48,11 +48,11 @@ def command(files, proj_dir, *flags, version=7):
         if "none" not in flags
         else []
     )
-    own = f"""
+    common = f"""
         --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --lr_init 1e-2 --micro_bsz 8
         --packing 0 --accelerator cpu --eval_split 0
     """
-    return [sys.executable, "train.py", *base, *own.split(), *flags]
+    return [sys.executable, "train.py", *base, *common.split(), *flags]
 
 
 def train(*args, **kwargs):

@@ -239,8 +239,8 @@ def test_weight_decay_pulls_the_adapters_matrices_towards_the_base_at_rank_1_as_
     decay = {
         id(p): group["weight_decay"] for group in parameter_groups(model, 1e-3, 0.1) for p in group["params"]
     }
-    own = {0.1 * METHODS[method].decays}  # PiSSA's matrices are not the base at zero
-    assert {decay[id(p)] for p in model.parameters() if p.requires_grad} == own
+    decays = {0.1 * METHODS[method].decays}  # PiSSA's matrices are not the base at zero
+    assert {decay[id(p)] for p in model.parameters() if p.requires_grad} == decays
 
 
 def test_weight_decay_with_pissa_is_refused():
