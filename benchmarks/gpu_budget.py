@@ -209,7 +209,8 @@ def report(args: argparse.Namespace) -> dict:
             part["GB"] * 1e9 * seconds_of_bytes, part["TFLOP"] * 1e12 / (card.flops * PRODUCTS)
         )
     forward, backward = (
-        of("calls of operators", f"wkv: wkv{arch.version}{end}") for end in ("", "_backward")
+        of("calls of operators", f"wkv: wkv{arch.version}{end}", f"wkv: mix7_chunked{end}")
+        for end in ("", "_backward")
     )
     heads = max(1, arch.dim_att * arch.head_size // HEAD_SIZE**2)
     tensor_cores = args.card != OLD_CARD and width >= wkv_budget.CHUNK and arch.head_size == HEAD_SIZE

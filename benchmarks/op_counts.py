@@ -70,12 +70,14 @@ def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
     return launches + (held > 0)
 
 
-def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
+def _wkv(version: int, backward: bool, chunked: bool = False) -> Callable[[tuple], int]:
     def launches(args: tuple) -> int:
-        B, T, H, _ = args[0].shape
-        if not args[-1]:  # the recurrence; its backward has four launches for 512 tokens, then the decay's,
-            return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1  # and for v6 the bonus's
-        # each segment has kernels prepare and scan, a backward also gradients; v6 sums the bonus at the end
+        B, T, H, _ = tensors_in(args)[0].shape
+        if not (chunked or args[-1]):
+            # the recurrence: of each 512 tokens both sweeps and what finishes them; the decay, and for v6 the
+            # bonus
+            return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1
+        # of each segment prepare and scan, for a backward gradients, too; v6 sums the parts of the bonus
         return segments(B, T, H) * (3 if backward else 2) + (backward and version == 6)
 
     return launches
@@ -94,6 +96,8 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "wkv6_backward": ("wkv", _wkv(6, True)),
     "wkv7": ("wkv", _wkv(7, False)),
     "wkv7_backward": ("wkv", _wkv(7, True)),
+    "mix7_chunked": ("wkv", _wkv(7, False, True)),
+    "mix7_chunked_backward": ("wkv", _wkv(7, True, True)),
     "dequantise": ("dequantise", 1),
     "drop": ("elementwise", 1),
     "softmax_loss_": ("loss", 1),
@@ -103,13 +107,15 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
         name: ("elementwise", 1)
         for name in """
             relu_squared gated gated_backward value_residual delta_inputs readout6 readout7 shift_mix
-            shift_mix_token relu_squared_backward value_residual_backward
+            mix7_inputs mix7_readout shift_mix_token relu_squared_backward value_residual_backward
         """.split()
     },
     **{
         f"{name}_backward": ("elementwise", _with_gradients_of_vectors)
-        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token", "mix7_readout", "mix7_inputs")
+        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token", "mix7_inputs")
     },
+    # it has r, k and a where the vectors train
+    "mix7_readout_backward": ("elementwise", lambda args: 1 + bool(args[2])),
     # argument z is there if the mixes are trained
     "shift_mix_backward": ("elementwise", lambda args: 1 + (args[1] is not None)),
 }

@@ -192,31 +192,34 @@ struct ValueResidualBackward {
 
 // ---- one head of one token ----
 
-// kappa = normalize(k k_k), s = sigmoid(a): k (1 + (s - 1) k_a), -kappa, kappa s
-struct DeltaInputs {
-    static constexpr int VECTORS = 2;
+// READ: for the readout also `bonus` (tokens, H), r . key r_k of every head, which v is multiplied by
+template <bool READ> struct DeltaInputs {
+    static constexpr int VECTORS = READ ? 3 : 2;
     static constexpr int TRAINABLE = 0;
-    const void *k, *a;
+    const void *k, *a, *r;
     void *key, *remove, *replace;
+    float* bonus;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
-        const Vec &k_k = vectors[0], &k_a = vectors[1];
-        const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
-        float squares = total(u * u);
-        at.sum_head(squares);
-        const Vec kappa = u * (1 / fmaxf(sqrtf(squares), 1e-12f));
-        at.write(key, own * (1 + (s - 1) * k_a));
-        at.write(remove, 0 - kappa);
-        at.write(replace, kappa * s);
+        const DeltaRule rule = delta_rule(at.read(k), at.read(a), vectors[0], vectors[1],
+            [&](float& x) { at.sum_head(x); });
+        at.write(key, rule.key);
+        at.write(remove, rule.remove);
+        at.write(replace, rule.replace);
+        if constexpr (READ) {
+            float sum = total(at.read(r) * at.rounded(rule.key) * vectors[2]);
+            at.sum_head(sum);
+            at.write_head(bonus, sum);
+        }
     }
 };
 
-// What of the readout's backward is left for the kernel after the recurrence's backward: `sums` (tokens, H, 2)
-// of every head are r . k r_k, which v was multiplied by, and the gradient of that. dr, dv and dkey then get
-// their second part where they are read anyway, and that part is never written or rounded.
+// What of the readout's backward is left for the kernel after the recurrence's backward, with the gradient of
+// `bonus`. dr, dv and dkey then get their second part where they are read anyway, and that part is never
+// written or rounded.
 struct OfReadout {
     const void *r, *g;
     Tensors dout;
-    const float* sums;
+    const float *bonus, *dbonus;
     void *dr, *dv;
 };
 
@@ -233,10 +236,10 @@ template <bool READ> struct DeltaInputsBackward {
         const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
         Vec g = at.read(dkey);
         if constexpr (READ) {
-            const Vec scaled = at.head_number(of.sums, 1) * vectors[2];
+            const Vec scaled = at.read_head(of.dbonus) * vectors[2];
             g += scaled * at.read(of.r);
             at.write(of.dr, at.read(of.dr) + scaled * own * (1 + (s - 1) * k_a));
-            at.write(of.dv, at.read(of.dv) + at.head_number(of.sums, 0) * at.read(of.dout) * at.read(of.g));
+            at.write(of.dv, at.read(of.dv) + at.read_head(of.bonus) * at.read(of.dout) * at.read(of.g));
         }
         const Vec replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
         float squares = total(u * u), dots = total(u * dkappa);
@@ -252,43 +255,53 @@ template <bool READ> struct DeltaInputsBackward {
     }
 };
 
-// (group_norm(y) + (r . k r_k) v) g
-struct Readout7 {
-    static constexpr int VECTORS = 3;
+// (group_norm(y) + (r . k r_k) v) g. GIVEN: r . k r_k is `bonus` (tokens, H)
+template <bool GIVEN> struct Readout7 {
+    static constexpr int VECTORS = GIVEN ? 2 : 3;
     const void *y, *r, *k, *v, *g;
+    const float* given;
     Tensors out;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
-        const Vec &r_k = vectors[0], &weight = vectors[1], &bias = vectors[2];
-        float bonus = total(at.read(r) * at.read(k) * r_k), scale;
-        at.sum_head(bonus);
+        const Vec &weight = vectors[VECTORS - 2], &bias = vectors[VECTORS - 1];
+        float bonus, scale;
+        if constexpr (GIVEN) {
+            bonus = at.read_head(given);
+        } else {
+            bonus = total(at.read(r) * at.read(k) * vectors[0]);
+            at.sum_head(bonus);
+        }
         const Vec normed = at.normalised(at.read(y), &scale) * weight + bias;
         at.write(out, (normed + bonus * at.read(v)) * at.read(g));
     }
 };
 
-// WHOLE: dr, dk and dv, too; otherwise the `sums` of OfReadout
-template <bool WHOLE> struct Readout7Backward {
-    static constexpr int VECTORS = 3;
+// GIVEN: r . k r_k is `bonus`, whose gradient is written in the place of dr, dk and dv. Then k is the one
+// before delta_inputs; it, r and a are read for the gradient of r_k only.
+template <bool GIVEN> struct Readout7Backward {
+    static constexpr int VECTORS = GIVEN ? 4 : 3;
     static constexpr int TRAINABLE = 3;
-    const void *y, *r, *k, *v, *g;
+    const void *y, *r, *k, *a, *v, *g;
+    const float* given;
     Tensors dout;
     void *dy, *dr, *dk, *dv, *dg;
-    float* sums;
+    float* dgiven;
     template <class At, class V>
     __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec value = at.read(v), above = at.read(dout), d = above * at.read(g);
         float bonus, dbonus = total(d * value), mean = total(d * vectors[1]), along, scale;
-        {
+        if constexpr (GIVEN) {
+            bonus = at.read_head(given);
+            at.sum_head(dbonus, mean);
+            at.write_head(dgiven, dbonus);
+            const Vec key = at.rounded(at.read(k) * (1 + (sigmoid(at.read(a)) - 1) * vectors[3]));
+            dvectors[0] += dbonus * at.read(r) * key;
+        } else {
             const Vec receptance = at.read(r), key = at.read(k);
             bonus = total(receptance * key * vectors[0]);
             at.sum_head(bonus, dbonus, mean);
-            if constexpr (WHOLE) {
-                at.write(dr, dbonus * vectors[0] * key);
-                at.write(dk, dbonus * vectors[0] * receptance);
-                at.write(dv, bonus * d);
-            } else {
-                at.write_head(sums, bonus, dbonus);
-            }
+            at.write(dr, dbonus * vectors[0] * key);
+            at.write(dk, dbonus * vectors[0] * receptance);
+            at.write(dv, bonus * d);
             dvectors[0] += dbonus * receptance * key;
         }
         const Vec normed = at.normalised(at.read(y), &scale);
@@ -464,8 +477,9 @@ extern "C" int delta_inputs_forward(const void* k, const void* a, const void* co
     int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(DeltaInputs{k, a, key, remove, replace}, vectors, vector_dtypes, nullptr, nullptr,
-        B * T, C, H, eps, dtype, stream);
+    const DeltaInputs<false> f{k, a, nullptr, key, remove, replace, nullptr};
+    return launch_tokens(
+        f, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H, eps, dtype, stream);
 }
 
 extern "C" int delta_inputs_backward(const void* k, const void* a, const void* const* vectors,
@@ -484,8 +498,8 @@ extern "C" int readout7_forward(const void* y, const void* r, const void* k, con
     int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_rows(Readout7{y, r, k, v, g, Tensors(out, 1, rank)}, vectors, vector_dtypes, B * T, C, H,
-        eps, dtype, stream);
+    const Readout7<false> f{y, r, k, v, g, nullptr, Tensors(out, 1, rank)};
+    return launch_rows(f, vectors, vector_dtypes, B * T, C, H, eps, dtype, stream);
 }
 
 extern "C" int readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g,
@@ -495,33 +509,58 @@ extern "C" int readout7_backward(const void* y, const void* r, const void* k, co
     OnDevice on(device);
     if (on.error) return on.error;
     const Tensors above(dout, 1, rank);
-    return launch_tokens(Readout7Backward<true>{y, r, k, v, g, above, dy, dr, dk, dv, dg, nullptr}, vectors,
-        vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
+    const Readout7Backward<false> f{y, r, k, nullptr, v, g, nullptr, above, dy, dr, dk, dv, dg, nullptr};
+    return launch_tokens(
+        f, vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
-// Both backwards around that of the recurrence, mix7 as one function: first readout7's, without dr, dk and
-// dv. sums: (tokens, H, 2) floats
-extern "C" int mix7_readout_backward(const void* y, const void* r, const void* k, const void* v,
-    const void* g, const void* const* vectors, const void* const* dout, void* dy, void* dg, float* sums,
-    void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+// mix7 as one function: delta_inputs, with what the readout needs of the key, the recurrence and the readout.
+// On tensor cores the recurrence makes these inputs itself (wkv7_chunked.cu). bonus, dbonus: (tokens, H)
+// floats. vectors: k_k, k_a, r_k
+extern "C" int mix7_inputs_forward(const void* k, const void* a, const void* r, const void* const* vectors,
+    void* key, void* remove, void* replace, float* bonus, int64_t vector_dtypes, int64_t B, int64_t T,
     int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
+    const DeltaInputs<true> f{k, a, r, key, remove, replace, bonus};
+    return launch_tokens(
+        f, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H, eps, dtype, stream);
+}
+
+// vectors: weight, bias
+extern "C" int mix7_readout_forward(const void* y, const void* v, const void* g, const float* bonus,
+    const void* const* vectors, void* const* out, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    const Readout7<true> f{y, nullptr, nullptr, v, g, bonus, Tensors(out, 1, rank)};
+    return launch_rows(f, vectors, vector_dtypes, B * T, C, H, eps, dtype, stream);
+}
+
+// vectors: r_k, weight, bias, k_a; dvectors: of the first three. r, k and a may be null without dvectors
+extern "C" int mix7_readout_backward(const void* y, const void* v, const void* g, const float* bonus,
+    const void* r, const void* k, const void* a, const void* const* vectors, const void* const* dout,
+    void* dy, void* dg, float* dbonus, void* const* dvectors, float* partial, int64_t rank,
+    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
+    void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     const Tensors above(dout, 1, rank);
-    const Readout7Backward<false> f{y, r, k, v, g, above, dy, nullptr, nullptr, nullptr, dg, sums};
+    const Readout7Backward<true> f{
+        y, r, k, a, v, g, bonus, above, dy, nullptr, nullptr, nullptr, dg, dbonus};
     return launch_tokens(
         f, vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // then delta_inputs', which completes dr and dv in place. vectors: k_k, k_a, r_k; dvectors: of the first two
 extern "C" int mix7_inputs_backward(const void* k, const void* a, const void* r, const void* g,
-    const void* const* vectors, const void* const* dout, const float* sums, const void* dkey,
-    const void* dremove, const void* dreplace, void* dr, void* dv, void* dk, void* da, void* const* dvectors,
-    float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+    const void* const* vectors, const void* const* dout, const float* bonus, const float* dbonus,
+    const void* dkey, const void* dremove, const void* dreplace, void* dr, void* dv, void* dk, void* da,
+    void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    const OfReadout of{r, g, Tensors(dout, 1, rank), sums, dr, dv};
+    const OfReadout of{r, g, Tensors(dout, 1, rank), bonus, dbonus, dr, dv};
     return launch_tokens(DeltaInputsBackward<true>{k, a, dkey, dremove, dreplace, dk, da, of}, vectors,
         vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }

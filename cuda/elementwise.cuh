@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int TOKENS = 4, WARPS = 8, THREADS = 32 * WARPS, TILE = TOKENS * WARPS;
-constexpr int MOST_VECTORS = 32;  // two bits of 64 for the dtype of each
 
 // (B, T, C) activations of H heads. `lanes` of a head are a power of two.
 struct Shape {
@@ -46,27 +45,6 @@ struct Shape {
     dim3 grid() const { return dim3((unsigned)parts(), (unsigned)groups()); }
     dim3 rows() const { return dim3((unsigned)(B * T)); }
     int threads_of_row() const { return groups() < WARPS ? 32 * groups() : THREADS; }
-};
-
-// Vectors of the model, or their gradients: each (C) and of its own dtype, which a base and what is trained
-// of it need not share.
-struct Vectors {
-    const void* numbers[MOST_VECTORS];
-    int64_t dtypes;  // two bits each
-    int count;
-
-    Vectors(const void* const* from, int64_t dtypes, int64_t count)
-        : numbers(), dtypes(dtypes), count(count) {
-        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) numbers[i] = from[i];
-    }
-    __device__ int dtype(int i) const { return (int)(dtypes >> 2 * i) & 3; }
-    __device__ Vec read(int i, int channel) const {
-        switch (dtype(i)) {
-            case kFloat32: return read_vec(static_cast<const float*>(numbers[i]) + channel);
-            case kBFloat16: return read_vec(static_cast<const __nv_bfloat16*>(numbers[i]) + channel);
-            default: return read_vec(static_cast<const __half*>(numbers[i]) + channel);
-        }
-    }
 };
 
 // Outputs or their gradients, one for each mix of a token shift, with the shard sums of those that have some.
@@ -147,17 +125,11 @@ template <class T> struct Place {
         return has ? from.read(i, channel) : Vec(0);
     }
 
-    // two numbers of the head: x (tokens, H, 2), read by all of its lanes and written by the first
-    __device__ float* of_head(float* x) const {
-        return x + 2 * ((b * shape.T + t) * shape.H + channel / shape.N);
-    }
-    __device__ float head_number(const float* x, int i) const {
-        return has ? of_head(const_cast<float*>(x))[i] : 0;
-    }
-    __device__ void write_head(float* x, float first, float second) const {
-        if (!has || channel % shape.N) return;
-        of_head(x)[0] = first;
-        of_head(x)[1] = second;
+    // a number of the head: x (tokens, H), read by all of its lanes and written by the first
+    __device__ int64_t of_head() const { return (b * shape.T + t) * shape.H + channel / shape.N; }
+    __device__ float read_head(const float* x) const { return has ? x[of_head()] : 0; }
+    __device__ void write_head(float* x, float number) const {
+        if (has && channel % shape.N == 0) x[of_head()] = number;
     }
 
     // each of these summed over the head, in all of its lanes

@@ -1,4 +1,5 @@
-// Eight numbers of a lane: fp32 in registers, in memory 16 bytes in half precision and twice 16 in fp32.
+// Eight numbers of a lane: fp32 in registers, in memory 16 bytes in half precision and twice 16 in fp32. The
+// vectors of a model, and what its delta rule is given.
 #pragma once
 #include "launch.h"
 
@@ -71,6 +72,41 @@ template <class T> __device__ __forceinline__ Vec rounded(const Vec& x) {
         store(&number, x[e]);
         return load(&number);
     });
+}
+
+constexpr int MOST_VECTORS = 32;  // two bits of 64 for the dtype of each
+
+// Vectors of the model, or their gradients: each (C) and of its own dtype, which a base and what is trained
+// of it need not share.
+struct Vectors {
+    const void* numbers[MOST_VECTORS];
+    int64_t dtypes;  // two bits each
+    int count;
+
+    Vectors(const void* const* from, int64_t dtypes, int64_t count)
+        : numbers(), dtypes(dtypes), count(count) {
+        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) numbers[i] = from[i];
+    }
+    __device__ int dtype(int i) const { return (int)(dtypes >> 2 * i) & 3; }
+    __device__ Vec read(int i, int channel) const {
+        switch (dtype(i)) {
+            case kFloat32: return read_vec(static_cast<const float*>(numbers[i]) + channel);
+            case kBFloat16: return read_vec(static_cast<const __nv_bfloat16*>(numbers[i]) + channel);
+            default: return read_vec(static_cast<const __half*>(numbers[i]) + channel);
+        }
+    }
+};
+
+// A lane's channels of the key k (1 + (s - 1) k_a), of -kappa and of kappa s, with kappa = normalize(k k_k) and
+// s = sigmoid(a). sum_head(x) adds x over the head, in all of its lanes.
+struct DeltaRule { Vec key, remove, replace; };
+template <class SumHead> __device__ __forceinline__ DeltaRule delta_rule(
+    const Vec& k, const Vec& a, const Vec& k_k, const Vec& k_a, SumHead sum_head) {
+    const Vec s = sigmoid(a), u = k * k_k;
+    float squares = total(u * u);
+    sum_head(squares);
+    const Vec kappa = u * (1 / fmaxf(sqrtf(squares), 1e-12f));
+    return {k * (1 + (s - 1) * k_a), 0 - kappa, kappa * s};
 }
 
 }  // namespace

@@ -42,6 +42,7 @@
 //
 // Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7_chunked.cu -o wkv7_chunked.so
 #include "chunked.cuh"
+#include "vectors.cuh"
 
 namespace {
 
@@ -58,10 +59,45 @@ struct Factors {
     uint4 Q[32];                   // 16 x 16 tokens, of the forward only
 };
 
+// With `vectors` k_k, k_a, r_k there is no b: k and a are the raw ones that delta_inputs of elementwise.cu has,
+// and key, alpha and beta are made of them where they are read, with the same bits. `bonus` (tokens, H) gets
+// r . key r_k, for the readout.
 template <class T> struct Inputs {
     const T *r, *w, *k, *v, *a, *b;
     const uint8_t* reset;
+    Vectors vectors;
+    float* bonus;
 };
+
+// key, alpha and beta of the block's chunk, each 16 channels as rows of 32 bytes. A thread makes 8 channels of
+// a token, as a lane of elementwise.cu does.
+template <class T> __device__ __forceinline__ void make_inputs(
+    const Inputs<T>& in, const Segment& segment, const Head& head, int chunk, Matrix& K, Matrix& A, Matrix& B) {
+    const int row = threadIdx.x / 8, part = threadIdx.x % 8, channel = head.h * N + part * WIDTH;
+    const int64_t t = (int64_t)(segment.begin + chunk) * CHUNK + row, token = head.row * segment.T + t;
+    const int64_t here = token * head.heads * N + channel;
+    const bool has = t < segment.T;
+    const auto read = [&](const T* x) { return has ? read_vec(x + here) : Vec(0); };
+    const auto sum_head = [](float& x) {
+#pragma unroll
+        for (int lanes = 4; lanes; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    };
+    const DeltaRule rule = delta_rule(
+        read(in.k), read(in.a), in.vectors.read(0, channel), in.vectors.read(1, channel), sum_head);
+    const int place = part / 2 * (CHUNK * CHUNK) + row * CHUNK + part % 2 * WIDTH;
+    write_vec((T*)K + place, rule.key);
+    write_vec((T*)A + place, rule.remove);
+    write_vec((T*)B + place, rule.replace);
+    if (!in.bonus) return;
+    float sum = total(read(in.r) * rounded<T>(rule.key) * in.vectors.read(2, channel));
+    sum_head(sum);
+    if (has && part == 0) in.bonus[token * head.heads + head.h] = sum;
+}
+// the lane's part of such a tile, as load_tile reads it
+__device__ __forceinline__ Tile made_tile(const SharedTile& rows) {
+    const uint2 *from = (const uint2*)rows.words + lane_id(), first = from[0], second = from[32];
+    return {{first.x, second.x, first.y, second.y}};
+}
 
 // to base 2, as are all logarithms of decays from here on
 __device__ __forceinline__ float log_delta(float w) {
@@ -73,10 +109,24 @@ struct Scaled {
     Sum A, B, K, R, P;
     float F[4];  // of the lane's channels
 };
-template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, const Place& at) {
+template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, const Place& at,
+    const Segment& segment, const Head& head, int chunk, Matrix& A, Matrix& B, Matrix& K) {
+    const int n = threadIdx.x / 32;
     const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY));
-    Scaled s = {to_sum<T>(load_tile(in.a, at)), to_sum<T>(load_tile(in.b, at)),
-        to_sum<T>(load_tile(in.k, at)), to_sum<T>(load_tile(in.r, at))};
+    Scaled s;
+    s.R = to_sum<T>(load_tile(in.r, at));
+    if (in.vectors.count) {
+        make_inputs(in, segment, head, chunk, K, A, B);
+        __syncthreads();
+        s.A = to_sum<T>(made_tile(A[n]));
+        s.B = to_sum<T>(made_tile(B[n]));
+        s.K = to_sum<T>(made_tile(K[n]));
+        __syncwarp();  // before this warp puts others in their place
+    } else {
+        s.A = to_sum<T>(load_tile(in.a, at));
+        s.B = to_sum<T>(load_tile(in.b, at));
+        s.K = to_sum<T>(load_tile(in.k, at));
+    }
     for (int i = 0; i < 8; i++) s.P.x[i] = log_delta(w.x[i]);
     s.P = running_sum<false>(s.P);
     for (int i = 0; i < 8; i++) {
@@ -126,7 +176,7 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
     const Head head;
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
-    const Scaled s = scale(in, place(segment, head, chunk, n));
+    const Scaled s = scale(in, place(segment, head, chunk, n), segment, head, chunk, A, B, K);
     put(A[n], to_tile(s.A));
     put(B[n], to_tile(s.B));
     put(K[n], to_tile(s.K));
@@ -190,7 +240,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     const State& D = Ds[head.index() * segment.count + chunk];
     put(V[n], to_bf16<T>(load_tile(in.v, at)));
     put(dY[n], to_bf16<T>(load_tile(dy, at)));
-    const Scaled s = scale(in, at);
+    const Scaled s = scale(in, at, segment, head, chunk, A, B, K);
     put(A[n], to_tile(s.A));
     put(B[n], to_tile(s.B));
     put(K[n], to_tile(s.K));
@@ -328,12 +378,42 @@ template <class T> void backward(const Sizes& sizes, const Inputs<T>& in, const 
 
 // f(Inputs) for the element type
 template <class F> void with_inputs(int dtype, const void* r, const void* w, const void* k, const void* v,
-    const void* a, const void* b, const uint8_t* reset, F f) {
+    const void* a, const void* b, const uint8_t* reset, const Vectors& vectors, float* bonus, F f) {
     auto call = [&](auto* type) {
         typedef decltype(type) P;
-        f(Inputs<std::remove_const_t<std::remove_pointer_t<P>>>{(P)r, (P)w, (P)k, (P)v, (P)a, (P)b, reset});
+        f(Inputs<std::remove_const_t<std::remove_pointer_t<P>>>{
+            (P)r, (P)w, (P)k, (P)v, (P)a, (P)b, reset, vectors, bonus});
     };
     dtype == kBFloat16 ? call((const __nv_bfloat16*)nullptr) : call((const __half*)nullptr);
+}
+
+int run_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
+    const Vectors& vectors, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
+    float* bonus, float* scratch, int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device,
+    void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved, scratch}))
+        return cudaErrorInvalidValue;
+    with_inputs(dtype, r, w, k, v, a, b, reset, vectors, bonus,
+        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, (Factors*)scratch, stream); });
+    return cudaGetLastError();
+}
+
+int run_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
+    const Vectors& vectors, const uint8_t* reset, const float* saved, const void* dy, const float* dsT,
+    void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch, int64_t B,
+    int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!valid(B, T, H, head_size, dtype,
+            {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch}))
+        return cudaErrorInvalidValue;
+    with_inputs(dtype, r, w, k, v, a, b, reset, vectors, nullptr, [&](auto in) {
+        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dw, dk, dv, da, db, ds0,
+            (Factors*)scratch, stream);
+    });
+    return cudaGetLastError();
 }
 
 }  // namespace
@@ -356,27 +436,32 @@ extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
 extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
     const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, float* scratch,
     int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
-    OnDevice on(device);
-    if (on.error) return on.error;
-    if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved, scratch}))
-        return cudaErrorInvalidValue;
-    with_inputs(dtype, r, w, k, v, a, b, reset,
-        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, (Factors*)scratch, stream); });
-    return cudaGetLastError();
+    return run_forward(r, w, k, v, a, b, Vectors(nullptr, 0, 0), s0, reset, y, sT, saved, nullptr, scratch, B,
+        T, H, head_size, dtype, device, stream);
 }
 
 extern "C" int wkv7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
     const void* a, const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
     const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
     int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
-    OnDevice on(device);
-    if (on.error) return on.error;
-    if (!valid(B, T, H, head_size, dtype,
-            {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch}))
-        return cudaErrorInvalidValue;
-    with_inputs(dtype, r, w, k, v, a, b, reset, [&](auto in) {
-        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dw, dk, dv, da, db, ds0,
-            (Factors*)scratch, stream);
-    });
-    return cudaGetLastError();
+    return run_backward(r, w, k, v, a, b, Vectors(nullptr, 0, 0), reset, saved, dy, dsT, dr, dw, dk, dv, da,
+        db, ds0, scratch, B, T, H, head_size, dtype, device, stream);
+}
+
+// The same of the raw k and a; vectors: k_k, k_a, r_k. dk, da and db are the gradients of key, alpha and beta.
+extern "C" int mix7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
+    const void* const* vectors, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
+    float* bonus, float* scratch, int64_t vector_dtypes, int64_t B, int64_t T, int64_t H, int64_t head_size,
+    int dtype, int device, void* stream) {
+    return run_forward(r, w, k, v, a, nullptr, Vectors(vectors, vector_dtypes, 3), s0, reset, y, sT, saved,
+        bonus, scratch, B, T, H, head_size, dtype, device, stream);
+}
+
+extern "C" int mix7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
+    const void* a, const void* const* vectors, const float* s0, const uint8_t* reset, const float* saved,
+    const void* dy, const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0,
+    float* scratch, int64_t vector_dtypes, int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
+    int device, void* stream) {
+    return run_backward(r, w, k, v, a, nullptr, Vectors(vectors, vector_dtypes, 3), reset, saved, dy, dsT, dr,
+        dw, dk, dv, da, db, ds0, scratch, B, T, H, head_size, dtype, device, stream);
 }

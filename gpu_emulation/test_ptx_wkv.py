@@ -81,6 +81,39 @@ def test_the_operators_drive_the_kernels(gpu, version, chunked):
             assert native.saved_floats(version, chunked, *sizes) == count
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_recurrence_makes_what_delta_inputs_writes(gpu, dtype):
+    """To the last bit: with a state, documents, and tokens that fill no chunk."""
+    x, dy, dstate = make(7, 37, N=64, B=2, H=2)
+    vectors = [torch.randn(128, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    r, w, k, v, a, b = (x[name].to(dtype) for name in NAMES[7])
+    rows, reset = [t.flatten(-2) for t in (k, b, r)], documents(2, 37).byte()
+    rwkv, rest, dy = torch.ops.rwkv, (x["s0"], reset), dy.to(dtype)
+    *made, bonus = rwkv.mix7_inputs([*rows, *vectors], 2)
+    key, alpha, beta = (t.view_as(r) for t in made)
+    for mine, other in zip(made, rwkv.delta_inputs([*rows[:2], *vectors[:2]], 2, 0.0), strict=True):
+        assert torch.equal(mine, other)
+    written = rwkv.wkv7(r, w, key, v, alpha, beta, *rest, True)
+    inputs = [r, w, k, v, b], vectors, *rest
+    found = rwkv.mix7_chunked(*inputs, True)
+    for mine, other in zip(found, (*written, bonus), strict=True):
+        assert torch.equal(mine, other)
+    saved = written[2]
+    written = rwkv.wkv7_backward(r, w, key, v, alpha, beta, *rest, saved, dy, dstate, True)
+    for mine, other in zip(rwkv.mix7_chunked_backward(*inputs, saved, dy, dstate), written, strict=True):
+        assert torch.equal(mine, other)
+    for op, arguments in [
+        (rwkv.mix7_inputs, ([*rows, *vectors], 2)),
+        (rwkv.mix7_chunked, (*inputs, True)),
+        (rwkv.mix7_chunked_backward, (*inputs, saved, dy, dstate)),
+        (rwkv.mix7_readout, ([dy.flatten(-2), *rows[:2], *vectors[:2]], bonus, 1e-5, 16)),
+    ]:
+        torch.library.opcheck(op.default, arguments, test_utils="test_schema")
+    none_saved = rwkv.mix7_chunked(*inputs, False)[2]
+    with pytest.raises(RuntimeError, match="the forward saved 0 numbers, .* save=True"):
+        rwkv.mix7_chunked_backward(*inputs, none_saved, dy, dstate)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True])
 @both

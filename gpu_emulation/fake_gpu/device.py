@@ -178,8 +178,8 @@ class FakeGpu(TorchDispatchMode):
         ]
         assert not wrong, f"{name}: arguments {wrong} are not contiguous on {device}"
         kind = str(args[2] if name == "dequantise" else tensors[0].dtype).removeprefix("torch.")
-        form = ", tensor cores" if name.startswith("wkv") and args[-1] else ""
-        self.native[f"{name} {kind}{form}"] += 1
+        chunked = name.startswith("mix7_chunked") or name.startswith("wkv") and args[-1]
+        self.native[f"{name} {kind}{', tensor cores' if chunked else ''}"] += 1
 
     def _wait(self, what: str) -> None:
         self.waits[f"{what}: {_place()}"] += 1

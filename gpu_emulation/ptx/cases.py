@@ -161,6 +161,14 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
     for dtype, packed in itertools.product(dtypes, (True, False)):
         options = {"mma": 1, "approx": 1, "reverse": 1}
         yield case(dtype != FP16 and packed, (2, 50, 2, 64), dtype, packed=packed, options=options)
+    if chunked and version == 7:
+        # key, alpha and beta made by the recurrence
+        for sizes, dtype, trained in itertools.product(
+            [(2, 37, 128, 2), (1, 50, 64, 1)], HALF, (True, False)
+        ):
+            title = titled("mix7", *sizes, dtype, trained=trained)
+            run = functools.partial(mix7_row, sizes=sizes, dtype=dtype, trained=trained, kernel="cuda")
+            yield Case(kernel, title, run, sizes[1] == 37 and trained == (dtype == BF16))
     if chunked:
         # two and four warps a block of scan; several segments of time
         for shape in ((1, 33, 64, 64), (2, 17, 65, 64), (1, 20, 128, 64), (1, 260, 64, 64)):
@@ -203,7 +211,7 @@ def elementwise_row(device, name, sizes, dtype, vectors=(), trained=False, used=
     }
 
 
-def mix7_row(device, sizes, dtype, trained) -> Result:
+def mix7_row(device, sizes, dtype, trained, kernel="cuda-exact") -> Result:
     """The recurrence and what is around it, in one backward, with the shard sums of the readout."""
     B, T, C, heads = sizes
     rank = summable(RANK, "cuda", C // heads)
@@ -225,15 +233,17 @@ def mix7_row(device, sizes, dtype, trained) -> Result:
         return readout7(y.flatten(-2), r, key, v, g, *of_model[2:], EPS)
 
     def native(leaves, of_model):
-        return mix7(leaves, of_model, EPS, None, None, None, "cuda-exact", "cuda", rank)[0]
+        return mix7(leaves, of_model, EPS, None, None, None, kernel, "cuda", rank)[0]
 
     want = gradients(torch.float64, torch.float64, plain)
     with device.in_place_of_cuda():
         got = gradients(dtype, FP32 if trained else dtype, native)
-    # in half precision the recurrence's inputs and outputs are rounded in between
+    # in half precision the recurrence's inputs and outputs are rounded in between; tensor cores take bf16
+    on_tensor_cores = kernel == "cuda"
+    rounded = 4 * ROUNDING[BF16 if on_tensor_cores else dtype] + on_tensor_cores * TENSOR_CORES[7]
     names = f"y {'S ' * (rank > 0)}r w k v a g k_k k_a r_k weight bias".split()
     return {
-        name: (mine, exact, (2e-5 if name == "w" else 5e-6) + 4 * ROUNDING[dtype])
+        name: (mine, exact, (2e-5 if name == "w" else 5e-6) + rounded)
         for name, mine, exact in zip(names, got, want)
     }
 
@@ -437,4 +447,5 @@ SMALL = [
     small(wkv, version=7, chunked=False, shape=(2, 19, 2, 64), dtype=FP32, packed=True),
     small(wkv, version=6, chunked=True, shape=(2, 100, 2, 64), dtype=BF16, packed=True),
     small(wkv, version=7, chunked=True, shape=(2, 100, 2, 64), dtype=BF16, packed=True),
+    small(mix7_row, sizes=(2, 50, 128, 2), dtype=BF16, trained=True, kernel="cuda"),
 ]

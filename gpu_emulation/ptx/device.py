@@ -116,8 +116,8 @@ class Device:
                 (native, "addresses", addresses),
                 (elementwise_ops, "addresses", addresses),
                 (native, "context", lambda like: self.context),
-                (native, "has_tensor_core_form", tensor_cores),
-                (mix7, "has_tensor_core_form", tensor_cores),
+                (native, "on_tensor_cores", tensor_cores),
+                (mix7, "on_tensor_cores", tensor_cores),
                 (ops, "NATIVE", {"cuda": "cpu", "cuda-exact": "cpu"}),
                 (torch, "empty_like", lambda x, dtype=None: self.empty(x.shape, dtype or x.dtype)),
                 (Tensor, "new_empty", new_empty),
@@ -135,9 +135,9 @@ class Device:
                 self.library.ptx_register(storage.data_ptr(), storage.nbytes(), b"an argument", 1, 1)
 
 
-def tensor_cores(r: Tensor) -> bool:
+def tensor_cores(kernel: str, r: Tensor) -> bool:
     """Tell whether there is a tensor-core form; below a chunk the project takes the recurrence."""
-    return r.dtype != torch.float32 and r.shape[-1] == 64
+    return kernel == "cuda" and r.dtype != torch.float32 and r.shape[-1] == 64
 
 
 original_addresses, original_empty_like = native.addresses, torch.empty_like

@@ -11,7 +11,7 @@ import re
 
 from benchmarks.wkv_budget import Work
 
-from .cases import BF16, FP16, SMALL, wkv
+from .cases import BF16, FP16, SMALL, mix7_row, wkv
 from .device import Device
 from .library import kernels, readable
 from .mutants import launched_by
@@ -47,7 +47,10 @@ def wkv_work(device: Device, version: int, chunked: bool) -> dict[bool, Work]:
     seen = [_executed(device)]
     for T in tokens:
         device.clear(traffic=1)
-        wkv(device, version, chunked, (1, T, heads, 64), BF16 if chunked else FP16, ends="none")
+        if version == 7 and chunked:  # as the model calls it
+            mix7_row(device, (1, T, 64 * heads, heads), BF16, False, "cuda")
+        else:
+            wkv(device, version, chunked, (1, T, heads, 64), BF16 if chunked else FP16, ends="none")
         seen.append(_executed(device))
     device.clear()
     more = heads * (tokens[1] - tokens[0]) / 16

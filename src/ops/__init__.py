@@ -224,7 +224,7 @@ def _run_native(
     activations = {name: x for name, x in inputs.items() if name != "u"}
     dtype = native_dtype(op, kernel, activations)
     ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
-    chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0])
+    chunked = native.on_tensor_cores(kernel, ready[0])
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
     s0 = None if s0 is None else s0.contiguous()
     y, state, _ = getattr(torch.ops.rwkv, op)(*ready, s0, reset, chunked, save=native.saves(*ready, s0))

@@ -18,7 +18,7 @@ from rwkv_miss.functional import with_shard_sums
 from rwkv_miss.gemm import product, product_transposed
 
 from .launch_errors import require_started
-from .native import DTYPE_CODES, EXACT_STRIDES, addresses, library, once_differentiable
+from .native import DTYPE_CODES, EXACT_STRIDES, addresses, library, once_differentiable, vector_dtypes
 
 
 def on_gpu(like: Tensor) -> bool:
@@ -57,7 +57,7 @@ def call(
                 [None, None] if gradients is None else [list(gradients), _parts(like, batch, T, gradients)]
             )
         if vectors:
-            numbers.append(sum(DTYPE_CODES[v.dtype] << 2 * i for i, v in enumerate(vectors)))
+            numbers.append(vector_dtypes(vectors))
         context = (device.index or 0, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else None)
     else:
         if gradients is not None:
@@ -273,55 +273,96 @@ class ValueResidual(torch.autograd.Function):
         return tuple(_value_backward_op(ctx.saved_tensors, *ready(dv, dlater)))
 
 
-# On a GPU the backwards before and after the recurrence's, in mix7, work together: the second one adds the
-# readout's gradients of r, k and v where it reads the others. Between them goes (tokens, heads, 2) in fp32.
+# On a GPU the functions around mix7's recurrence work together. The one before it computes r . key r_k for
+# each head, `bonus` (tokens, heads) in fp32, and the readout reads neither r nor the key. The readout's
+# backward computes the gradient of `bonus`; the one after the recurrence's adds that to the gradients of r, k
+# and v where it reads the others.
 
 
-def _mix7_readout_shapes(tensors, heads, eps, trained):
-    y, of_vectors = tensors[0], [torch.empty_like(x) for x in tensors[5:8]] if trained else []
-    sums = y.new_empty(y.numel() // y.shape[-1], heads, 2, dtype=torch.float32)
-    return [torch.empty_like(y), torch.empty_like(y), sums, *of_vectors]
+def of_heads(x: Tensor, heads: int) -> Tensor:
+    """Allocate a number for each head of the tokens of x (B, T, C)."""
+    return x.new_empty(x.numel() // x.shape[-1], heads, dtype=torch.float32)
 
 
-def _mix7_readout(tensors, heads, eps, trained):
-    made = _mix7_readout_shapes(tensors, heads, eps, trained)
-    check_sizes("mix7", tensors[:9])
-    saved, vectors, dout = tensors[:5], tensors[5:8], tensors[8:]
-    after, of_vectors = [dout, *made[:3]], made[3:] if trained else None
-    call(
-        "mix7_readout_backward", saved[0], saved, vectors, after, of_vectors, heads, eps, rank=_rank(dout, 1)
-    )
+def _mix7_inputs_shapes(tensors, heads):
+    k = tensors[0]
+    return [*(torch.empty_like(k) for _ in range(3)), of_heads(k, heads)]
+
+
+def _mix7_inputs(tensors, heads):
+    made = _mix7_inputs_shapes(tensors, heads)
+    check_sizes("mix7", tensors)
+    call("mix7_inputs_forward", tensors[0], tensors[:3], tensors[3:], made, heads=heads)
     return made
 
 
+# of k, a, r, k_k, k_a, r_k: key, alpha, beta, bonus
+library_op("mix7_inputs", "Tensor[] tensors, int heads", _mix7_inputs, _mix7_inputs_shapes)
+
+
+def _mix7_readout_shapes(tensors, bonus, eps, rank):
+    y = tensors[0]
+    return [torch.empty_like(y), *([y.new_empty(*y.shape[:-1], rank)] if rank else [])]
+
+
+def _mix7_readout(tensors, bonus, eps, rank):
+    made = _mix7_readout_shapes(tensors, bonus, eps, rank)
+    check_sizes("mix7", tensors)
+    given, vectors, heads = [*tensors[:3], bonus], tensors[3:], bonus.shape[1]
+    call("mix7_readout_forward", made[0], given, vectors, [made], None, heads, eps, rank=rank)
+    return made
+
+
+# of y, v, g, weight, bias
 library_op(
-    "mix7_readout_backward",
-    "Tensor[] tensors, int heads, float eps, bool trained",
-    _mix7_readout,
-    _mix7_readout_shapes,
+    "mix7_readout", "Tensor[] tensors, Tensor bonus, float eps, int rank", _mix7_readout, _mix7_readout_shapes
 )
 
 
-def _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained):
+def _readout_backward_shapes(tensors, bonus, trained, vectors, dout, eps):
+    y, of_vectors = tensors[0], [torch.empty_like(x) for x in vectors[:3]] if trained else []
+    return [torch.empty_like(y), torch.empty_like(y), torch.empty_like(bonus), *of_vectors]
+
+
+def _readout_backward(tensors, bonus, trained, vectors, dout, eps):
+    made = _readout_backward_shapes(tensors, bonus, trained, vectors, dout, eps)
+    check_sizes("mix7", [*tensors, *trained, *vectors, dout[0]])
+    before, after, heads = [*tensors, bonus, *(trained or [None] * 3)], [dout, *made[:3]], bonus.shape[1]
+    of_vectors, rank = made[3:] if trained else None, _rank(dout, 1)
+    call("mix7_readout_backward", dout[0], before, vectors, after, of_vectors, heads, eps, rank=rank)
+    return made
+
+
+# of y, v, g: dy, dg, dbonus and, where `trained` has r, k and a, the gradients of r_k, weight and bias, which
+# are the vectors, with k_a
+library_op(
+    "mix7_readout_backward",
+    "Tensor[] tensors, Tensor bonus, Tensor[] trained, Tensor[] vectors, Tensor[] dout, float eps",
+    _readout_backward,
+    _readout_backward_shapes,
+)
+
+
+def _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained):
     return [torch.empty_like(x) for x in (*tensors[:2], *(tensors[4:6] if trained else ()))]
 
 
-def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
-    made = _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained)
+def _inputs_backward(dr, dv, bonus, dbonus, tensors, trained):
+    made = _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained)
     check_sizes("mix7", [dr, dv, *tensors[:11]])
     saved, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
-    after = [dout, sums, *of_recurrence, dr, dv, *made[:2]]
+    after = [dout, bonus, dbonus, *of_recurrence, dr, dv, *made[:2]]
     of_vectors, rank = made[2:] if trained else None, _rank(dout, 1)
-    call("mix7_inputs_backward", dr, saved, vectors, after, of_vectors, heads, rank=rank)
+    call("mix7_inputs_backward", dr, saved, vectors, after, of_vectors, bonus.shape[1], rank=rank)
     return made
 
 
 # (k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout) -> dk, da and the gradients of k_k and k_a
 library_op(
     "mix7_inputs_backward",
-    "Tensor(a!) dr, Tensor(b!) dv, Tensor sums, Tensor[] tensors, int heads, bool trained",
-    _mix7_inputs,
-    _mix7_inputs_shapes,
+    "Tensor(a!) dr, Tensor(b!) dv, Tensor bonus, Tensor dbonus, Tensor[] tensors, bool trained",
+    _inputs_backward,
+    _inputs_backward_shapes,
 )
 
 

@@ -1,8 +1,9 @@
 """RWKV-7's time mix around its state: delta_inputs, wkv7 and readout7 as one native function.
 
 It keeps its inputs, y and what the recurrence keeps. The three functions alone also keep the key, alpha and
-beta, which this backward recomputes. One call also costs less than three. On a GPU the backwards of
-the outer two work together: see elementwise_ops.py.
+beta, which this backward recomputes. One call also costs less than three. On a GPU the outer two work
+together: see elementwise_ops.py. On tensor cores the recurrence itself makes key, alpha and beta of k and a
+where it reads them: `rwkv::mix7_chunked` and its backward.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from rwkv_miss.functional import with_shard_sums
 
 from . import check
 from .elementwise import serves
-from .elementwise_ops import ready, summable
-from .native import has_tensor_core_form, once_differentiable, saves
+from .elementwise_ops import library_op, of_heads, ready, summable
+from .launch_errors import require_started
+from .native import WkvOp, call, on_tensor_cores, once_differentiable, saves, scratch
 
 _ops = torch.ops.rwkv
+_wkv = WkvOp(7)
 
 
 def mix7_serves(
@@ -60,8 +63,7 @@ def mix7(
     if s0 is None and initial_state is not None:
         s0 = initial_state.expand(len(activations[0]), *initial_state.shape)
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
-    by_head = _by_head(heads, activations[0])[0]
-    chunked = kernel == "cuda" and has_tensor_core_form(by_head)
+    chunked = on_tensor_cores(kernel, _by_head(heads, activations[0])[0])
     save = saves(*activations, *vectors, s0)
     how = reset, heads, eps, chunked, save, native, summable(rank, native, head_size)
     y, state, *sums = _Mix7.apply(*ready(*activations, *vectors, s0), *how)
@@ -73,45 +75,107 @@ def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
     return [x.view(*x.shape[:-1], heads, -1) for x in activations]
 
 
+def _chunked_shapes(inputs, vectors, s0, reset, save):
+    r = inputs[0]
+    return [*_wkv.empty_outputs(r, True, save), of_heads(r.flatten(-2), r.shape[2])]
+
+
+def _chunked(inputs, vectors, s0, reset, save):
+    made, r = _chunked_shapes(inputs, vectors, s0, reset, save), inputs[0]
+    y, state, saved, bonus = made
+    written = y, state, saved if save else None, bonus, scratch("wkv7_chunked_forward_scratch", r)
+    require_started(
+        "mix7_chunked", call("mix7_chunked_forward", r, *inputs, list(vectors), s0, reset, *written)
+    )
+    return made
+
+
+def _chunked_backward_shapes(inputs, *_):
+    return _wkv.empty_gradients(inputs[0])
+
+
+def _chunked_backward(inputs, vectors, s0, reset, saved, dy, dstate):
+    made, r = _chunked_backward_shapes(inputs), inputs[0]
+    _wkv.require_saved(saved, r, True)
+    given = *inputs, list(vectors), s0, reset, saved, dy, dstate
+    require_started(
+        "mix7_chunked backward",
+        call("mix7_chunked_backward", r, *given, *made, scratch("wkv7_chunked_scratch", r)),
+    )
+    return made
+
+
+# of r, w, k, v, a, each (B, T, H, N), and k_k, k_a, r_k: y, final state, saved, bonus; then the gradients of
+# r, w, key, v, alpha, beta and s0
+_ARGUMENTS = "Tensor[] inputs, Tensor[] vectors, Tensor? s0, Tensor? reset"
+library_op("mix7_chunked", f"{_ARGUMENTS}, bool save", _chunked, _chunked_shapes)
+library_op(
+    "mix7_chunked_backward",
+    f"{_ARGUMENTS}, Tensor saved, Tensor dy, Tensor? dstate",
+    _chunked_backward,
+    _chunked_backward_shapes,
+)
+
+
 class _Mix7(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked, save, native, rank
     ):
-        key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        inputs = _by_head(heads, r, w, key, v, alpha, beta)
-        y, state, saved = _ops.wkv7(*inputs, s0, reset, chunked, save=save)
+        bonus = None
+        if chunked:
+            inputs = _by_head(heads, r, w, k, v, a)
+            y, state, saved, bonus = _ops.mix7_chunked(inputs, [k_k, k_a, r_k], s0, reset, save)
+        else:
+            if native == "cuda":
+                key, alpha, beta, bonus = _ops.mix7_inputs([k, a, r, k_k, k_a, r_k], heads)
+            else:
+                key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
+            inputs = _by_head(heads, r, w, key, v, alpha, beta)
+            y, state, saved = _ops.wkv7(*inputs, s0, reset, False, save=save)
         y = y.flatten(-2)
-        ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved)
-        ctx.heads, ctx.eps, ctx.chunked, ctx.native = heads, eps, chunked, native
+        ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved, bonus)
+        ctx.heads, ctx.eps, ctx.chunked = heads, eps, chunked
         ctx.set_materialize_grads(False)
-        out, *sums = _ops.readout7([y, r, key, v, g, r_k, weight, bias], heads, eps, rank)
+        if bonus is None:
+            out, *sums = _ops.readout7([y, r, key, v, g, r_k, weight, bias], heads, eps, rank)
+        else:
+            out, *sums = _ops.mix7_readout([y, v, g, weight, bias], bonus, eps, rank)
         return out, state, *sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstate, *dsums):
-        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved = ctx.saved_tensors
+        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved, bonus = ctx.saved_tensors
         heads, eps, trained = ctx.heads, ctx.eps, any(ctx.needs_input_grad[6:11])
         dout, dstate = ready(torch.zeros_like(y) if dout is None else dout, dstate)
-        dsums = ready(*(x for x in dsums if x is not None))
-        key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        of_read = [y, r, key, v, g, r_k, weight, bias, dout, *dsums]
-        if ctx.native == "cuda":
-            dy, dg, sums, *of_readout = _ops.mix7_readout_backward(of_read, heads, eps, trained)
-        else:
+        above = [dout, *ready(*(x for x in dsums if x is not None))]
+        if not ctx.chunked:
+            key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
+        if bonus is None:
+            of_read = [y, r, key, v, g, r_k, weight, bias, *above]
             dy, read_r, read_k, read_v, dg, *of_readout = _ops.readout7_backward(of_read, heads, eps, trained)
-        inputs = _by_head(heads, r, w, key, v, alpha, beta)
-        *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, *_by_head(heads, dy), dstate, ctx.chunked)
-        dr, dw, dkey, dv, dalpha, dbeta = (x.flatten(-2) for x in found)
-        if ctx.native == "cuda":
-            tensors = [k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout, *dsums]
-            dk, da, *of_keys = _ops.mix7_inputs_backward(dr, dv, sums, tensors, heads, trained)
         else:
+            of_vectors, vectors = [r, k, a] if trained else [], [r_k, weight, bias, k_a]
+            dy, dg, dbonus, *of_readout = _ops.mix7_readout_backward(
+                [y, v, g], bonus, of_vectors, vectors, above, eps
+            )
+        (dy,) = _by_head(heads, dy)
+        if ctx.chunked:
+            inputs = _by_head(heads, r, w, k, v, a), [k_k, k_a, r_k], s0, reset
+            *found, ds0 = _ops.mix7_chunked_backward(*inputs, saved, dy, dstate)
+        else:
+            inputs = _by_head(heads, r, w, key, v, alpha, beta)
+            *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, dy, dstate, False)
+        dr, dw, dkey, dv, dalpha, dbeta = (x.flatten(-2) for x in found)
+        if bonus is None:
             tensors = [k, a, k_k, k_a, dkey.add_(read_k), dalpha, dbeta]
             dk, da, *of_keys = _ops.delta_inputs_backward(tensors, heads, 0.0, trained)
             dr.add_(read_r)
             dv.add_(read_v)
+        else:
+            tensors = [k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, *above]
+            dk, da, *of_keys = _ops.mix7_inputs_backward(dr, dv, bonus, dbonus, tensors, trained)
         activations = dr, dw, dk, dv, da, dg
         vectors = [*of_keys, *of_readout] if trained else [None] * 5
         return *activations, *vectors, None if s0 is None else ds0, *[None] * 7

@@ -58,15 +58,28 @@ def library(device: str) -> ctypes.CDLL:
     return loaded
 
 
-def has_tensor_core_form(r: Tensor) -> bool:
-    """Tell whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
+_PLANNED = [False]  # whether a plan counts what tensor cores take, on tensors without values of a CPU
+
+
+@contextlib.contextmanager
+def tensor_cores_planned(planned: bool):
+    """Declare whether the WKV in the block is counted in its tensor-core form."""
+    before, _PLANNED[0] = _PLANNED[0], planned
+    try:
+        yield
+    finally:
+        _PLANNED[0] = before
+
+
+def on_tensor_cores(kernel: str, r: Tensor) -> bool:
+    """Tell whether a native kernel has a tensor-core form for these activations.
+
+    Below one chunk the recurrence is faster.
+    """
     _, T, _, N = r.shape
-    return (
-        N == 64
-        and T >= TENSOR_CORE_CHUNK
-        and r.dtype != torch.float32
-        and torch.cuda.get_device_capability(r.device) >= (8, 0)
-    )
+    if N != 64 or T < TENSOR_CORE_CHUNK or r.dtype == torch.float32:
+        return False
+    return _PLANNED[0] or kernel == "cuda" and torch.cuda.get_device_capability(r.device) >= (8, 0)
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
@@ -113,8 +126,17 @@ def once_differentiable(backward: Callable) -> Callable:
     return run
 
 
-def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
-    """Call a function of the C interface on the device of `like`, with its sizes and dtype."""
+def vector_dtypes(vectors: Sequence[Tensor]) -> int:
+    """Return the dtypes of the model's vectors as the C interface takes them: two bits for each."""
+    return sum(DTYPE_CODES[v.dtype] << 2 * i for i, v in enumerate(vectors))
+
+
+def call(function: str, like: Tensor, *tensors: Tensor | list[Tensor] | None) -> int:
+    """Call a function of the C interface on the device of `like`, with its sizes and dtype.
+
+    A list among the tensors has vectors of the model.
+    """
+    numbers = [vector_dtypes(x) for x in tensors if type(x) is list]
     copies: list[Tensor] = []
     pointers = addresses(function, like.device, tensors, copies)
     if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
@@ -123,7 +145,11 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
             f" multiple of 8 up to {LARGEST_HEAD}"
         )
     return getattr(library(like.device.type), function)(
-        *map(ctypes.c_void_p, pointers), *sizes(like), DTYPE_CODES[like.dtype], *context(like)
+        *(p if type(x) is list else ctypes.c_void_p(p) for p, x in zip(pointers, tensors)),
+        *map(ctypes.c_int64, numbers),
+        *sizes(like),
+        DTYPE_CODES[like.dtype],
+        *context(like),
     )
 
 
@@ -239,16 +265,20 @@ class WkvOp:
     def backward(self, *arguments) -> tuple[Tensor, ...]:
         *tensors, saved, dy, dstate, chunked = arguments
         r, gradients = tensors[0], self.empty_gradients(tensors[0])
-        if saved.numel() != (floats := saved_floats(self.version, chunked, *r.shape)):
-            raise RuntimeError(
-                f"{self.op}: the forward saved {saved.numel()} numbers, its backward reads {floats}; call the"
-                " forward with save=True"
-            )
+        self.require_saved(saved, r, chunked)
         pointed_to = (*tensors, *self.kept(saved, chunked), dy, dstate)
         workspace = scratch(self.symbol(chunked, "scratch"), r)
         code = call(self.symbol(chunked, "backward"), r, *pointed_to, *gradients, workspace)
         require_started(f"{self.op} backward", code)
         return self.sum_u(gradients)
+
+    def require_saved(self, saved: Tensor, r: Tensor, chunked: bool) -> None:
+        """Raise RuntimeError unless a forward saved what its backward reads."""
+        if saved.numel() != (floats := saved_floats(self.version, chunked, *r.shape)):
+            raise RuntimeError(
+                f"{self.op}: the forward saved {saved.numel()} numbers, its backward reads {floats}; call the"
+                " forward with save=True"
+            )
 
     def save_for_backward(self, ctx, inputs, keyword_only_inputs, output) -> None:
         *tensors, ctx.chunked = inputs

@@ -37,12 +37,12 @@ from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
 from ..ops import per_document
+from ..ops.native import tensor_cores_planned
 from ..sources import source_of
 from ..sources.base import Source
 from ..sources.estimates import SharedPrompts
 
 COUNTED_CHUNKS = 4  # the most chunks of a row that are counted; each further chunk adds the same
-WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)
 LAYERS = 4  # the most layers that are counted; each further layer adds the same
 
 
@@ -125,8 +125,6 @@ def _count(
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
     half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
     full = config.peft == "none"
-    # as native.has_tensor_core_form()
-    tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
     model = model_on_meta(arch, config.adapter)
     model.grad_cp = config.grad_cp
     model.computes_in = half if full else None
@@ -161,7 +159,8 @@ def _count(
         known += [p.grad for p in model.parameters()]
         with (
             _documents_of(documents, config.micro_bsz),
-            Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live,
+            tensor_cores_planned(kernel == "cuda"),
+            Live([t for t in known if torch.is_tensor(t)]) as live,
         ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward), without_values(config.loss):
@@ -236,12 +235,11 @@ def _batch(
 class Live(TorchDispatchMode):
     """Counter of the bytes of living storages: `now`, and the most at one time, `peak`, also by size.
 
-    Storages of `known` are left out. `tensor_cores`: count as on a GPU that is not here.
+    Storages of `known` are left out.
     """
 
-    def __init__(self, known: list[Tensor], tensor_cores: bool = False):
+    def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.tensor_cores = tensor_cores
         self.seen = {t.untyped_storage()._cdata for t in known}
         self.now_small = self.now_large = self.peak = self.small = self.large = 0
 
@@ -270,8 +268,6 @@ class Live(TorchDispatchMode):
             return args[0].fake_device  # of all calls more than half
         if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # to the plain kernels, which ask whether all is finite
-        if self.tensor_cores and op.overloadpacket in WKV:
-            args = (*args[:-1], True)  # `chunked`, which decides what is saved
         result = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
