@@ -37,8 +37,8 @@ class Work(NamedTuple):
 WORK = {
     (6, True, False): Work(3993, 862, 104),
     (6, True, True): Work(12411, 1982, 264),
-    (7, True, False): Work(4334, 1027, 216),
-    (7, True, True): Work(12986, 2872, 560),
+    (7, True, False): Work(6243, 1147, 216),
+    (7, True, True): Work(16041, 3088, 560),
     (6, False, False): Work(19870, 3042, 0),
     (6, False, True): Work(57459, 6420, 0),
     (7, False, False): Work(28102, 5186, 0),

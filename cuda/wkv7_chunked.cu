@@ -69,8 +69,9 @@ template <class T> struct Inputs {
     float* bonus;
 };
 
-// key, alpha and beta of the block's chunk, each 16 channels as rows of 32 bytes. A thread makes 8 channels of
-// a token, as a lane of elementwise.cu does.
+// key, alpha and beta of the block's chunk: tile n has 16 channels as rows of 32 bytes, in pieces of 16 whose
+// numbers are exclusive-ored with 2 n, so that eight threads of a store meet in no bank. A thread makes 8
+// channels of a token, as a lane of elementwise.cu does.
 template <class T> __device__ __forceinline__ void make_inputs(
     const Inputs<T>& in, const Segment& segment, const Head& head, int chunk, Matrix& K, Matrix& A, Matrix& B) {
     const int row = threadIdx.x / 8, part = threadIdx.x % 8, channel = head.h * N + part * WIDTH;
@@ -84,7 +85,7 @@ template <class T> __device__ __forceinline__ void make_inputs(
     };
     const DeltaRule rule = delta_rule(
         read(in.k), read(in.a), in.vectors.read(0, channel), in.vectors.read(1, channel), sum_head);
-    const int place = part / 2 * (CHUNK * CHUNK) + row * CHUNK + part % 2 * WIDTH;
+    const int n = part / 2, place = n * CHUNK * CHUNK + ((row * 2 + part % 2) ^ 2 * n) * WIDTH;
     write_vec((T*)K + place, rule.key);
     write_vec((T*)A + place, rule.remove);
     write_vec((T*)B + place, rule.replace);
@@ -94,8 +95,8 @@ template <class T> __device__ __forceinline__ void make_inputs(
     if (has && part == 0) in.bonus[token * head.heads + head.h] = sum;
 }
 // the lane's part of such a tile, as load_tile reads it
-__device__ __forceinline__ Tile made_tile(const SharedTile& rows) {
-    const uint2 *from = (const uint2*)rows.words + lane_id(), first = from[0], second = from[32];
+__device__ __forceinline__ Tile made_tile(const Matrix& rows, int n) {
+    const uint2 *from = (const uint2*)rows[n].words + (lane_id() ^ 4 * n), first = from[0], second = from[32];
     return {{first.x, second.x, first.y, second.y}};
 }
 
@@ -118,9 +119,9 @@ template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, 
     if (in.vectors.count) {
         make_inputs(in, segment, head, chunk, K, A, B);
         __syncthreads();
-        s.A = to_sum<T>(made_tile(A[n]));
-        s.B = to_sum<T>(made_tile(B[n]));
-        s.K = to_sum<T>(made_tile(K[n]));
+        s.A = to_sum<T>(made_tile(A, n));
+        s.B = to_sum<T>(made_tile(B, n));
+        s.K = to_sum<T>(made_tile(K, n));
         __syncwarp();  // before this warp puts others in their place
     } else {
         s.A = to_sum<T>(load_tile(in.a, at));
