@@ -631,7 +631,7 @@ def test_the_plan_fits_or_names_what_to_change(counted_once, files, tmp_path, ca
     assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1
     assert "it does not fit, nor with fewer rows at once" in capsys.readouterr().out
     for wrong in ("-1", "nan", "inf"):
-        with pytest.raises(UserError, match="--tokens_per_second .*: must be a number above 0"):
+        with pytest.raises(UserError, match="--tokens_per_second .*: must .*(negative|finite)"):
             plan.parse([*flags, "--tokens_per_second", wrong])
     with pytest.raises(UserError, match="expected the metrics.jsonl of a run of at least 2 steps"):
         plan.plan(*plan.parse([*flags, "--metrics", files[3]]))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import is_hub_name
 from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.flags import flag, flags_of, given, options
 
-from ..config.validate import check_bos
 from ..data.templates import choose_template
-from ..inference.flags import MAX_TOKENS_HELP, SEEDS, DeviceFlags, FileFlags, TextFlags, named
+from ..inference.flags import MAX_TOKENS_HELP, SEEDS, DeviceFlags, FileFlags, TextFlags, with_names
 from ..inference.load import refuse_folders
 from ..inference.sampling import Sampling
 from .commands import check_typed
@@ -48,8 +45,7 @@ class Flags(DeviceFlags, PromptFlags, TextFlags, ConversationFlags, FileFlags):
 
 def check(args: Flags) -> Flags:
     """Read the names of the adapters. Raise UserError for values and pairs of flags that make no sense."""
-    adapters = named(args.adapter)
-    check_bos(args.bos)
+    args = with_names(args)
     args.sampling.check()
     if args.prompt == "":
         raise UserError("--prompt is empty")
@@ -70,7 +66,7 @@ def check(args: Flags) -> Flags:
         raise UserError(f"--tools are described at the beginning of a conversation: {other}")
     for text in (args.prompt, args.system):
         check_typed(text or "")
-    return dataclasses.replace(args, adapters=adapters)
+    return args
 
 
 def check_local(args: Flags) -> None:

@@ -12,6 +12,7 @@ from rwkv_miss.files.hub import local_path
 from rwkv_miss.flags import Options, flag, options
 
 from ..common.device import PRECISIONS
+from ..config.validate import check_bos
 from ..data.bos import HELP as BOS_HELP
 from ..data.bos import bos_ids
 from ..data.chat_template import Template
@@ -119,6 +120,12 @@ def named(given: list[str]) -> dict[str, str]:
             )
         files[name] = path
     return files
+
+
+def with_names(args: Options) -> Options:
+    """Read the names of the adapters. Raises UserError for them and for a BOS that is none."""
+    check_bos(args.bos)
+    return dataclasses.replace(args, adapters=named(args.adapter))
 
 
 def load_named(args: DeviceFlags) -> tuple[Adapters, Tokenizer]:

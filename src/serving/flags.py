@@ -15,7 +15,6 @@ from rwkv_miss.flags import flag, flags_of, given, options
 
 from ..common.available_memory import parse_size
 from ..common.formatting import size_text
-from ..config.validate import check_bos
 from ..inference.flags import (
     MAX_TOKENS_HELP,
     MODEL_HELP,
@@ -23,7 +22,7 @@ from ..inference.flags import (
     DeviceFlags,
     FileFlags,
     TextFlags,
-    named,
+    with_names,
 )
 from ..inference.sampling import Sampling
 from .limits import Limits
@@ -171,8 +170,7 @@ def check(args: Flags) -> Flags:
         raise UserError(f"--{name} has no meaning {'with' if args.train else 'without'} --train; drop it")
     if args.train and importlib.util.find_spec("fcntl") is None:
         raise UserError("--train needs locks of files, which Windows lacks; use WSL, or train.py itself")
-    adapters = named(args.adapter)
-    check_bos(args.bos)
+    args = with_names(args)
     dataclasses.replace(Sampling(), **dict(given(args.sampling))).check()
     if args.adapter_dir and not os.path.isdir(args.adapter_dir):
         raise UserError(f"--adapter_dir {args.adapter_dir} is no folder")
@@ -182,9 +180,9 @@ def check(args: Flags) -> Flags:
                 f"--cors_origin {origin}: expected scheme://host, with a port if it has one, as browsers send"
                 " it, such as https://chat.example.org"
             )
-    if any(set(name) & set(":+") for name in adapters):
+    if any(set(name) & set(":+") for name in args.adapters):
         raise UserError("the name of an adapter may have no : and no +, which part names in requests")
-    args = with_keys(dataclasses.replace(args, adapters=adapters))
+    args = with_keys(args)
     check_tls(args)
     return args
 
