@@ -102,6 +102,8 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "drop": ("elementwise", 1),
     "softmax_loss_": ("loss", 1),
     "add_layer_norm": ("norm", 1),
+    "norm_shift": ("norm", 1),
+    "norm_shift_backward": ("norm", 1),
     "add_layer_norm_backward": ("norm", _with_gradients_of_vectors),
     **{
         name: ("elementwise", 1)
@@ -183,8 +185,8 @@ def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
         return 2 * sum(spanned(x) for x in tensors_in(args[1:]) if x.is_floating_point())
     if name == "softmax_loss_":  # the gradient is written into its first argument
         return written + sum(map(spanned, tensors_in(args))) + args[0].numel() * args[3].itemsize
-    if name == "mix7_inputs_backward":  # the operator also writes its first two arguments
-        written += spanned(args[0]) + spanned(args[1])
+    if name == "mix7_inputs_backward":  # dr is also written, and dv without a value residual
+        written += spanned(args[0]) + (0 if args[6] else spanned(args[1]))
     read = tensors_in(args) + tensors_in(x for key, x in kwargs.items() if key != "out")
     if name in ("addmm", "addmm_", "baddbmm", "baddbmm_") and kwargs.get("beta", 1) == 0:
         read = read[1:]

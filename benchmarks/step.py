@@ -119,15 +119,16 @@ def use_fla(model: RWKV) -> None:
     def wkv(*heads, **named):
         return (theirs(*heads[:6]), None) if "fla" in heads else wkv7(*heads, **named)
 
-    def mix(activations, vectors, eps, *rest):
+    def mix(activations, residual, vectors, eps, *rest):
         if "fla" not in rest[3:4]:
-            return mix7(activations, vectors, eps, *rest)
+            return mix7(activations, residual, vectors, eps, *rest)
         r, w, k, v, a, g = activations
         k_k, k_a, r_k, weight, bias = vectors
         heads, native = len(model.blocks[0].att.r_k), rest[4]
+        v, v_first = rwkv7.value_residual(v, *residual, native) if residual else (v, None)
         k, alpha, beta = rwkv7.delta_inputs(k, a, k_k, k_a, heads, native)
         y = theirs(*rwkv7.split_heads(heads, r, w, k, v, alpha, beta))
-        return rwkv7.readout7(y.flatten(-2), r, k, v, g, r_k, weight, bias, eps, native), None
+        return rwkv7.readout7(y.flatten(-2), r, k, v, g, r_k, weight, bias, eps, native), None, v_first
 
     rwkv7.wkv7, rwkv7.mix7 = wkv, mix
     for block in model.blocks:

@@ -177,16 +177,23 @@ struct ValueResidual {
 };
 
 // dlater, or null: what the later layers make of the gradient of `first`. A sum of tensors has the same bits.
-struct ValueResidualBackward {
-    static constexpr int VECTORS = 0;
-    static constexpr int TRAINABLE = 0;
-    const void *v, *first, *gate, *dy, *dlater;
+struct OfValueResidual {
+    const void *v, *first, *gate, *dlater;
     void *dv, *dfirst, *dgate;
-    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
-        const Vec s = sigmoid(at.read(gate)), g = at.read(dy), d = g * s;
+    template <class At> __device__ void write(const At& at, const Vec& g) const {
+        const Vec s = sigmoid(at.read(gate)), d = g * s;
         at.write(dgate, d * (1 - s) * (at.read(first) - at.read(v)));
         at.write(dfirst, dlater ? at.read(dlater) + at.rounded(d) : d);
         at.write(dv, g - d);
+    }
+};
+struct ValueResidualBackward {
+    static constexpr int VECTORS = 0;
+    static constexpr int TRAINABLE = 0;
+    OfValueResidual of;
+    const void* dy;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        of.write(at, at.read(dy));
     }
 };
 
@@ -230,6 +237,7 @@ template <bool READ> struct DeltaInputsBackward {
     const void *k, *a, *dkey, *dremove, *dreplace;
     void *dk, *da;
     OfReadout of;
+    OfValueResidual residual;  // of v, where the layer has one; then dv is that of its result, and read only
     template <class At, class V>
     __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec &k_k = vectors[0], &k_a = vectors[1];
@@ -239,7 +247,11 @@ template <bool READ> struct DeltaInputsBackward {
             const Vec scaled = at.read_head(of.dbonus) * vectors[2];
             g += scaled * at.read(of.r);
             at.write(of.dr, at.read(of.dr) + scaled * own * (1 + (s - 1) * k_a));
-            at.write(of.dv, at.read(of.dv) + at.read_head(of.bonus) * at.read(of.dout) * at.read(of.g));
+            const Vec dv = at.read(of.dv) + at.read_head(of.bonus) * at.read(of.dout) * at.read(of.g);
+            if (residual.v)
+                residual.write(at, at.rounded(dv));
+            else
+                at.write(of.dv, dv);
         }
         const Vec replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
         float squares = total(u * u), dots = total(u * dkappa);
@@ -468,7 +480,7 @@ extern "C" int value_residual_backward(const void* v, const void* first, const v
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_each(
-        ValueResidualBackward{v, first, gate, dy, dlater, dv, dfirst, dgate}, B * T, C, dtype, stream);
+        ValueResidualBackward{{v, first, gate, dlater, dv, dfirst, dgate}, dy}, B * T, C, dtype, stream);
 }
 
 // vectors: k_k, k_a
@@ -488,7 +500,7 @@ extern "C" int delta_inputs_backward(const void* k, const void* a, const void* c
     int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(DeltaInputsBackward<false>{k, a, dkey, dremove, dreplace, dk, da, {}}, vectors,
+    return launch_tokens(DeltaInputsBackward<false>{k, a, dkey, dremove, dreplace, dk, da, {}, {}}, vectors,
         vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
@@ -552,17 +564,20 @@ extern "C" int mix7_readout_backward(const void* y, const void* v, const void* g
         f, vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
-// then delta_inputs', which completes dr and dv in place. vectors: k_k, k_a, r_k; dvectors: of the first two
+// then delta_inputs', which completes dr and dv in place, and value_residual's: where `own` is not null, v was
+// its result, and dv is only read. vectors: k_k, k_a, r_k; dvectors: of the first two
 extern "C" int mix7_inputs_backward(const void* k, const void* a, const void* r, const void* g,
     const void* const* vectors, const void* const* dout, const float* bonus, const float* dbonus,
-    const void* dkey, const void* dremove, const void* dreplace, void* dr, void* dv, void* dk, void* da,
-    void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
-    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    const void* dkey, const void* dremove, const void* dreplace, const void* own, const void* first,
+    const void* gate, const void* dlater, void* dr, void* dv, void* dk, void* da, void* down, void* dfirst,
+    void* dgate, void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B,
+    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     const OfReadout of{r, g, Tensors(dout, 1, rank), bonus, dbonus, dr, dv};
-    return launch_tokens(DeltaInputsBackward<true>{k, a, dkey, dremove, dreplace, dk, da, of}, vectors,
-        vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
+    const OfValueResidual residual{own, first, gate, dlater, down, dfirst, dgate};
+    return launch_tokens(DeltaInputsBackward<true>{k, a, dkey, dremove, dreplace, dk, da, of, residual},
+        vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // vectors: weight, bias
@@ -617,5 +632,38 @@ extern "C" int add_layer_norm_backward(const void* sum, const void* dnormed, con
             LAUNCH((add_layer_norm_grad<N, false>), dim3((unsigned)shape.T), threads_of(C), 0, stream, sum,
                 dnormed, dsum, values, dx, partial, shape.T, shape.C, eps);
         }
+    });
+}
+
+// add_layer_norm, then shift_mix of its norm z, which is not written: z (B, T, C) may be null, z_last (B, C) has
+// its last tokens. vectors: weight, bias, then `count` mixes, at most 30
+extern "C" int norm_shift_forward(const void* x, const void* mixed, const void* last, const uint8_t* reset,
+    const void* const* vectors, void* sum, void* z_last, void* z, void* const* out, int64_t count,
+    int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!fits_block(B * T, C) || count > MOST_VECTORS - 2 || !Shape::columns(B, T, C).summable((int)rank))
+        return cudaErrorInvalidValue;
+    const Vectors norm(vectors, vector_dtypes, 2), mixes(vectors + 2, vector_dtypes >> 4, count);
+    return typed(dtype, [&](auto number) {
+        LAUNCH((norm_shift<decltype(number)>), dim3((unsigned)(B * T)), threads_of(C),
+            rank ? threads_of(C) * sizeof(Vec) : 0, stream, x, mixed, last, reset, norm, mixes, sum, z_last,
+            z, Tensors(out, count, rank), (int)T, (int)C, eps);
+    });
+}
+
+// dx is the gradient of x and that of mixed; dsum and dz_last may be null, dvectors is
+extern "C" int norm_shift_backward(const void* sum, const void* dsum, const void* dz_last,
+    const uint8_t* reset, const void* const* vectors, const void* const* dout, void* dx, void* dlast,
+    void* const* dvectors, float* partial, int64_t count, int64_t rank, int64_t vector_dtypes, int64_t B,
+    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!fits_block(B * T, C) || count > MOST_VECTORS - 2 || dvectors) return cudaErrorInvalidValue;
+    const Vectors norm(vectors, vector_dtypes, 2), mixes(vectors + 2, vector_dtypes >> 4, count);
+    return typed(dtype, [&](auto number) {
+        LAUNCH((norm_shift_grad<decltype(number)>), dim3((unsigned)(B * T)), threads_of(C), 0, stream, sum,
+            dsum, dz_last, reset, norm, mixes, Tensors(dout, count, rank), dx, dlast, (int)T, (int)C, eps);
     });
 }

@@ -32,8 +32,10 @@ def test_what_a_card_is_checked_with(gpu):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_half_precision_rounds_outputs_only(name, gpu):
-    """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own."""
-    if name == "shift_mix_low_rank":
+    """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own, and a
+    norm is rounded before its token shift.
+    """
+    if name in ("shift_mix_low_rank", "shift_mix of a norm"):
         return
     # value_residual's other gradient is a sum of rounded numbers
     used = slice(1) if name == "value_residual" else slice(None)
@@ -88,6 +90,51 @@ def test_add_layer_norm_of_any_width(width, of_sum, gpu):
     for i, (mine, exact) in enumerate(zip(run("cuda", torch.float32), run("", torch.float64), strict=True)):
         close(f"tensor {i}", mine, exact, 1e-5)
     assert gpu.calls == ["add_layer_norm_forward", "add_layer_norm_backward"]
+
+
+@pytest.mark.parametrize("width, dtype", [(8, torch.float32), (264, torch.bfloat16), (2320, torch.float16)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_norm_with_its_token_shift_has_the_bits_of_both(width, dtype, trained, gpu):
+    """With sums of shards, an output that is read twice, documents, and gradients of the sum and of the last
+    tokens. Of 2320 channels two warps take a second group.
+    """
+    generator = torch.Generator().manual_seed(width)
+    shapes = [(2, 5, width)] * 2 + [(2, width)] + [(width,)] * 4
+    numbers = [torch.randn(shape, generator=generator) for shape in shapes]
+    reset = torch.rand(2, 5, generator=generator) < 0.3
+
+    def run(together):
+        x, mixed, last = [t.to(dtype).requires_grad_() for t in numbers[:3]]
+        weight, bias, *mixes = [t.to(torch.float32).requires_grad_(trained) for t in numbers[3:]]
+        shift = elementwise.TokenShift(last, reset, mixes, [0], [0, 8])
+        if together:
+            total, z_last, out = elementwise.norm_shift(x, mixed, weight, bias, EPS, shift, "cuda")
+        else:
+            total, z = elementwise.add_layer_norm(x, mixed, weight, bias, EPS, "cuda")
+            z_last, out = z[:, -1].clone(), elementwise.shift_mix(z, *shift[:3], "cuda", *shift[3:])
+        made = [total, z_last, *out, out[1].shard_sums]
+        noise = torch.Generator().manual_seed(5)
+        gradients = [torch.randn(y.shape, generator=noise).to(dtype) for y in made]
+        vectors = [weight, bias, *mixes] if trained else []
+        return [*made, *torch.autograd.grad(made, [x, mixed, last, *vectors], gradients)]
+
+    for i, (mine, other) in enumerate(zip(run(True), run(False), strict=True)):
+        assert torch.equal(mine, other), f"tensor {i}"
+    names = {"norm_shift_forward", *(() if trained else ["norm_shift_backward"])}
+    assert {name for name in gpu.calls if name.startswith("norm")} == names
+
+
+def test_outputs_of_a_norms_token_shift_may_be_left_unused(gpu):
+    x, last = torch.randn(1, 3, 16).requires_grad_(), torch.zeros(1, 16)
+    vector = torch.ones(16)
+    shift = elementwise.TokenShift(last, None, [vector, vector], [], [8, 0])
+
+    def gradient(native):
+        return torch.autograd.grad(
+            elementwise.norm_shift(x, x, vector, vector, EPS, shift, native)[2][1].square().sum(), x
+        )[0]
+
+    close("dx", gradient("cuda"), gradient(""), 1e-5)
 
 
 def test_a_wider_layer_norm_is_torchs(gpu):

@@ -27,6 +27,13 @@ def with_sums(outputs, ranks):
     return [*outputs, *(shard_sum(outputs[i], RANK) if sums is None else sums for i, sums in of.items())]
 
 
+def norm_shift(x, last, mixed, vectors, reset, on):
+    weight, bias, *mixes = vectors
+    shift = elementwise.TokenShift(last, reset, mixes, [3], FOUR_OF_SIX)
+    total, z_last, out = elementwise.norm_shift(x, mixed, weight, bias, EPS, shift, on)
+    return [total, z_last, *with_sums(out, FOUR_OF_SIX)]
+
+
 # name -> (function of native, activations, vectors, reset; activations; vectors)
 FUNCTIONS = {
     "shift_mix": (
@@ -72,6 +79,12 @@ FUNCTIONS = {
     ),
     "readout7": (lambda on, *x, reset: elementwise.readout7(*x, EPS, on), 5, 3),
     "add_layer_norm": (lambda on, *x, reset: elementwise.add_layer_norm(*x, EPS, on), 2, 2),
+    # last is the second tensor, as of every token shift; one output has two uses
+    "shift_mix of a norm": (
+        lambda on, x, last, mixed, *vectors, reset: norm_shift(x, last, mixed, vectors, reset, on),
+        3,
+        8,
+    ),
 }
 
 
@@ -87,6 +100,8 @@ def inputs(name, sizes):
     shapes = [(B, T, C)] * activations + [(1, 1, C)] * vectors
     if name.startswith("shift_mix"):
         shapes[1] = (B, C)
+    if name == "shift_mix of a norm":
+        shapes[3:5] = (C,), (C,)
     if name == "shift_mix_low_rank":
         shapes[2:4] = (5, B * T, 7), (5, 7, C)
     if name.startswith(("readout", "add_layer_norm")):

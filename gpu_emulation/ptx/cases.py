@@ -203,7 +203,8 @@ def elementwise_row(device, name, sizes, dtype, vectors=(), trained=False, used=
         found = elementwise_results(name, sizes, "cuda", dtype, trained, vectors, **placed)
     # outputs are rounded once; before their use also shares of the low-rank mixes, what relu_squared keeps
     # and a layer's part of the gradient of v_first
-    twice = {"shift_mix_low_rank": 1.5, "relu_squared": 1, "value_residual": 1}
+    # and the norm that a token shift reads, and its gradient
+    twice = {"shift_mix_low_rank": 1.5, "relu_squared": 1, "value_residual": 1, "shift_mix of a norm": 2}
     before = twice.get(name, 0) * ROUNDING[dtype]
     return {
         f"tensor {i}": (got if not device.rows else got[-1:], exact, 2e-6 + ROUNDING[got.dtype] + before)
@@ -233,7 +234,7 @@ def mix7_row(device, sizes, dtype, trained, kernel="cuda-exact") -> Result:
         return readout7(y.flatten(-2), r, key, v, g, *of_model[2:], EPS)
 
     def native(leaves, of_model):
-        return mix7(leaves, of_model, EPS, None, None, None, kernel, "cuda", rank)[0]
+        return mix7(leaves, (), of_model, EPS, None, None, None, kernel, "cuda", rank)[0]
 
     want = gradients(torch.float64, torch.float64, plain)
     with device.in_place_of_cuda():

@@ -288,7 +288,8 @@ static const std::unordered_map<string, Entry> table = {
     {"bfe.s32", TERNARY(s32, s32, u32, u32, bfe(a, b & 255, c & 255))},
     // floats: no flush to zero without .ftz; comparisons are false with a NaN
     {"add.f32", BINARY(f32, f32, f32, a + b)}, {"sub.f32", BINARY(f32, f32, f32, a - b)},
-    {"mul.f32", BINARY(f32, f32, f32, a * b)}, {"fma.rn.f32", TERNARY(f32, f32, f32, f32, fmaf(a, b, c))},
+    {"mul.f32", BINARY(f32, f32, f32, a * b)}, {"mul.rn.f32", BINARY(f32, f32, f32, a * b)},
+    {"fma.rn.f32", TERNARY(f32, f32, f32, f32, fmaf(a, b, c))},
     {"fma.rm.f32", TERNARY(f32, f32, f32, f32, fma_rm(a, b, c))},
     {"div.rn.f32", BINARY(f32, f32, f32, a / b)}, {"rcp.rn.f32", UNARY(f32, f32, 1.f / a)},
     {"sqrt.rn.f32", UNARY(f32, f32, sqrtf(a))}, {"neg.f32", UNARY(u32, u32, a ^ 0x80000000u)},

@@ -11,8 +11,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 from rwkv_miss.gemm import uses_onednn
 
-from ..ops.elementwise import add_layer_norm, native_functions
-from ..ops.elementwise_reference import layer_norm
+from ..ops.elementwise import TokenShift, add_layer_norm, native_functions, norm_shift
 from .loss import LogitLoss, head_log_probs, head_loss, head_sums
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
@@ -87,17 +86,19 @@ def times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the dtype of its input, whatever that of its weights.
 
-    With `addend`, of the shape of x, it is (x + addend, the norm of this sum).
+    It is of the sum of x and `addend`, of one shape or None, and returns the sum, too: (sum, norm). With a
+    `shift` it returns the sum, the norm's last tokens (B, C), and the token shift of the norm.
     """
 
     def __init__(self, width: int, kernel: str):
         super().__init__(width)
         self.native = native_functions(kernel)
 
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if addend is None:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return add_layer_norm(x, addend, self.weight, self.bias, self.eps, self.native)
+    def forward(self, x: Tensor, addend: Tensor | None = None, shift: TokenShift | None = None) -> tuple:
+        arguments = x, addend, self.weight, self.bias, self.eps
+        if shift is None:
+            return add_layer_norm(*arguments, self.native)
+        return norm_shift(*arguments, shift, self.native)
 
 
 class Linear(nn.Linear):

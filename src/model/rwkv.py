@@ -114,19 +114,12 @@ class Block(nn.Module):
         only the inputs of the time mix.
         """
         if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        run = self.time_mix
-        if recompute:
-            run = functools.partial(recomputed, self.time_mix)
-        x, mixed, v_first, att_x, wkv = run(x, mixed, v_first, state.att_x, state.wkv, reset)
-        x, z = self.ln2(x, mixed)
-        mixed, ffn_x = self.ffn(z, state.ffn_x, reset, wanted)
+            _, x = self.ln0(x)
+        # the norm runs where its token shift is: a GPU does both in one kernel
+        run = functools.partial(recomputed, self.att) if recompute else self.att
+        x, mixed, v_first, att_x, wkv = run(x, mixed, self.ln1, v_first, state.att_x, state.wkv, reset)
+        x, mixed, ffn_x = self.ffn(x, mixed, self.ln2, state.ffn_x, reset, wanted)
         return chosen(x, wanted), mixed, v_first, LayerState(att_x, wkv, ffn_x)
-
-    def time_mix(self, x: Tensor, mixed: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Add `mixed` to x and run the time mix; returns x and its outputs."""
-        x, z = (x, self.ln1(x)) if mixed is None else self.ln1(x, mixed)
-        return x, *self.att(z, *others)
 
 
 class RWKV(nn.Module):

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv6
-from ..ops.elementwise import gated, native_functions, readout6, relu_squared, shift_mix, shift_mix_low_rank
+from ..ops.elementwise import (
+    TokenShift,
+    gated,
+    native_functions,
+    readout6,
+    relu_squared,
+    shift_mix,
+    shift_mix_low_rank,
+)
 from .layers import (
     GROUP_NORM_EPS,
+    LayerNorm,
     Linear,
     chosen,
     depth_ratios,
@@ -113,13 +122,21 @@ class TimeMix(nn.Module):
         return r, k, v, w, g
 
     def forward(
-        self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return (output (B, T, C), v_first as given, the last z (B, C), the state after it).
+        self,
+        x: Tensor,
+        mixed: Tensor | None,
+        norm: LayerNorm,
+        v_first: Tensor | None,
+        last: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Return x + mixed, the output (B, T, C), v_first as given, the last z (B, C), the state after it.
 
-        z (B, T, C): the input, after ln1. v_first: for RWKV-7 only. last (B, C): the z before the first one.
-        state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
+        z (B, T, C): the input, norm(x + mixed). v_first: for RWKV-7 only. last (B, C): the z before the first
+        one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
         """
+        x, z = norm(x, mixed)
         r, k, v, w, g = self.project(z, last, reset)
         # WKV: y = r (S + u k^T v),  S <- diag(delta) S + k^T v,  delta the decay of w
         heads, u = split_heads(self.heads, r, k, v, w), self.time_faaaa.to(z.dtype)
@@ -127,7 +144,7 @@ class TimeMix(nn.Module):
         # readout: ln_x(y) silu(g)
         norm = self.ln_x.weight, self.ln_x.bias, self.heads, self.ln_x.eps
         y = readout6(y.flatten(-2), g, *norm, self.native, shard_rank(self.output))
-        return self.output(y), v_first, last_token(z), state
+        return x, self.output(y), v_first, last_token(z), state
 
 
 class ChannelMix(nn.Module):
@@ -156,18 +173,25 @@ class ChannelMix(nn.Module):
         self.value.weight.zero_()
 
     def forward(
-        self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+        self,
+        x: Tensor,
+        mixed: Tensor | None,
+        norm: LayerNorm,
+        last: Tensor,
+        reset: Tensor | None,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x + mixed, the output (B, T, C), or of the wanted tokens only, as chosen() gives them, and
+        the last z (B, C).
 
-        z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
+        z: the input, norm(x + mixed). last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
         """
         mixes, ranks = [self.time_maa_k, self.time_maa_r], [shard_rank(self.key), shard_rank(self.receptance)]
-        x_k, x_r = shift_mix(z, last, reset, mixes, self.native, ranks=ranks)
+        x, z_last, (x_k, x_r) = norm(x, mixed, TokenShift(last, reset, mixes, ranks=ranks))
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native, shard_rank(self.value))
         gate = self.receptance(chosen(x_r, wanted))
-        return gated(self.value(k), gate, self.native), last_token(z)
+        return x, gated(self.value(k), gate, self.native), z_last
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

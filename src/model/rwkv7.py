@@ -7,6 +7,7 @@ weight is (out, in), a low-rank map (in, rank) and (rank, out).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,20 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv7
 from ..ops.elementwise import (
+    TokenShift,
     delta_inputs,
     native_functions,
     readout7,
     relu_squared,
-    shift_mix,
     value_residual,
 )
 from ..ops.mix7 import mix7, mix7_serves
 from .layers import (
     GROUP_NORM_EPS,
+    LayerNorm,
     Linear,
     chosen,
     depth_ratios,
-    last_token,
     low_rank,
     parameter,
     shard_rank,
@@ -118,46 +119,56 @@ class TimeMix(nn.Module):
         too."""
         return [self.ln_x.weight, self.ln_x.bias]
 
-    def project(
-        self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Compute r, decay w, k, v, learning rate a, gate g, all (B, T, C), and v_first; w and a are raw,
-        before sigmoid."""
-        # token shift, then a linear or a low-rank map of each
+    def shift(self, last: Tensor, reset: Tensor | None) -> TokenShift:
+        """Describe the token shift: the inputs of r, w, k, v, a and g, and of v's gate."""
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        again = [3] if self.layer > 0 else []
         ranks = [shard_rank(self.receptance), 0, shard_rank(self.key), shard_rank(self.value), 0, 0]
-        x = shift_mix(z, last, reset, mixes, self.native, again, ranks)
-        x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = x
+        return TokenShift(last, reset, mixes, [3] if self.layer > 0 else [], ranks)
+
+    def project(self, shifted: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Compute r, decay w, k, v, learning rate a, gate g, all (B, T, C), and the gate of v_first, None in
+        layer 0; w, a and this gate are raw, before sigmoid."""
+        # a linear or a low-rank map of each
+        x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = shifted
         v = self.value(x_v)
-        if self.layer > 0:
-            v, v_first = value_residual(
-                v, v_first, low_rank(*x_v_again, self.v1, self.v2, self.v0), self.native
-            )
+        gate = low_rank(*x_v_again, self.v1, self.v2, self.v0) if self.layer > 0 else None
         w = low_rank(x_w, self.w1, self.w2, self.w0, torch.tanh)
         a = low_rank(x_a, self.a1, self.a2, self.a0)
         g = low_rank(x_g, self.g1, self.g2, act=torch.sigmoid)
         r = self.receptance(x_r)
         k = self.key(x_k)
-        return (r, w, k, v, a, g), v if self.layer == 0 else v_first
+        return (r, w, k, v, a, g), gate
 
     def forward(
-        self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (output (B, T, C), v_first, the last z (B, C), the state after it).
+        self,
+        x: Tensor,
+        mixed: Tensor | None,
+        norm: LayerNorm,
+        v_first: Tensor | None,
+        last: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return x + mixed, the output (B, T, C), v_first, the last z (B, C), the state after it.
 
-        z (B, T, C): the input, after ln1. v_first (B, T, C): layer 0's value. last (B, C): the z before the
-        first one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
+        z (B, T, C): the input, norm(x + mixed). v_first (B, T, C): layer 0's value. last (B, C): the z before
+        the first one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
         """
-        activations, v_first = self.project(z, v_first, last, reset)
+        x, z_last, shifted = norm(x, mixed, self.shift(last, reset))
+        activations, gate = self.project(shifted)
         r, w, k, v, a, g = activations
         initial_state = self.initial_state()
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
         if mix7_serves(activations, vectors, reset, initial_state, self.native):
-            # the three steps below in one native function, which keeps less for the backward
+            # the four steps below in one native function, which keeps less for the backward
             eps, how = self.ln_x.eps, (self.kernel, self.native, shard_rank(self.output))
-            y, state = mix7(activations, vectors, eps, state, reset, initial_state, *how)
+            residual = () if gate is None else (v_first, gate)
+            y, state, first = mix7(activations, residual, vectors, eps, state, reset, initial_state, *how)
         else:
+            # value residual: v += (v_first - v) sigmoid(gate)
+            first = None
+            if gate is not None:
+                v, first = value_residual(v, v_first, gate, self.native)
             # delta inputs, a after its sigmoid: kappa = normalise(k k_k), alpha = -kappa, beta = kappa a,
             # k <- k (1 + (a - 1) k_a)
             k, alpha, beta = delta_inputs(k, a, self.k_k, self.k_a, self.heads, self.native)
@@ -167,7 +178,7 @@ class TimeMix(nn.Module):
             # readout: (ln_x(y) + (r . k r_k) v) g
             norm = self.ln_x.weight, self.ln_x.bias, self.ln_x.eps
             y = readout7(y.flatten(-2), r, k, v, g, self.r_k, *norm, self.native)
-        return self.output(y), v_first, last_token(z), state
+        return x, self.output(y), v if first is None else first, z_last, state
 
 
 def low_rank_init(first: Tensor, second: Tensor) -> None:
@@ -197,16 +208,24 @@ class ChannelMix(nn.Module):
         self.value.weight.zero_()
 
     def forward(
-        self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+        self,
+        x: Tensor,
+        mixed: Tensor | None,
+        norm: LayerNorm,
+        last: Tensor,
+        reset: Tensor | None,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x + mixed, the output (B, T, C), or of the wanted tokens only, as chosen() gives them, and
+        the last z (B, C).
 
-        z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
+        z: the input, norm(x + mixed). last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
         """
-        (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native, ranks=[shard_rank(self.key)])
+        shift = TokenShift(last, reset, [self.x_k], ranks=[shard_rank(self.key)])
+        x, z_last, (x_k,) = norm(x, mixed, shift)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native, shard_rank(self.value))
-        return self.value(k), last_token(z)
+        return x, self.value(k), z_last
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

@@ -10,6 +10,7 @@ outputs then carry them (rwkv_miss.functional.with_shard_sums).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from rwkv_miss.functional import with_shard_sums
 
 from . import elementwise_ops, elementwise_reference
-from .add_layer_norm import LARGEST_NORM, AddLayerNorm
+from .add_layer_norm import LARGEST_NORM, AddLayerNorm, NormShift
 from .elementwise_ops import ready, summable
 from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
@@ -105,13 +106,14 @@ def readout7(
     return elementwise_reference.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
-def _shift(
-    function: type, ranks: Sequence[int], tensors: Sequence[Tensor | None], *before
-) -> Sequence[Tensor]:
-    """Run a token shift on a GPU. Its outputs carry the shard sums that are asked for, those of one rank."""
+def _summed(ranks: Sequence[int]) -> tuple[list[int], int]:
+    """Number the outputs of a token shift whose shard sums a GPU makes, which have one rank; and the rank."""
     rank = next((rank for rank in ranks if summable(rank, "cuda")), 0)
-    summed = [i for i, other in enumerate(ranks) if other == rank > 0]
-    made = function.apply(*before, summed, rank, *tensors)
+    return [i for i, other in enumerate(ranks) if other == rank > 0], rank
+
+
+def _carrying(made: Sequence[Tensor], summed: Sequence[int]) -> Sequence[Tensor]:
+    """Have the outputs numbered `summed` carry their shard sums, which are the last of what was made."""
     count = len(made) - len(summed)
     for i, sums in zip(summed, made[count:], strict=True):
         with_shard_sums(made[i], sums)
@@ -134,7 +136,9 @@ def shift_mix(
     if not serves(native, [z, last], mixes):
         out = elementwise_reference.shift_mix(z, last, reset, mixes)
     elif native == "cuda":
-        return _shift(elementwise_ops.ShiftMix, ranks, ready(z, last, reset, *mixes), again)
+        summed, rank = _summed(ranks)
+        made = elementwise_ops.ShiftMix.apply(again, summed, rank, *ready(z, last, reset, *mixes))
+        return _carrying(made, summed)
     else:
         mixes = elementwise_ops.stacked(mixes)
         out = elementwise_ops.ShiftMix.apply((), (), 0, *ready(z, last, reset, mixes))
@@ -154,16 +158,55 @@ def shift_mix_low_rank(
     if serves(native, [z, last, q], [*mixes, maps]):
         z, last, reset, *mixes = ready(z, last, reset, *mixes)
         if native == "cuda":
-            return _shift(elementwise_ops.ShiftMixLowRank, ranks, [z, last, q, reset, maps, *mixes])
+            summed, rank = _summed(ranks)
+            tensors = z, last, q, reset, maps, *mixes
+            return _carrying(elementwise_ops.ShiftMixLowRank.apply(summed, rank, *tensors), summed)
         mixes, maps = elementwise_ops.stacked(mixes), maps.detach().to(z.dtype)
         return elementwise_ops.ShiftMixLowRankCpu.apply(z, last, q, reset, maps, mixes)
     return elementwise_reference.shift_mix_low_rank(z, last, reset, mixes, q, maps)
 
 
 def add_layer_norm(
-    x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, eps: float, native: str
+    x: Tensor, mixed: Tensor | None, weight: Tensor, bias: Tensor, eps: float, native: str
 ) -> tuple[Tensor, Tensor]:
+    if mixed is None:
+        return x, elementwise_reference.layer_norm(x, weight, bias, eps)
     # a CPU has no native one: torch's own runs there
     if native == "cuda" and x.shape[-1] <= LARGEST_NORM and serves(native, [x, mixed], [weight, bias]):
         return AddLayerNorm.apply(*ready(x, mixed, weight, bias), eps)
     return elementwise_reference.add_layer_norm(x, mixed, weight, bias, eps)
+
+
+class TokenShift(NamedTuple):
+    """Arguments of shift_mix after z."""
+
+    last: Tensor
+    reset: Tensor | None
+    mixes: list[Tensor]
+    again: Sequence[int] = ()
+    ranks: Sequence[int] = ()
+
+
+def norm_shift(
+    x: Tensor,
+    mixed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    shift: TokenShift,
+    native: str,
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Return x + mixed, the last tokens (B, C) of its LayerNorm z, and the token shift of z.
+
+    A GPU writes no z. Without `mixed` the sum is x.
+    """
+    last, reset, mixes, again, ranks = shift
+    fused = native == "cuda" and mixed is not None and x.shape[-1] <= LARGEST_NORM
+    if fused and serves(native, [x, mixed, last], [weight, bias, *mixes]):
+        summed, rank = _summed(ranks)
+        tensors = *ready(x, mixed), weight, bias, *ready(last, reset, *mixes)
+        total, z_last, *made = NormShift.apply(again, summed, rank, eps, *tensors)
+        return total, z_last, _carrying(made, summed)
+    x, z = add_layer_norm(x, mixed, weight, bias, eps, native)
+    # for the state a copy of the last token: a view would keep all of z
+    return x, z[:, -1].clone(), shift_mix(z, last, reset, mixes, native, again, ranks)

@@ -128,7 +128,7 @@ def summable(rank: int, native: str, head_size: int = 8) -> int:
     return rank if fits and native == "cuda" else 0
 
 
-def _rank(tensors: Sequence[Tensor], count: int) -> int:
+def rank_of(tensors: Sequence[Tensor], count: int) -> int:
     """Return the rank of the shard sums that follow `count` outputs, or their gradients; 0 for none."""
     return tensors[count].shape[-1] if len(tensors) > count else 0
 
@@ -155,7 +155,7 @@ def _define(
     def of_shards(like, tensors):
         if not summed:
             return tensors, None
-        return [tensors] if on_gpu(like) else tensors, _rank(tensors, outputs)
+        return [tensors] if on_gpu(like) else tensors, rank_of(tensors, outputs)
 
     def forward_shapes(tensors, heads, eps, rank=0):
         like = tensors[0]
@@ -328,7 +328,7 @@ def _readout_backward(tensors, bonus, trained, vectors, dout, eps):
     made = _readout_backward_shapes(tensors, bonus, trained, vectors, dout, eps)
     check_sizes("mix7", [*tensors, *trained, *vectors, dout[0]])
     before, after, heads = [*tensors, bonus, *(trained or [None] * 3)], [dout, *made[:3]], bonus.shape[1]
-    of_vectors, rank = made[3:] if trained else None, _rank(dout, 1)
+    of_vectors, rank = made[3:] if trained else None, rank_of(dout, 1)
     call("mix7_readout_backward", dout[0], before, vectors, after, of_vectors, heads, eps, rank=rank)
     return made
 
@@ -343,24 +343,29 @@ library_op(
 )
 
 
-def _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained):
-    return [torch.empty_like(x) for x in (*tensors[:2], *(tensors[4:6] if trained else ()))]
+def _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained, residual, dlater):
+    of_vectors = tensors[4:6] if trained else ()
+    return [torch.empty_like(x) for x in (*tensors[:2], *of_vectors, *residual)]
 
 
-def _inputs_backward(dr, dv, bonus, dbonus, tensors, trained):
-    made = _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained)
-    check_sizes("mix7", [dr, dv, *tensors[:11]])
-    saved, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
-    after = [dout, bonus, dbonus, *of_recurrence, dr, dv, *made[:2]]
-    of_vectors, rank = made[2:] if trained else None, _rank(dout, 1)
-    call("mix7_inputs_backward", dr, saved, vectors, after, of_vectors, bonus.shape[1], rank=rank)
+def _inputs_backward(dr, dv, bonus, dbonus, tensors, trained, residual, dlater):
+    made = _inputs_backward_shapes(dr, dv, bonus, dbonus, tensors, trained, residual, dlater)
+    check_sizes("mix7", [dr, dv, *tensors[:11], *residual])
+    given, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
+    count = 4 if trained else 2
+    inputs = [dout, bonus, dbonus, *of_recurrence, *(residual or [None] * 3), dlater]
+    after = [*inputs, dr, dv, *made[:2], *(made[count:] or [None] * 3)]
+    of_vectors, rank = made[2:4] if trained else None, rank_of(dout, 1)
+    call("mix7_inputs_backward", dr, given, vectors, after, of_vectors, bonus.shape[1], rank=rank)
     return made
 
 
-# (k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout) -> dk, da and the gradients of k_k and k_a
+# (k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout) -> dk, da and the gradients of k_k and k_a. With
+# `residual`, the inputs of value_residual, their gradients follow, and dv is not written.
 library_op(
     "mix7_inputs_backward",
-    "Tensor(a!) dr, Tensor(b!) dv, Tensor bonus, Tensor dbonus, Tensor[] tensors, bool trained",
+    "Tensor(a!) dr, Tensor(b!) dv, Tensor bonus, Tensor dbonus, Tensor[] tensors, bool trained,"
+    " Tensor[] residual, Tensor? dlater",
     _inputs_backward,
     _inputs_backward_shapes,
 )
@@ -379,18 +384,18 @@ def _count(z: Tensor, mixes: Sequence[Tensor]) -> int:
     return sum([mix.numel() for mix in mixes]) // z.shape[-1]
 
 
-def _shift_shapes(z, last, reset, mixes, summed=(), rank=0):
+def shift_shapes(z, last, reset, mixes, summed=(), rank=0):
     outputs = [torch.empty_like(z) for _ in range(_count(z, mixes))]
     return [*outputs, *(z.new_empty(*z.shape[:-1], rank) for _ in summed)]
 
 
-def _by_mix(tensors: Sequence[Tensor], count: int, summed: Sequence[int]) -> list[Tensor | None]:
+def by_mix(tensors: Sequence[Tensor], count: int, summed: Sequence[int]) -> list[Tensor | None]:
     """Give each of `count` outputs a place for its shard sums: those numbered `summed` have some."""
     sums = dict(zip(summed, tensors[count:], strict=True))
     return [*tensors[:count], *([sums.get(i) for i in range(count)] if summed else [])]
 
 
-def _check_shift(z, last, reset, mixes):
+def check_shift(z, last, reset, mixes):
     B, T, C = z.shape
     expected = [(B, C), reset if reset is None else (B, T)]
     found = [last.shape, reset if reset is None else reset.shape]
@@ -404,9 +409,9 @@ def _check_shift(z, last, reset, mixes):
 
 
 def _shift_forward(z, last, reset, mixes, summed=(), rank=0):
-    _check_shift(z, last, reset, mixes)
-    made, count = _shift_shapes(z, last, reset, mixes, summed, rank), _count(z, mixes)
-    after = [_by_mix(made, count, summed)]
+    check_shift(z, last, reset, mixes)
+    made, count = shift_shapes(z, last, reset, mixes, summed, rank), _count(z, mixes)
+    after = [by_mix(made, count, summed)]
     call("shift_mix_forward", z, [z, last, reset], mixes, after, count=count, rank=rank)
     return made
 
@@ -419,17 +424,17 @@ def _shift_backward_shapes(gradients, z, last, reset, mixes, summed):
 
 def _shift_backward(gradients, z, last, reset, mixes, summed):
     found, like = _shift_backward_shapes(gradients, z, last, reset, mixes, summed), gradients[0]
-    _check_shift(like, found[1], reset, mixes)
+    check_shift(like, found[1], reset, mixes)
     inputs, count = [z, last, reset] if on_gpu(like) else [reset], len(gradients) - len(summed)
-    after, of_mixes = [_by_mix(gradients, count, summed), *found[:2]], None if z is None else found[2:]
-    rank = _rank(gradients, count)
+    after, of_mixes = [by_mix(gradients, count, summed), *found[:2]], None if z is None else found[2:]
+    rank = rank_of(gradients, count)
     call("shift_mix_backward", like, inputs, mixes, after, of_mixes, count=count, rank=rank)
     return found
 
 
 _SHIFT = "Tensor z, Tensor last, Tensor? reset, Tensor[] mixes"
 _SUMMED = "int[] summed=[], int rank=0"
-_shift_op = library_op("shift_mix", f"{_SHIFT}, {_SUMMED}", _shift_forward, _shift_shapes)
+_shift_op = library_op("shift_mix", f"{_SHIFT}, {_SUMMED}", _shift_forward, shift_shapes)
 _shift_backward_op = library_op(
     "shift_mix_backward",
     "Tensor[] gradients, Tensor? z, Tensor? last, Tensor? reset, Tensor[] mixes, int[] summed",
@@ -458,12 +463,18 @@ class ShiftMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients):
         z, last, reset, *mixes = ctx.saved_tensors
-        of_outputs = [*mixes, *(mixes[i] for i in ctx.again)]
-        inputs = ready(*gradients), z, last, reset, of_outputs
-        dz, dlast, *dmixes = _shift_backward_op(*inputs, ctx.summed)
-        for i, second in zip(ctx.again, dmixes[len(mixes) :]):
+        found = ShiftMix.gradients(ready(*gradients), z, last, reset, mixes, ctx.again, ctx.summed)
+        dz, dlast, *dmixes = found
+        return None, None, None, dz, dlast, None, *(dmixes or [None] * len(mixes))
+
+    @staticmethod
+    def gradients(gradients, z, last, reset, mixes, again, summed):
+        """Return the gradients of z, last and, if there is a z, of the mixes."""
+        of_outputs = [*mixes, *(mixes[i] for i in again)]
+        dz, dlast, *dmixes = _shift_backward_op(gradients, z, last, reset, of_outputs, summed)
+        for i, second in zip(again, dmixes[len(mixes) :]):
             dmixes[i] += second
-        return None, None, None, dz, dlast, None, *(dmixes[: len(mixes)] or [None] * len(mixes))
+        return dz, dlast, *dmixes[: len(mixes)]
 
 
 # The shares that every token adds to the mixes, m_i = q_i maps_i, are matrix products. A GPU makes all of
@@ -471,9 +482,9 @@ class ShiftMix(torch.autograd.Function):
 
 
 def _token_forward(z, last, reset, mixes, m, summed=(), rank=0):
-    _check_shift(z, last, reset, mixes)
-    made, count = _shift_shapes(z, last, reset, mixes, summed, rank), len(mixes)
-    after = [list(m.unbind()), _by_mix(made, count, summed)]
+    check_shift(z, last, reset, mixes)
+    made, count = shift_shapes(z, last, reset, mixes, summed, rank), len(mixes)
+    after = [list(m.unbind()), by_mix(made, count, summed)]
     call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=count, rank=rank)
     return made
 
@@ -485,11 +496,11 @@ def _token_backward_shapes(z, last, reset, mixes, m, gradients, summed, trained)
 
 def _token_backward(z, last, reset, mixes, m, gradients, summed, trained):
     found = _token_backward_shapes(z, last, reset, mixes, m, gradients, summed, trained)
-    _check_shift(z, last, reset, mixes)
+    check_shift(z, last, reset, mixes)
     dz, dlast, dm, *of_mixes = found
     count, inputs = len(mixes), [z, last, reset]
-    after = [list(m.unbind()), _by_mix(gradients, count, summed), dz, dlast, list(dm.unbind())]
-    of_mixes, rank = of_mixes if trained else None, _rank(gradients, count)
+    after = [list(m.unbind()), by_mix(gradients, count, summed), dz, dlast, list(dm.unbind())]
+    of_mixes, rank = of_mixes if trained else None, rank_of(gradients, count)
     call("shift_mix_token_backward", z, inputs, mixes, after, of_mixes, count=count, rank=rank)
     return found
 
@@ -498,7 +509,7 @@ _token_op = library_op(
     "shift_mix_token",
     f"{_SHIFT}, Tensor m, {_SUMMED}",
     _token_forward,
-    lambda z, last, reset, mixes, m, *summed: _shift_shapes(z, last, reset, mixes, *summed),
+    lambda z, last, reset, mixes, m, *summed: shift_shapes(z, last, reset, mixes, *summed),
 )
 _token_backward_op = library_op(
     "shift_mix_token_backward",
@@ -543,7 +554,7 @@ def _low_rank_mixes(z, q, maps):
 
 
 def _low_rank_forward(z, last, q, reset, mixes, maps):
-    _check_shift(z, last, reset, mixes)
+    check_shift(z, last, reset, mixes)
     out = _low_rank_mixes(z, q, maps)
     call("shift_mix_token_forward", z, [z, last, reset], mixes, [out], count=len(out))
     return out
@@ -564,7 +575,7 @@ _low_rank_op = library_op(
     "shift_mix_low_rank",
     _LOW_RANK,
     _low_rank_forward,
-    lambda z, last, q, reset, mixes, maps: _shift_shapes(z, last, reset, mixes),
+    lambda z, last, q, reset, mixes, maps: shift_shapes(z, last, reset, mixes),
 )
 _low_rank_backward_op = library_op(
     "shift_mix_low_rank_backward",

@@ -41,6 +41,7 @@ def mix7_serves(
 
 def mix7(
     activations: tuple[Tensor, ...],
+    residual: tuple[Tensor, ...],
     vectors: tuple[Tensor, ...],
     eps: float,
     s0: Tensor | None,
@@ -49,10 +50,11 @@ def mix7(
     kernel: str,
     native: str,
     rank: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Compute (readout (B, T, C), final state) of a time mix.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute (readout (B, T, C), final state, v_first) of a time mix.
 
-    activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). vectors: k_k, k_a, r_k,
+    activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). residual: v_first and
+    its gate, for value_residual of v; or nothing, and then no v_first is returned. vectors: k_k, k_a, r_k,
     weight and bias of ln_x, with shapes as in elementwise_reference. s0, reset and initial_state are as in
     wkv7, which `kernel` runs: a native one. `native` is that of mix7_serves, `rank` as in elementwise.py.
     Raises ValueError.
@@ -66,8 +68,9 @@ def mix7(
     chunked = on_tensor_cores(kernel, _by_head(heads, activations[0])[0])
     save = saves(*activations, *vectors, s0)
     how = reset, heads, eps, chunked, save, native, summable(rank, native, head_size)
-    y, state, *sums = _Mix7.apply(*ready(*activations, *vectors, s0), *how)
-    return with_shard_sums(y, *sums) if sums else y, state
+    residual = residual or (None, None)
+    y, state, v_first, *sums = _Mix7.apply(*ready(*activations, *vectors, s0, *residual), *how)
+    return with_shard_sums(y, *sums) if sums else y, state, v_first
 
 
 def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
@@ -119,9 +122,11 @@ library_op(
 
 class _Mix7(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked, save, native, rank
-    ):
+    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, first, gate, *others):
+        reset, heads, eps, chunked, save, native, rank = others
+        residual = [] if first is None else [v, first, gate]
+        if residual:
+            (v,) = _ops.value_residual(residual)
         bonus = None
         if chunked:
             inputs = _by_head(heads, r, w, k, v, a)
@@ -134,21 +139,24 @@ class _Mix7(torch.autograd.Function):
             inputs = _by_head(heads, r, w, key, v, alpha, beta)
             y, state, saved = _ops.wkv7(*inputs, s0, reset, False, save=save)
         y = y.flatten(-2)
-        ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved, bonus)
+        kept = r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved, bonus
+        ctx.save_for_backward(*kept, *residual)
         ctx.heads, ctx.eps, ctx.chunked = heads, eps, chunked
         ctx.set_materialize_grads(False)
         if bonus is None:
             out, *sums = _ops.readout7([y, r, key, v, g, r_k, weight, bias], heads, eps, rank)
         else:
             out, *sums = _ops.mix7_readout([y, v, g, weight, bias], bonus, eps, rank)
-        return out, state, *sums
+        return out, state, None if first is None else first.detach(), *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dstate, *dsums):
-        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved, bonus = ctx.saved_tensors
+    def backward(ctx, dout, dstate, dlater, *dsums):
+        *kept, y, saved, bonus = ctx.saved_tensors[:16]
+        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset = kept
+        residual = ctx.saved_tensors[16:]
         heads, eps, trained = ctx.heads, ctx.eps, any(ctx.needs_input_grad[6:11])
-        dout, dstate = ready(torch.zeros_like(y) if dout is None else dout, dstate)
+        dout, dstate, dlater = ready(torch.zeros_like(y) if dout is None else dout, dstate, dlater)
         above = [dout, *ready(*(x for x in dsums if x is not None))]
         if not ctx.chunked:
             key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
@@ -173,9 +181,14 @@ class _Mix7(torch.autograd.Function):
             dk, da, *of_keys = _ops.delta_inputs_backward(tensors, heads, 0.0, trained)
             dr.add_(read_r)
             dv.add_(read_v)
+            of_value = _ops.value_residual_backward(residual, dv, dlater) if residual else ()
         else:
             tensors = [k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, *above]
-            dk, da, *of_keys = _ops.mix7_inputs_backward(dr, dv, bonus, dbonus, tensors, trained)
+            inputs = dr, dv, bonus, dbonus, tensors, trained, residual, dlater
+            dk, da, *of_keys = _ops.mix7_inputs_backward(*inputs)
+            count = 2 * trained
+            of_keys, of_value = of_keys[:count], of_keys[count:]
+        dv, dfirst, dgate = of_value or (dv, None, None)
         activations = dr, dw, dk, dv, da, dg
         vectors = [*of_keys, *of_readout] if trained else [None] * 5
-        return *activations, *vectors, None if s0 is None else ds0, *[None] * 7
+        return *activations, *vectors, None if s0 is None else ds0, dfirst, dgate, *[None] * 7
