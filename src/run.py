@@ -101,7 +101,7 @@ FIRST_STEPS = 3
 class Result:
     """Result of a plan."""
 
-    settings: Settled  # of the plan
+    settings: Settled  # settings of the plan
     step: int  # optimizer steps that are done
     is_complete: bool  # False: stopped before the end, and --resume auto goes on
 
@@ -135,7 +135,7 @@ def write_script_notes(typed: Config) -> None:
     if typed.script_notes:
         write_text(path, "".join(f"{note}\n" for note in typed.script_notes))
     else:
-        with contextlib.suppress(FileNotFoundError):  # of another command
+        with contextlib.suppress(FileNotFoundError):  # notes of another command
             os.remove(path)
 
 
@@ -280,7 +280,7 @@ def with_half_micro_batch(plan: Plan) -> Plan:
     )
     draft = Draft(config)
     draft.change("micro_bsz", now, reason)
-    if not config.global_bsz:  # it decides the number of passes
+    if not config.global_bsz:  # --global_bsz decides the number of passes
         draft.change("accumulate_grad_batches", passes, reason)
     schedule = dataclasses.replace(plan.schedule, micro_bsz=now, accumulate=passes)
     source = plan.source.having(draft.config)

@@ -246,7 +246,7 @@ NOTES = """
     --PISSA --lora_parts att,ffn                --PISSA and its flags are --peft pissa with --peft_config
     --emb                                       --emb is --train_parts emb
     --train_type state                          the state alone is trained: --peft state
-    --peft lora --state_tune  the state is trained beside the adapter: --train_parts state
+    --peft lora --state_tune  the state is trained with the adapter: --train_parts state
     --train_type infctx                         --train_type infctx is --chunk_ctx 512: rows run in chunks
     --train_stage 1                             --train_stage 1 is --peft none --init_only 1
 """

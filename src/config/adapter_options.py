@@ -21,7 +21,7 @@ class AdapterOptions:
     """Arguments of inject()."""
 
     method: str
-    options: Mapping[str, Any]  # of the method, under the names that the user gave
+    options: Mapping[str, Any]  # options of the method, under the names that the user gave
     targets: list[str] | None  # None: the paper's
     train_parts: str = ""
     layers: str = ""  # "": all

@@ -32,13 +32,13 @@ class Launch:
 
     by: str  # torchrun, deepspeed, srun, or "the launcher" for any other that sets RANK
     world: int  # processes of the run
-    on_machine: int  # of these on this machine; 0 if the launcher does not tell
+    on_machine: int  # processes on this machine; 0 if the launcher does not tell
 
 
 def launched() -> Launch | None:
-    """Find the launcher that started this process beside all others.
+    """Find the launcher that started this process together with all others.
 
-    It is None if `python` started it, or Lightning as one of --devices.
+    Returns None if `python` started this process, or Lightning as one of --devices.
     """
     env = os.environ
     if "RANK" in env:

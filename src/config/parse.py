@@ -58,9 +58,9 @@ FOREIGN = {
     "strategy": "single[-_]device",
     "train_parts": r"none|\[.*",
 }
-# what --version has in it in scripts for other models
+# parts of --version in scripts for other models -> the model
 OTHER_MODELS = {"x05": "RWKV-5", "xa07": "ARWKV or its kin, with RWKV-7's time mix in another model's blocks"}
-MOST_NOTES = 3  # that are printed although they change nothing in the result
+MOST_NOTES = 3  # notes that are printed although they change nothing in the result
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
 
@@ -181,7 +181,7 @@ class Recorded:
     """The settings in the config.yaml of a run. Code that they name is not run."""
 
     settings: Settled
-    chosen: Mapping[str, str]  # of those that were left to the program: why it chose them
+    chosen: Mapping[str, str]  # setting that was left to the program -> the reason of its choice
 
 
 def recorded_settings(path: str) -> Recorded:
@@ -229,7 +229,7 @@ def _config_of(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read the settings in a YAML file, without the reasons that a run's config.yaml has beside them."""
+    """Read the settings in a YAML file, without the reasons that a run's config.yaml has, too."""
     values = _load_yaml(path)
     values.pop(CHOSEN, None)
     spelled: dict[str, str] = {}

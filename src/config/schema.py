@@ -49,7 +49,7 @@ class Config(LossSettings):
     )
     train_parts: str = opt(
         "auto",
-        "parts of the base model to train as whole tensors beside the adapter, separated by commas:"
+        "parts of the base model to train as whole tensors with the adapter, separated by commas:"
         " emb, head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
         " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
         " Empty: none. auto: emb,head with --train_tokens if the base never saw more than 1 % of the data's"
@@ -59,8 +59,8 @@ class Config(LossSettings):
     train_tokens: str = opt(
         "",
         "ids of tokens, such as 10,97-122: of emb and head in --train_parts only their rows are trained,"
-        " which makes a small adapter that can be served beside others. Empty: all rows. --train_parts auto"
-        " chooses the tokens that the base never saw",
+        " which makes a small adapter that can be served together with others. Empty: all rows. --train_parts"
+        " auto chooses the tokens that the base never saw",
     )
     layers: str = opt(
         "",
@@ -172,7 +172,8 @@ class Config(LossSettings):
     )
     state_lr: float = opt(
         0.0,
-        "learning rate of the initial state beside an adapter. 0: 1e-2. With --peft state use --lr_init",
+        "learning rate of an initial state that is trained with an adapter. 0: 1e-2. With --peft state use"
+        " --lr_init",
         low=0,
         high=1e30,
     )
@@ -342,7 +343,7 @@ class Config(LossSettings):
         operator=True,
     )
 
-    # of settings that are not the default: where they are from, or "chosen: " and why
+    # setting that is not the default -> where it is from, or "chosen: " and why
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     # about a script of another trainer, for the file SCRIPT_NOTES
     script_notes: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
@@ -368,7 +369,7 @@ class Config(LossSettings):
 
     @property
     def state_learning_rate(self) -> float | None:
-        """Rate of an initial state that is trained beside an adapter; None without one.
+        """Rate of an initial state that is trained with an adapter; None without one.
 
         An initial state that is trained alone has the rate lr_init.
         """
@@ -443,7 +444,7 @@ class Settled(Config):
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in ("origins", "script_notes")}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
-# of the settings: heading, subject, and the first setting; the others follow in the order of the dataclass
+# groups of settings: heading, subject, and the first setting; the others follow in the order of the dataclass
 GROUPS = (
     ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
     ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),

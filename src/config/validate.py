@@ -121,14 +121,14 @@ def check_tokens(config: Config) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Check that an adapter to begin with is not beside a reference without it."""
+    """Refuse --init_adapter with a loss whose reference would be the base without that adapter."""
     loss, has_kl = LOSSES[config.loss], config.on_rewards and config.settled().beta
     compares = has_kl or loss.needs_reference and not loss.needs_teacher
     if config.init_adapter and compares and not config.reference:
         raise UserError(
             f"--loss {config.loss} compares with a reference, and --init_adapter {config.init_adapter} leaves"
             f" open which one. Merge it (python -m rwkv_miss merge --base {config.load_model} --adapter"
-            f" {config.init_adapter} --out merged.pth), and give --reference merged.pth beside it, or"
+            f" {config.init_adapter} --out merged.pth), and give --reference merged.pth with it, or"
             " --load_model merged.pth without it"
         )
 
@@ -149,7 +149,7 @@ def check_learning_rates(config: Config) -> None:
         )
     if config.state_lr and "state" not in split_parts(config.settled().train_parts):
         raise UserError(
-            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
+            f"--state_lr {config.state_lr} is for --train_parts state, an initial state with an adapter;"
             " alone it learns at --lr_init"
         )
 

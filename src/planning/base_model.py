@@ -39,7 +39,7 @@ BEGINS_WITHIN = 1.01e-4  # RWKV-LM's first embeddings are within 1e-4, and a dty
 MAY_BE_UNTRAINED = 0.01  # share of the data's tokens
 LOOKED_AT = 10_000  # documents, for their tokens
 NAMED = 4  # tokens
-MOST_ROWS = 500  # of tokens; for each of them a server keeps as many numbers as the vocabulary has tokens
+MOST_ROWS = 500  # rows of tokens; for each a server keeps as many numbers as the vocabulary has tokens
 
 
 def read_base(draft: Draft):

@@ -18,11 +18,11 @@ from .draft import Draft
 GUESSED = "from method, rank and widths"  # the reason of a chosen rate
 SUGGESTED_CHUNK_CTX = 512  # tokens of a suggested chunk
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
-LEAST_ROWS = 50  # of running text, if need be shorter ones
-FEWEST_ROWS = 2  # of a step, where there are as many
+LEAST_ROWS = 50  # rows of running text, if need be shorter ones
+FEWEST_ROWS = 2  # rows of a step, where there are as many
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # divisor of the width for the rank, in a model that is too narrow for 64
-HELD_OUT_SHARE = 0.05  # of many documents
+HELD_OUT_SHARE = 0.05  # share of many documents
 SHARE_OF_FEW, MOST_OF_FEW = 0.1, 10  # the larger share of few documents, and the most that it may be
 LEAST_HELD_OUT, MOST_HELD_OUT, LARGEST_SHARE = 5, 100, 0.25
 UNDIVIDED = 20  # fewer documents are all trained on
@@ -110,7 +110,7 @@ def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: b
             count, reason = passes(steps_per_pass, loss_of(config).facts.usual_steps, can_tell)
         draft.choose("epoch_count", count, reason)
         if count > 1 and held_out and by_loss:
-            between = -(-BETWEEN // config.inner_steps) * config.inner_steps  # it falls between two draws
+            between = -(-BETWEEN // config.inner_steps) * config.inner_steps  # between two draws
             draft.choose("eval_steps", between, "several passes are chosen")
     draft.choose("lr_schedule", "cos", "the run's length is known")
     steps = draft.config.total_steps(steps_per_pass)
@@ -222,7 +222,7 @@ def cheapest_fix(
                 continue
             if rows == config.micro_bsz:
                 return changes
-            if config.global_bsz:  # it decides the number of passes
+            if config.global_bsz:  # --global_bsz decides the number of passes
                 return {"micro_bsz": rows} | changes
             return {"micro_bsz": rows, "accumulate_grad_batches": passes} | changes
     return None
@@ -237,7 +237,7 @@ def _halvings(rows: int, passes: int) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Yield changes beside micro_bsz, the cheapest first, each with those before it.
+    """Yield changes of settings other than micro_bsz, the cheapest first, each with those before it.
 
     Recomputing costs up to a forward, and chunks another. Moments in 8 bits, bf16 and nf4 cost precision.
     ZeRO-3 costs speed.

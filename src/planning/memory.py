@@ -3,7 +3,7 @@
 | part        | bytes                                                          | where it comes from
 |-------------|----------------------------------------------------------------|---------------------------
 | base        | frozen parameters in --precision; of the layers in --quant     | RWKV.load and quantise
-| trained     | 4 a trained parameter, and what a method keeps beside them     | AdapterLinear.setup
+| trained     | 4 a trained parameter, and what a method keeps with them       | AdapterLinear.setup
 | gradients   | 4 a trained parameter                                          | kept between micro-batches
 | Adam        | 8 a trained parameter: exp_avg and exp_avg_sq; 2 in 8 bits     | moment_bytes
 | DeepSpeed   | 4 a trained parameter / processes: its master copy; buckets    | AnywhereDeepSpeed
@@ -52,7 +52,7 @@ CACHE_WASTE = 0.1
 # an assumption
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
-# AdamW's temporaries beside ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
+# AdamW's temporaries with ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
 # form on a CPU, which makes two. bitsandbytes has a kernel on a GPU; on a CPU it unpacks the moments.
 TEMPORARIES = {("adamw", "cpu"): 2, ("adamw", "gpu"): 1, ("adamw8bit", "cpu"): 5, ("adamw8bit", "gpu"): 0}
 SUB_GROUP = 10**9  # numbers of its share that a process of stage 3 updates at once, DeepSpeed's default
@@ -118,7 +118,7 @@ def memory_parts(
         parts["update"] = max(0.0, 4 * temporaries * max(trained) - step.activations - working)
     source = source_of(config)
     if sampling := source.cost.sampling_bytes(arch, precision, accelerator):
-        # it is over before the forward begins
+        # drawing is over before the forward begins
         parts["drawing"] = max(0.0, sampling - (step.activations + working))
     if values and accelerator == "cpu":
         parts["values"] = values
@@ -136,12 +136,12 @@ def memory_parts(
         )
         held = reference_weights(config.reference, config.quant, size)
         if is_kept:
-            # it reads a micro-batch before the forward begins
+            # the reference reads a micro-batch before the forward begins
             parts["reference"] = held + max(0.0, forward.peak - step.activations - working)
         else:
             # the pass is over before there are gradients, moments, copies and a step
             rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
-            # those of an earlier pass are there twice
+            # values of an earlier pass are there twice
             of_pass = held + forward.peak + allocator_waste(forward, accelerator) + 2 * parts.get("values", 0)
             parts["reference"] = max(0.0, of_pass - rest)
     of_deepspeed = DEEPSPEED_LIBRARY if zero.stage and accelerator == "cpu" else 0
@@ -187,7 +187,7 @@ def update_bytes(zero: Zero, trained: int, temporaries: int) -> float:
     """Count the bytes of gradients, their copies and AdamW's temporaries in a step of DeepSpeed's optimizer.
 
     A process makes one flat tensor of the gradients of its share, while it still has them. Stage 1 has the
-    share beside all gradients at the end of the backward.
+    share in addition to all gradients at the end of the backward.
     """
     share = 4 * trained / zero.world
     at_once = min(share, 4 * SUB_GROUP) if zero.stage == 3 else share

@@ -76,7 +76,7 @@ class Data:
     documents: Examples  # to train on
     held_out: Examples
     found: Report
-    encoder: Encoder  # it made the documents
+    encoder: Encoder  # the encoder that made the documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Plan:
     typed: Config
     settings: Settled  # with all choices
     before: Settled | None  # the settings of the run that this one resumes
-    resume_from: str | None  # its newest checkpoint
+    resume_from: str | None  # the newest checkpoint of that run
     arch: Arch
     device: Device
     tokenizer: Tokenizer
@@ -94,8 +94,8 @@ class Plan:
     data: Data
     reward_digest: str | None  # the hash of --reward_file
     schedule: Schedule
-    evaluated: Examples  # those of Data.held_out that evaluations read
-    source: Source  # of the examples, with the loss
+    evaluated: Examples  # examples of Data.held_out that evaluations read
+    source: Source  # source of the examples, with the loss
 
     @property
     def steps(self) -> int:
@@ -115,13 +115,13 @@ class Cost:
     room: float  # bytes that it may use
     tokens: float  # to train on, with repetitions
     evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
-    seconds: float  # of the whole run; 0 if no speed is known
-    evaluation_seconds: float  # of these, the evaluations with sample answers
-    reference_seconds: float  # of these, the pass of the reference, unless its values are kept already
-    drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
-    loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
+    seconds: float  # time of the whole run; 0 if no speed is known
+    evaluation_seconds: float  # part of `seconds` spent in evaluations, with sample answers
+    reference_seconds: float  # part of `seconds`: the pass of the reference, unless its values are there
+    drawing_seconds: float = 0.0  # part of `seconds`: drawing the answers that are trained on
+    loading_seconds: float = 0.0  # part of `seconds` without work on tokens: imports, the data, pictures
     provided: str = ""  # the assumption of the time, as "if ..."
-    called: str = "reference"  # of the model of --reference
+    called: str = "reference"  # name of the model of --reference
 
     def with_loading(self, seconds: float) -> Cost:
         """Add the seconds of loading, if the time of the rest is known."""
@@ -131,7 +131,7 @@ class Cost:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Parts of the run beside its steps -> the time of each in words; parts without any are left out."""
+        """Parts of the run other than its steps -> their time in words; parts without any are left out."""
         seconds = {
             "loading": self.loading_seconds,
             "evaluation": self.evaluation_seconds,
@@ -250,7 +250,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     documents = draft.source.examples(loaded)
     word, eval_steps = draft.source.loss.words.example, config.settled().eval_steps
     count = len(documents)
-    if count < PROMPTS_COUNTED:  # those with one prompt are held out together
+    if count < PROMPTS_COUNTED:  # examples with one prompt are held out together
         count = len({part.tobytes() for part in documents.held_out_by()})
     draft.choose("eval_split", *held_out_share(count, word, config.eval_file, eval_steps))
     config, source = draft.config, draft.source

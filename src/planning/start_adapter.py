@@ -73,7 +73,7 @@ def _read(config: Config) -> Adapter:
     """Read the file or folder, of any project.
 
     LoRA's alpha, which some files lack, may be a setting. RWKV-PEFT keeps what PiSSA began with in
-    init_pissa.pth beside the adapter.
+    init_pissa.pth in the adapter's folder.
     """
     path = config.init_adapter
     if not os.path.exists(path):
@@ -88,7 +88,7 @@ def _read(config: Config) -> Adapter:
         adapter = read_any(path, hints)[1]
     except UserError as error:
         try:
-            adapter = read_any(path)[1]  # of a format that leaves nothing open
+            adapter = read_any(path)[1]  # a format that leaves nothing open
         except UserError:
             raise UserError(f"--init_adapter: {_with_flags_of_training(path, str(error))}") from None
     # peft names modules that were saved as a whole, and no parts
@@ -103,7 +103,7 @@ def _with_flags_of_training(path: str, error: str) -> str:
         return (
             f"{path} does not hold LoRA's alpha: give that of its training, such as --peft_config alpha=16. A"
             " PiSSA file looks the same: then give --peft pissa, with the init_pissa.pth of its training"
-            " beside the file"
+            " in the same folder"
         )
     convert = f". Say it to python -m rwkv_miss convert {path} OUT.pth --to native, and give OUT.pth"
     return error + convert if asked else error

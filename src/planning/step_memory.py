@@ -48,7 +48,7 @@ LAYERS = 4  # the most layers that are counted; each further layer adds the same
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
-    """Tensors of one forward and backward pass, beside parameters and gradients; all in bytes."""
+    """Tensors of one forward and backward pass, without parameters and gradients; all in bytes."""
 
     activations: float  # kept by the layers for the backward
     peak: float  # most that live at one time
@@ -132,7 +132,7 @@ def _count(
     if config.quant != "none":
         quantised = {f"{name}.weight" for name in model.layer_linears()}
         model.computes_in = half or torch.float32
-    with FakeTensorMode():  # it imports torch._dynamo, which takes a second
+    with FakeTensorMode():  # this imports torch._dynamo, which takes a second
 
         def fake(name: str, tensor: Tensor) -> Tensor:
             if name in quantised:
@@ -265,7 +265,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # of all calls more than half
+            return args[0].fake_device  # a fast path for more than half of all calls
         if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # to the plain kernels, which ask whether all is finite
         result = op(*args, **(kwargs or {}))

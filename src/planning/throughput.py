@@ -26,7 +26,7 @@ from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 WIDE = 2048  # channels from which a model is so slow that a shorter row is timed
-TOKENS = {False: 256, True: 64}  # of one row, in a narrow model and in a wide one
+TOKENS = {False: 256, True: 64}  # tokens of one row, in a narrow model and in a wide one
 SECONDS = 1.0  # after this time nothing is timed again
 ENOUGH = 0.1  # seconds; shorter work is timed with more rows, up to those of a micro-batch
 NOISE = 99_991  # random numbers for the weights; a prime, so that no two rows of a matrix are alike
@@ -120,7 +120,7 @@ def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], 
         of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
         if new.is_floating_point():
-            # the same numbers over and over: drawing new ones takes seconds for a large model
+            # repeat the same numbers: drawing new ones takes seconds for a large model
             for part in new.view(-1).split(NOISE):
                 part.copy_(noise[: len(part)])
         return new

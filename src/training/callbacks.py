@@ -109,7 +109,7 @@ class StepReport(Callback):
         self.inner_steps = 1  # steps on the same drawn answers
         self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
-        # of the rank with the largest peak, in bytes; 0 if unknown
+        # memory of the rank with the largest peak, in bytes; 0 if unknown
         self.peak_memory = self.mapped_files = 0
 
     def on_train_start(self, trainer, module) -> None:
@@ -282,7 +282,7 @@ class StepReport(Callback):
         return went_back
 
     def _line(self, module, done: Done, loss: float, metrics: dict[str, float]) -> dict:
-        """Make a step's line of metrics.jsonl, with the metrics beside the loss."""
+        """Make a step's line of metrics.jsonl: loss and metrics."""
         size, seconds = done.size, done.end.seconds_since(done.begin)
         has_loss = size.targets or module.feed.always_has_loss
         if drawing := metrics.get("draw_seconds"):

@@ -44,7 +44,7 @@ class TensorBoard:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()  # a killed run must not leave a hole in the curve
-        except OSError as error:  # of the thread that writes
+        except OSError as error:  # the error of the thread that writes
             raise UserError(f"{self.folder} could not be written ({error.strerror})") from None
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ class LastGood:
     restores the trained tensors and the optimizer. The step counter is not taken back: the data that led to
     the trouble are skipped, and the learning rate and all later steps stay in their places.
 
-    A GPU copies a state beside its other work, on a stream of its own. So before_update() has to be called
+    A GPU copies a state during its other work, on a stream of its own. So before_update() has to be called
     before the state is changed in place.
     """
 

@@ -25,10 +25,10 @@ except ImportError:  # Windows
     fcntl = None
 
 ADAPTER = "adapter.pth"
-MODEL = "model.pth"  # of full training
+MODEL = "model.pth"  # the file of full training
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
-ROWS = "rows.jsonl"  # that were given to prepare()
+ROWS = "rows.jsonl"  # rows that were given to prepare()
 SUMMARY = "run.json"
 RUNNING = "running.json"  # there while a run writes into the folder, and after one that was killed
 RUNNING_KINDS = {"pid": int, "started": NUMBER, "steps": int, "plan": list}
@@ -137,7 +137,7 @@ def running(folder: str) -> dict | None:
     try:
         said = read_object(os.path.join(folder, RUNNING), RUNNING_KINDS)
         with contextlib.suppress(PermissionError):  # a process of another user
-            os.kill(said["pid"], 0)  # of a dead run the lock is not tried: a new one may be about to take it
+            os.kill(said["pid"], 0)  # leave a dead run's lock alone: a new run may be about to take it
         place = os.open(folder, os.O_RDONLY)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
@@ -184,7 +184,7 @@ def remove_old(folder: str, keep: int) -> None:
 def remove_leftovers(*paths: str) -> None:
     """Remove a killed process's leftovers of one of these files, or of a checkpoint in one of these folders.
 
-    It has a temporary name of rwkv_miss.files.output.whole_file(). Others may write beside it.
+    A leftover has a temporary name of rwkv_miss.files.output.whole_file(). Other files in the folder stay.
     """
     for path in paths:
         written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)

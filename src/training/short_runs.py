@@ -26,7 +26,7 @@ from ..sources.base import Source, TrainingData
 from ..sources.policy import policy_of
 from .optimizer import adamw, learning_rate_factor, parameter_groups
 
-INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
+INITIAL_SCALE = 1024.0  # for losses in fp16: from 65536 a short run would spend its first steps on a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Trial:
     """Training at one rate."""
 
     rate: float
-    losses: list[float]  # of each step, nats per trained token, up to the first that is not finite
+    losses: list[float]  # loss of each step, nats per trained token, up to the first that is not finite
     # after the last step, on the documents that decide between rates; None: the step was not reached, or the
     # loss is not finite
     deciding_loss: float | None
@@ -134,10 +134,10 @@ def train(model: RWKV, source: Source, documents: Examples, steps: int) -> Itera
         for step in range(steps):
             optimizer.zero_grad()
             total = torch.zeros((), dtype=torch.float64, device=device)
-            beside = feed.before_step()
+            entries = feed.before_step()
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, 0))
-                batch = next(batches).having(**beside)
+                batch = next(batches).having(**entries)
                 total += _backward(model, source, batch, around, schedule.accumulate, scaler)
             loss = float(total)
             if not math.isfinite(loss):
@@ -188,7 +188,7 @@ def held_out_loss(model: RWKV, source: Source, held_out: Examples) -> float:
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
-        beside = source.before_evaluation(held_out, batches, policy_of(model, source.chunks))
+        entries = source.before_evaluation(held_out, batches, policy_of(model, source.chunks))
         for batch in batches(held_out):
-            total += source.loss.held_out(model, batch.having(**beside), source.chunks)[0]
+            total += source.loss.held_out(model, batch.having(**entries), source.chunks)[0]
     return float(total) / held_out.weight

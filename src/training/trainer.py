@@ -93,11 +93,11 @@ class FineTuning(pl.LightningModule):
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.history = history  # the evaluations, which grow while the run goes
         self.around_steps = AroundSteps(model)
-        self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
-        self.step_metrics: Tensor | None = None  # of the same, where the source has any
+        self.step_loss: Tensor | float = 0.0  # loss of the step's micro-batches so far, on the device
+        self.step_metrics: Tensor | None = None  # metrics of these micro-batches, where the source has any
         self.feed: Feed | None = None
-        self.beside: dict[str, Any] = {}  # entries of every micro-batch of the step
-        self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
+        self.step_entries: dict[str, Any] = {}  # entries of every micro-batch of the step
+        self.gradient_norm: Tensor | float = 0.0  # norm in the last step, before clipping, on the device
 
     def setup(self, stage: str) -> None:
         agree(self.config, self.inputs() | self._code(), self.first_step)
@@ -158,7 +158,7 @@ class FineTuning(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.accumulate == 0:
-            self.beside = self.feed.before_step()
+            self.step_entries = self.feed.before_step()
         torch.manual_seed(
             self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
         )
@@ -168,9 +168,9 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        given, trained = batch.having(**self.beside), self.source.loss
+        completed, trained = batch.having(**self.step_entries), self.source.loss
         keep = self.feed.keep and functools.partial(self.feed.keep, index % self.accumulate)
-        loss, metrics = trained(self.model, given, self.source.chunks, keep)
+        loss, metrics = trained(self.model, completed, self.source.chunks, keep)
         weight = batch.step_weight or 1.0
         self.step_loss += trained.reported(loss, metrics) / weight
         if len(metrics):
@@ -316,11 +316,11 @@ def _quiet() -> None:
     """Silence the libraries' lines about themselves; their warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # it says which process ended when it ends the others
+    # this logger names the process that ended when it ends the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")  # what stays in its place
-    warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
+    warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")
+    warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # calls by DeepSpeed
     warnings.filterwarnings("ignore", ".*will not actually clip gradients.*")  # DeepSpeed does
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")

@@ -12,7 +12,7 @@ from .run_folder import METRICS
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
 FLAT = 1e-3  # a loss that falls by a smaller share falls no further
-BY_HEART = 1 / 100  # of the first step's loss: what is left when the data are known by heart
+BY_HEART = 1 / 100  # share of the first step's loss that is left when the data are known by heart
 
 
 def best(history: list[dict]) -> dict | None:
@@ -106,7 +106,7 @@ def any_right(line: dict) -> bool:
 
 
 def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]:
-    """Describe the newest evaluation: the score beside the best one, and the samples, a line each."""
+    """Describe the newest evaluation: its score, the best score, and the samples, a line each."""
     line, top = history[-1], best(history)
     unit = f" per {metrics.loss_of}" if metrics.by_loss else ""
     said = [f"validation {metrics.score} {metrics.score_text(line)}{unit}"]

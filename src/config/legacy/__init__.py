@@ -38,10 +38,10 @@ DROPPED = {
     "tiny_att_layer": "RWKV-6 and RWKV-7 have no such layer",
     "my_pile_shift": "a pass begins with the first token",
     "my_exit": "--epoch_count tells the end",
-    # of RWKV-LM-RLHF
+    # flags of RWKV-LM-RLHF
     "layer_profile": "--peft, --peft_config and --lr_map choose here what it chose for each layer",
     "lr_advanced": "--lr_map has rates by layer",
-    "limited_lora": "--train_parts trains whole tensors beside the adapter, such as time,ln",
+    "limited_lora": "--train_parts trains whole tensors with the adapter, such as time,ln",
     "gpu_arch": "torch knows the GPU",
     "random_mode": "every pass over the data is a new permutation",
     "infctx_dataset_multiplier": "--epoch_steps tells the length of an epoch",
@@ -51,7 +51,7 @@ DROPPED = {
     "state_output_mode": "the state is in the adapter's file",
 }
 
-# those of DROPPED whose effect there is missing here
+# flags of DROPPED whose effect there is missing here
 OTHER_RESULT = {"layer_profile", "lr_advanced", "limited_lora"}
 
 # values that change nothing, and why any other one stops the run

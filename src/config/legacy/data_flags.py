@@ -86,8 +86,8 @@ def same_documents(old: Mapping[str, str], kept: list[str], notes: Notes) -> lis
 
 
 def rows(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
-    """Note that a row holds other text than there."""
-    if any(is_on(old, loss) for loss in SWITCHES):  # of pairs or drawn answers
+    """Note that a row holds other text than in the other trainer."""
+    if any(is_on(old, loss) for loss in SWITCHES):  # rows of pairs, or of drawn answers
         return []
     if stage(old) != "0":
         notes.differences.append(

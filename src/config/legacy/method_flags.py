@@ -1,4 +1,4 @@
-"""Method flags of older scripts: the adapter's method, its options and the parts beside it.
+"""Method flags of older scripts: the adapter's method, its options and the parts trained with it.
 
 RWKV-PEFT has had three spellings: a flag for each option of LoRA, JSON for each method, and --peft_config.
 """
@@ -36,7 +36,7 @@ LORA_PARTS = {
 }
 ONLY_IN_6 = {"att": ["att.gate"], "ffn": ["ffn.receptance"]}
 
-# what people type for --peft_config r=N
+# flags that people type for --peft_config r=N
 RANK_FLAGS = ("rank", "r")
 NAMES = {*CONFIGS, *LORA_FLAGS, *RANK_FLAGS, "emb", "state_tune", "state"}
 
@@ -47,11 +47,11 @@ def method(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     chosen = METHOD_ALIASES.get(named, named)
     new: list[str] = []
     options: dict[str, Any] = {}
-    beside: list[str] = []  # parts that are trained beside the adapter
+    parts: list[str] = []  # whole tensors that are trained with the adapter
     if "lora" in old or "PISSA" in old:
         chosen = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", chosen]
-        options, beside = _lora_flags(chosen, old, kept, notes)
+        options, parts = _lora_flags(chosen, old, kept, notes)
     else:
         notes.translations += [
             f"--{name} is ignored: it belongs to another method than the run's"
@@ -66,24 +66,24 @@ def method(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
             options["r"] = integer(old, name, 0)
             notes.translations.append(f"--{name} {old[name]} is --peft_config r={old[name]}")
     if "emb" in old:
-        beside.append("emb")
+        parts.append("emb")
         notes.translations.append("--emb is --train_parts emb")
     tunes_state = "state_tune" in old or old.get("train_type") in ("state", "states")
-    of_rlhf = is_on(old, "state")  # RWKV-LM-RLHF, whose layer profile has an adapter beside it
-    # beside a method it is a part, alone it is the method
+    of_rlhf = is_on(old, "state")  # RWKV-LM-RLHF, whose layer profile has an adapter, too
+    # with a method the state is a part, alone it is the method
     if tunes_state and not of_rlhf and chosen in (None, "none", "state"):
         new += ["--peft", "state"]
         notes.translations.append("the state alone is trained: --peft state")
     elif tunes_state or of_rlhf:
-        beside.append("state")
-        notes.translations.append("the state is trained beside the adapter: --train_parts state")
-    return [*new, *_train_parts(beside, kept), *_peft_config(options, kept, notes)]
+        parts.append("state")
+        notes.translations.append("the state is trained with the adapter: --train_parts state")
+    return [*new, *_train_parts(parts, kept), *_peft_config(options, kept, notes)]
 
 
 def _lora_flags(
     method: str, old: Mapping[str, str], kept: list[str], notes: Notes
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return (options, parts beside the adapter) from the flags --lora_*, one for each option."""
+    """Return (options, parts trained with the adapter) from the flags --lora_*, one for each option."""
     flag = "PISSA" if method == "pissa" else "lora"
     notes.translations.append(f"--{flag} and its flags are --peft {method} with --peft_config")
     options: dict[str, Any] = {
@@ -118,7 +118,7 @@ def _targets(parts: Sequence[str], model: str) -> dict[str, Any]:
     if not set(LORA_PARTS) & set(parts):
         raise UserError(
             f"--lora_parts {','.join(parts)} has no linear layer, expected {' or '.join(LORA_PARTS)}"
-            " among them; whole tensors beside an adapter are --train_parts"
+            " among them; whole tensors in addition to an adapter are --train_parts"
         )
     only = ONLY_IN_6 if model == "x060" else {}
     adapted = [LORA_PARTS[part] + only.get(part, []) for part in LORA_PARTS if part in parts]
@@ -171,12 +171,12 @@ def without_time(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[
     return ["--train_parts", ",".join(part for part in named if part != "time")]
 
 
-def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
+def _train_parts(parts: list[str], kept: list[str]) -> list[str]:
     """Give --train_parts with the parts that older flags name. RWKV-PEFT had "none" and [] for no parts."""
-    given = value(kept, "train_parts") or ""
-    if given != "none" and not beside and not given.startswith("["):
+    named = value(kept, "train_parts") or ""
+    if named != "none" and not parts and not named.startswith("["):
         return []
-    return ["--train_parts", ",".join([*_named_parts(given), *beside])]
+    return ["--train_parts", ",".join([*_named_parts(named), *parts])]
 
 
 def _named_parts(given: str) -> list[str]:

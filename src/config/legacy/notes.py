@@ -11,8 +11,8 @@ from collections.abc import Iterable
 class Notes:
     """Notes for the user."""
 
-    differences: list[str] = dataclasses.field(default_factory=list)  # the training is another one than there
-    translations: list[str] = dataclasses.field(default_factory=list)  # it is the same
+    differences: list[str] = dataclasses.field(default_factory=list)  # a training that differs
+    translations: list[str] = dataclasses.field(default_factory=list)  # equal training
 
     def explain_there(self, trainer: str) -> None:
         """Say first in a list which trainer its notes call "there"."""

@@ -24,8 +24,8 @@ SWITCHES = {
         "grpo_kl_beta": ("beta", "0.1"),
     },
 }
-# flags that a loss needs beside its numbers; newer versions there divide dpo by the tokens
-BESIDE = {"dpo": ["--loss_average", "mean"], "simpo": ["--simpo_gamma", "0"], "grpo": ["--grpo_type", "grpo"]}
+# flags that a loss needs in addition to its numbers; newer versions there divide dpo by the tokens
+MORE = {"dpo": ["--loss_average", "mean"], "simpo": ["--simpo_gamma", "0"], "grpo": ["--grpo_type", "grpo"]}
 # flags without an effect here
 IGNORED = {
     "simpo_alpha": "it multiplied the whole loss, which the optimizer divides out again",
@@ -33,7 +33,7 @@ IGNORED = {
     "rlhf_max_corpus_len": "--ctx_len bounds a row, which holds both answers of a pair",
     "dpo_general_corpus_ratio": "--sft_weight keeps the right answers likely; for other texts, train twice",
 }
-# those of IGNORED whose effect there is missing here
+# flags of IGNORED whose effect there is missing here
 OTHER_RESULT = {"dpo_general_corpus_ratio"}
 # files of tokens, and their sources
 TOKENISED = {
@@ -43,7 +43,7 @@ TOKENISED = {
     ),
     "train_data_file": "the JSONL that it was made of",
 }
-QUESTIONS = "questions as JSONL, with the columns prompt and completion, the right answer"  # of grpo
+QUESTIONS = "questions as JSONL, with the columns prompt and completion, the right answer"  # data for grpo
 NUMBERS = {name: to for numbers in SWITCHES.values() for name, (to, _) in numbers.items() if to}
 # TRL's losses -> flags here
 LOSS_TYPES = {
@@ -54,14 +54,14 @@ LOSS_TYPES = {
     # the mean over the tokens of a micro-batch, here over those of the step: equal where that is one of them
     "bnpo": ["--loss", "grpo", "--grpo_type", "dapo"],
 }
-# its --scale_rewards, for --advantage_scale
+# TRL's --scale_rewards -> --advantage_scale
 SCALES = {"group": "group", "true": "group", "none": "none", "false": "none"}
-OF_TRL = ("loss_type", "pref_loss")  # its name in TRL, and in LLaMA-Factory
+OF_TRL = ("loss_type", "pref_loss")  # the flag of the loss in TRL, and in LLaMA-Factory
 
-# its flags about drawing, and the values that leave the distribution whole
-DRAWING = {"temperature": ("1", "1.0"), "top_p": ("1", "1.0"), "top_k": ("0", "-1")}
+# TRL's flags about drawing -> the values that leave the distribution whole
+DRAWING_FLAGS = {"temperature": ("1", "1.0"), "top_p": ("1", "1.0"), "top_k": ("0", "-1")}
 
-NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING, "wpo", "scale_rewards"}
+NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING_FLAGS, "wpo", "scale_rewards"}
 
 
 def preference(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
@@ -89,8 +89,8 @@ def preference(old: Mapping[str, str], kept: list[str], notes: Notes) -> list[st
 def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: Notes) -> list[str]:
     """Translate `--dpo 1` and its numbers; numbers that are not given have their defaults there."""
     new = ["--loss", loss]
-    if BESIDE.get(loss) and value(kept, BESIDE[loss][0].removeprefix("--")) is None:
-        new += BESIDE[loss]
+    if MORE.get(loss) and value(kept, MORE[loss][0].removeprefix("--")) is None:
+        new += MORE[loss]
     for name, (today, default) in SWITCHES[loss].items():
         if today:
             new += [f"--{today}", old.get(name) or default]
@@ -131,7 +131,7 @@ def _check_drawing(old: Mapping[str, str], loss: str | None, notes: Notes) -> No
             f"--temperature {old['temperature']}: --loss distill draws no answers; the temperature of its KL"
             f" is --distill_temperature {old['temperature']}"
         )
-    for name, whole in DRAWING.items():
+    for name, whole in DRAWING_FLAGS.items():
         if name in old and old[name] not in whole:
             raise UserError(
                 f"--{name} {old[name]}: rollouts use temperature 1 and the whole distribution, the only one"
