@@ -104,7 +104,7 @@ class Loss(abc.ABC):
 
     @property
     def description(self) -> str:
-        """The loss with its options; "" for cross entropy."""
+        """The loss with its options, its name first; "" for --loss sft, which a plan does not name."""
         return ""
 
     def reads(self) -> Reads:

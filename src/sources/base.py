@@ -272,7 +272,7 @@ class Source(abc.ABC):
 
     @property
     def description(self) -> str:
-        """The loss with its settings; "" for cross entropy."""
+        """The loss with its settings; "" for --loss sft."""
         return self.loss.description
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
