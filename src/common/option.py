@@ -43,7 +43,7 @@ def opt(
     set it. `declared`: the other names, choices and bounds, as for every flag.
     """
     value = AUTO if automatic and not isinstance(default, str) else default
-    # what a file and the help have for the default
+    # the default in files and in the help
     more = {"type": type(default), "written": default, "automatic": automatic, "words": words or {}}
     return flag(value, help, bare=bare, file=file, operator=operator, **more, **declared)
 

@@ -296,7 +296,7 @@ def _mix7_inputs(tensors, heads):
     return made
 
 
-# of k, a, r, k_k, k_a, r_k: key, alpha, beta, bonus
+# k, a, r, k_k, k_a, r_k -> key, alpha, beta, bonus
 library_op("mix7_inputs", "Tensor[] tensors, int heads", _mix7_inputs, _mix7_inputs_shapes)
 
 
@@ -313,7 +313,7 @@ def _mix7_readout(tensors, bonus, eps, rank):
     return made
 
 
-# of y, v, g, weight, bias
+# tensors: y, v, g, weight, bias
 library_op(
     "mix7_readout", "Tensor[] tensors, Tensor bonus, float eps, int rank", _mix7_readout, _mix7_readout_shapes
 )
@@ -333,7 +333,7 @@ def _readout_backward(tensors, bonus, trained, vectors, dout, eps):
     return made
 
 
-# of y, v, g: dy, dg, dbonus and, where `trained` has r, k and a, the gradients of r_k, weight and bias, which
+# y, v, g: dy, dg, dbonus and, where `trained` has r, k and a, the gradients of r_k, weight and bias, which
 # are the vectors, with k_a
 library_op(
     "mix7_readout_backward",

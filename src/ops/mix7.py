@@ -108,7 +108,7 @@ def _chunked_backward(inputs, vectors, s0, reset, saved, dy, dstate):
     return made
 
 
-# of r, w, k, v, a, each (B, T, H, N), and k_k, k_a, r_k: y, final state, saved, bonus; then the gradients of
+# for r, w, k, v, a, each (B, T, H, N), and k_k, k_a, r_k: y, final state, saved, bonus; then gradients of
 # r, w, key, v, alpha, beta and s0
 _ARGUMENTS = "Tensor[] inputs, Tensor[] vectors, Tensor? s0, Tensor? reset"
 library_op("mix7_chunked", f"{_ARGUMENTS}, bool save", _chunked, _chunked_shapes)
