@@ -114,8 +114,9 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     },
     **{
         f"{name}_backward": ("elementwise", _with_gradients_of_vectors)
-        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token", "mix7_inputs")
+        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token")
     },
+    "mix7_inputs_backward": ("elementwise", lambda args: 1 + args[5]),
     # it has r, k and a where the vectors train
     "mix7_readout_backward": ("elementwise", lambda args: 1 + bool(args[2])),
     # argument z is there if the mixes are trained
