@@ -87,10 +87,13 @@ def measured_speed(
         """Time one more token of each of `rows` rows."""
         inputs, outputs = ids[:1, :1].expand(rows, 1), x[:1].expand(rows, -1)
 
+        def next_token() -> None:
+            model.features(inputs)
+
         def next_logits() -> None:
             head(outputs)
 
-        return _fastest(lambda: model.features(inputs), device) * depth + _fastest(next_logits, device)
+        return _fastest(next_token, device) * depth + _fastest(next_logits, device)
 
     depth = arch.n_layer / small.n_layer
     model.features(ids[:, :2])[0].sum().backward()  # torch imports on the first call, above all for --grad_cp
