@@ -275,7 +275,7 @@ def test_no_folder_is_written_over_and_no_half_one_is_left(tmp_path, monkeypatch
     (tmp_path / "hf" / "mine").write_text("x")
     with pytest.raises(UserError, match="holds mine; choose another name, or empty the folder"):
         export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
-    monkeypatch.setattr("src.export.hugging_face.official_config", lambda *args: 1 / 0)
+    monkeypatch.setattr("src.export.hugging_face.common_config", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(tmp_path / "m.pth", tmp_path / "new", "hf", settings=TextSettings("none"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.pth"]
