@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from rwkv_miss import METHODS, UserError
-from rwkv_miss.__main__ import arguments as parse_merge
+from rwkv_miss.flags import parse_flags
+from rwkv_miss.merging.cli import Merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import AUTO, parse
 from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
@@ -409,7 +410,7 @@ def test_state_tuning_alone_and_with_an_adapter(flag):
 
 @pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])
 def test_the_merge_scripts(adapter):
-    args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
+    args = parse_flags(Merge, ["--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
     assert (args.base, args.adapter, args.out) == ("base.pth", ["rwkv-0.pth"], "merged.pth")
 
 
