@@ -62,7 +62,7 @@ def number_text(number: float) -> str:
     """Write a large power of two as 2^31."""
     if isinstance(number, int) and abs(number) >= 2**31:
         return f"{'-' * (number < 0)}2^{abs(number).bit_length() - 1}"
-    return f"{number:g}".replace("e+", "e")
+    return f"{number:g}".replace("e+0", "e").replace("e+", "e")
 
 
 def flag(

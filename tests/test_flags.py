@@ -10,7 +10,7 @@ from rwkv_miss.flags import flag, flags_of, options, parse_flags
 
 @options
 class Drawing:
-    seed: int | None = flag(None, low=0)
+    seed: int | None = flag(None, low=0, high=10**6)
     note: str = "not a flag"
 
 
@@ -56,6 +56,7 @@ def test_a_dataclass_is_the_command_line():
     [
         ("", "required: --model, data; x --help lists the flags"),
         ("--seed -1", "^--seed -1: must not be negative$"),
+        ("--seed 1000001", "^--seed 1000001: must not be above 1e6$"),
         ("--scale -2", "^--scale -2.0: must be above -2$"),
         ("--scale nan", "^--scale nan: must be a finite number$"),
         ("--scale x", "'x': expected a number;"),
