@@ -74,10 +74,10 @@ def _wkv(version: int, backward: bool, chunked: bool = False) -> Callable[[tuple
     def launches(args: tuple) -> int:
         B, T, H, _ = tensors_in(args)[0].shape
         if not (chunked or args[-1]):
-            # the recurrence: of each 512 tokens both sweeps and what finishes them; the decay, and for v6 the
-            # bonus
+            # the recurrence; its backward has four launches for 512 tokens, then the decay's, and for v6 the
+            # bonus's
             return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1
-        # of each segment prepare and scan, for a backward gradients, too; v6 sums the parts of the bonus
+        # each segment has kernels prepare and scan, a backward also gradients; v6 sums the bonus at the end
         return segments(B, T, H) * (3 if backward else 2) + (backward and version == 6)
 
     return launches
@@ -117,7 +117,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
         for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token")
     },
     "mix7_inputs_backward": ("elementwise", lambda args: 1 + args[5]),
-    # it has r, k and a where the vectors train
+    # arguments r, k and a are there if the vectors are trained
     "mix7_readout_backward": ("elementwise", lambda args: 1 + bool(args[2])),
     # argument z is there if the mixes are trained
     "shift_mix_backward": ("elementwise", lambda args: 1 + (args[1] is not None)),

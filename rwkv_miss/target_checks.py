@@ -131,7 +131,7 @@ def _more_than_plain(module: nn.Module) -> str:
 class SharedMemory:
     """Parameters and buffers of a model by their memory, under all names: tied tensors and views share it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.tensors: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),

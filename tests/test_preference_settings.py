@@ -20,7 +20,7 @@ from src.training.resume import MAY_CHANGE, inherit
 from .conftest import make_arch, save_base
 
 OF_LOSSES = {name: losses for name, (_, losses) in options_of().items()}
-LOSSES = [name for name, loss in ALL_LOSSES.items() if loss.source in ("pairs", "labels")]
+LOSSES = [name for name, loss in ALL_LOSSES.items() if loss.data in ("pairs", "labels")]
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
 

@@ -318,7 +318,8 @@ def test_a_short_run_weighs_as_the_run_does():
             micro_bsz=3,
             packing=packing,
             warmup_steps=0,
-        )
+            lr_schedule="cos",
+        ).settled()
         assert held_out_loss(model, source_of(config), documents) == pytest.approx(want, rel=1e-6)
         with put_back(model):
             assert next(train(model, source_of(config), documents, 1)) == pytest.approx(want, rel=1e-6)

@@ -16,7 +16,7 @@ from torch import Tensor
 # axes of entries
 ROWS, WIDTH = "rows", "width"  # rows of tokens, padded on the right to the longest
 TRAINED = "trained"  # tokens with a loss: chunk by chunk, within a chunk row by row
-ANSWERS = "answers"  # of pairs and groups, one example after another
+ANSWERS = "answers"  # answers of pairs and groups, one example after another
 PROMPTS, PROMPT = "prompts", "prompt"  # prompts that are read once, padded on the left
 TEACHER, VOCABULARY = "teacher", "vocabulary"  # a teacher's numbers for one token; rows of its head
 

@@ -89,7 +89,7 @@ class Exported:
     model: str
     bytes: int
     notes: list[str]  # notes for the user
-    layout: str = ""  # of a Hugging Face folder
+    layout: str = ""  # a Hugging Face folder's layout
 
     def lines(self) -> list[str]:
         """Return the lines for the user."""

@@ -156,6 +156,7 @@ class TimeMix(nn.Module):
         """
         x, z_last, shifted = norm(x, mixed, self.shift(last, reset))
         activations, gate = self.project(shifted)
+        del shifted  # without a gradient nothing else keeps these six tensors
         r, w, k, v, a, g = activations
         initial_state = self.initial_state()
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias

@@ -152,9 +152,8 @@ class _Mix7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstate, dlater, *dsums):
-        *kept, y, saved, bonus = ctx.saved_tensors[:16]
-        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset = kept
-        residual = ctx.saved_tensors[16:]
+        r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, *kept = ctx.saved_tensors
+        s0, reset, y, saved, bonus, *residual = kept
         heads, eps, trained = ctx.heads, ctx.eps, any(ctx.needs_input_grad[6:11])
         dout, dstate, dlater = ready(torch.zeros_like(y) if dout is None else dout, dstate, dlater)
         above = [dout, *ready(*(x for x in dsums if x is not None))]
