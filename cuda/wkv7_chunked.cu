@@ -390,10 +390,8 @@ template <class F> void with_inputs(int dtype, const void* r, const void* w, con
 
 int run_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
     const Vectors& vectors, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
-    float* bonus, float* scratch, int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device,
+    float* bonus, float* scratch, int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
     void* stream) {
-    OnDevice on(device);
-    if (on.error) return on.error;
     if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved, scratch}))
         return cudaErrorInvalidValue;
     with_inputs(dtype, r, w, k, v, a, b, reset, vectors, bonus,
@@ -404,9 +402,7 @@ int run_forward(const void* r, const void* w, const void* k, const void* v, cons
 int run_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
     const Vectors& vectors, const uint8_t* reset, const float* saved, const void* dy, const float* dsT,
     void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch, int64_t B,
-    int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
-    OnDevice on(device);
-    if (on.error) return on.error;
+    int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
     if (!valid(B, T, H, head_size, dtype,
             {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch}))
         return cudaErrorInvalidValue;
@@ -437,16 +433,20 @@ extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
 extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
     const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, float* scratch,
     int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run_forward(r, w, k, v, a, b, Vectors(nullptr, 0, 0), s0, reset, y, sT, saved, nullptr, scratch, B,
-        T, H, head_size, dtype, device, stream);
+        T, H, head_size, dtype, stream);
 }
 
 extern "C" int wkv7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
     const void* a, const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
     const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
     int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run_backward(r, w, k, v, a, b, Vectors(nullptr, 0, 0), reset, saved, dy, dsT, dr, dw, dk, dv, da,
-        db, ds0, scratch, B, T, H, head_size, dtype, device, stream);
+        db, ds0, scratch, B, T, H, head_size, dtype, stream);
 }
 
 // The same of the raw k and a; vectors: k_k, k_a, r_k. dk, da and db are the gradients of key, alpha and beta.
@@ -454,8 +454,10 @@ extern "C" int mix7_chunked_forward(const void* r, const void* w, const void* k,
     const void* const* vectors, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
     float* bonus, float* scratch, int64_t vector_dtypes, int64_t B, int64_t T, int64_t H, int64_t head_size,
     int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run_forward(r, w, k, v, a, nullptr, Vectors(vectors, vector_dtypes, 3), s0, reset, y, sT, saved,
-        bonus, scratch, B, T, H, head_size, dtype, device, stream);
+        bonus, scratch, B, T, H, head_size, dtype, stream);
 }
 
 extern "C" int mix7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
@@ -463,6 +465,8 @@ extern "C" int mix7_chunked_backward(const void* r, const void* w, const void* k
     const void* dy, const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0,
     float* scratch, int64_t vector_dtypes, int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
     int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run_backward(r, w, k, v, a, nullptr, Vectors(vectors, vector_dtypes, 3), reset, saved, dy, dsT, dr,
-        dw, dk, dv, da, db, ds0, scratch, B, T, H, head_size, dtype, device, stream);
+        dw, dk, dv, da, db, ds0, scratch, B, T, H, head_size, dtype, stream);
 }

@@ -26,7 +26,8 @@ def test_rows(nvcc, architecture, group, quick, drawn_rows):
 def test_what_a_card_is_checked_with(gpu):
     """benchmarks.gpu_numerics, with the interpreter in the place of a GPU."""
     found = gpu_numerics.elementwise_errors("bfloat16", "cpu")
-    assert set(found) == set(FUNCTIONS) and len(gpu.calls) == 2 * len(FUNCTIONS) * len(SIZES)
+    # forward and backward; where vectors are trained, a norm and its token shift have a backward each
+    assert set(found) == set(FUNCTIONS) and len(gpu.calls) == (2 * len(FUNCTIONS) + 1) * len(SIZES)
     assert all(1e-4 < value <= allowed for value, allowed in found.values())
 
 
