@@ -167,8 +167,10 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
             [(2, 37, 128, 2), (1, 50, 64, 1)], HALF, (True, False)
         ):
             title = titled("mix7", *sizes, dtype, trained=trained)
-            run = functools.partial(mix7_row, sizes=sizes, dtype=dtype, trained=trained, kernel="cuda")
-            yield Case(kernel, title, run, sizes[1] == 37 and trained == (dtype == BF16))
+            with_inputs = functools.partial(
+                mix7_row, sizes=sizes, dtype=dtype, trained=trained, kernel="cuda"
+            )
+            yield Case(kernel, title, with_inputs, sizes[1] == 37 and trained == (dtype == BF16))
     if chunked:
         # two and four warps a block of scan; several segments of time
         for shape in ((1, 33, 64, 64), (2, 17, 65, 64), (1, 20, 128, 64), (1, 260, 64, 64)):

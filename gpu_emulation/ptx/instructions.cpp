@@ -269,7 +269,7 @@ static void movmatrix(Warp& w, const Instruction& i, u32) {  // d, a: the transp
     {"neg.s" t, UNARY(U, U, 0 - a)}, {"and.b" t, BINARY(U, U, U, a & b)},                                \
     {"or.b" t, BINARY(U, U, U, a | b)}, {"xor.b" t, BINARY(U, U, U, a ^ b)},                             \
     {"not.b" t, UNARY(U, U, ~a)}, {"min.s" t, BINARY(S, S, S, std::min(a, b))},                          \
-    {"max.s" t, BINARY(S, S, S, std::max(a, b))},                                                        \
+    {"max.s" t, BINARY(S, S, S, std::max(a, b))}, {"min.u" t, BINARY(U, U, U, std::min(a, b))},          \
     {"shl.b" t, BINARY(U, U, u32, b < 8 * sizeof(U) ? (U)(a << b) : 0)},                                 \
     {"shr.u" t, BINARY(U, U, u32, b < 8 * sizeof(U) ? (U)(a >> b) : 0)},                                 \
     {"shr.s" t, BINARY(S, S, u32, a >> std::min<u32>(b, 8 * sizeof(U) - 1))},                            \
