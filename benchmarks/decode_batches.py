@@ -28,7 +28,7 @@ from src import ops
 from src.data.tokenizer import load_tokenizer
 from src.inference import bf16_products
 from src.inference.adapters import BASE, Adapters, Applied
-from src.inference.constraint import Form, GrammarCompiler
+from src.inference.constraint import AnswerForm, GrammarCompiler
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
@@ -160,7 +160,7 @@ def measure_forms(decoder: Decoder, rows: int, threads: int, rounds: int) -> dic
     """Measure milliseconds of the engine's step for each form of answers; the forms take turns."""
     tokenizer = load_tokenizer("world", 65536)
     compiler = GrammarCompiler(tokenizer)
-    forms: dict[str, Form | None] = {"free": None}
+    forms: dict[str, AnswerForm | None] = {"free": None}
     for name, lark in FORMS.items():
         forms[name] = compiler.compile(lark, {"json": {"json_schema": PERSON}})
     best = dict.fromkeys(forms, float("inf"))
