@@ -280,7 +280,7 @@ def with_half_micro_batch(plan: Plan) -> Plan:
     )
     draft = Draft(config)
     draft.change("micro_bsz", now, reason)
-    if not config.global_bsz:  # --global_bsz decides the number of passes
+    if not config.global_bsz:  # else the accumulation follows from --global_bsz
         draft.change("accumulate_grad_batches", passes, reason)
     schedule = dataclasses.replace(plan.schedule, micro_bsz=now, accumulate=passes)
     source = plan.source.having(draft.config)

@@ -60,7 +60,7 @@ class Documents(Examples):
 
     def with_reference(self, values: np.ndarray) -> Documents:
         """Add the values of a reference for every trained token, (targets,), document by document."""
-        documents = copy.copy(self)  # with all counts and hashes that were made already
+        documents = copy.copy(self)  # the copy has the counts and hashes that are computed already
         documents.reference = values
         documents.reference_starts = np.cumsum(self.target_counts, dtype=np.int64) - self.target_counts
         return documents

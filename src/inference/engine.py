@@ -131,7 +131,7 @@ class Engine:
         Returns the answers that changed. Raises ChangedFile if the model's file was overwritten.
         """
         check_mapped()
-        with nan_passes():  # choose() names a model that overflows, by its logits
+        with nan_passes():  # choose() reports NaN in the logits, and names the model
             changed = {id(answer): answer for answer in self._next_tokens()}
             while self.prompts and len(self.rows) < self.decoder.rows:
                 self._read_together()

@@ -107,7 +107,7 @@ def readout7(
 
 
 def _summed(ranks: Sequence[int]) -> tuple[list[int], int]:
-    """List the numbers of the token shift's outputs whose shard sums a GPU computes; also return their rank."""
+    """List the numbers of the outputs whose shard sums a GPU computes; also return their rank."""
     rank = next((rank for rank in ranks if summable(rank, "cuda")), 0)
     return [i for i, other in enumerate(ranks) if other == rank > 0], rank
 

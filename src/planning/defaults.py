@@ -168,7 +168,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
         tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
         reason = "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        # --global_bsz decides the number of passes, on any number of devices
+        # with --global_bsz the accumulation follows from it, on any number of devices
         if not (name == "accumulate_grad_batches" and config.global_bsz):
             draft.choose(name, getattr(tried, name), reason)
 
@@ -222,7 +222,7 @@ def cheapest_fix(
                 continue
             if rows == config.micro_bsz:
                 return changes
-            if config.global_bsz:  # --global_bsz decides the number of passes
+            if config.global_bsz:  # the accumulation follows from --global_bsz
                 return {"micro_bsz": rows} | changes
             return {"micro_bsz": rows, "accumulate_grad_batches": passes} | changes
     return None

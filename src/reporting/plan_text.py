@@ -175,10 +175,10 @@ def rates(run: Plan) -> str:
     config, total = run.settings, run.steps
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
-    state_rate = config.state_learning_rate
+    rate_of_state = config.state_learning_rate
     if config.lr_schedule == "plateau":
         shape += ", half after each evaluation that is no better"
-    of_states = f", initial state {state_rate:g}" if state_rate else ""
+    of_states = f", initial state {rate_of_state:g}" if rate_of_state else ""
     kind, _, reason = config.origin_of("lr_init").partition(": ")
     why = f"; {reason}" if kind == CHOSEN else ""
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"

@@ -158,7 +158,7 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """Handle a signal: the first one ends the run after its step, or the steps on the same draw, and
+        """Handle a signal: the first one ends the run after its step (grpo: after all steps on one draw), and
         saves.
 
         Ctrl-C after more than ONE_REQUEST ends it now; the other signals do not, as launchers and schedulers

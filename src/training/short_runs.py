@@ -80,7 +80,7 @@ def trial_of(model: RWKV, source: Source, rate: float, losses: list[float], docu
 def with_reference(
     model: RWKV, source: Source, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
 ) -> tuple[Examples, Examples]:
-    """Give both the values of the reference for `steps` steps, if the loss needs them."""
+    """Return (documents, held_out) with the reference model's values, if the loss needs them."""
     shared = source.prompt_reading(documents, schedule, model.arch).shared
     data, policy = TrainingData(documents, held_out, held_out), policy_of(model, source.chunks)
     found = source.with_reference(data, schedule, steps, policy, shared)

@@ -114,7 +114,7 @@ class Report:
     contradictions: str = ""  # rows with different answers to one question
 
     def begin(self, source: DataSource) -> SourceFindings:
-        """Start the findings of a new reading of the source; a file may be named twice."""
+        """Start empty findings for a source. The same file may come twice, and then has findings for each."""
         self.files[source.path] = SourceFindings(source.format)
         return self.files[source.path]
 

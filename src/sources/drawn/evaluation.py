@@ -173,7 +173,8 @@ class RewardEvaluation(DrawnEvaluation):
 
 
 def _rows(model: RWKV) -> int:
-    """Choose how many questions are asked at once, whatever memory is free on any of the processes."""
+    """Return the number of questions that are answered at once; free memory does not count, as it differs
+    between processes."""
     accelerator = "gpu" if model.emb.weight.is_cuda else "cpu"
     return rows_at_once(model.arch, model.dtype.itemsize, accelerator, ROWS[accelerator])
 
