@@ -47,8 +47,8 @@ from .unmerged_linear import (
 
 MIXES = 8  # mixes of rows that are remembered: that of a step, and those of prompts between steps
 
-# weights that keep their dtype, because GPU kernels read any: the token shift's mixes, the time mix's vectors,
-# initial states
+# weights that keep their dtype, because GPU kernels read any: the token shift's mixes, the vectors of the
+# time mix, initial states
 NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weight|ln_x\.bias|time_state)$")
 
 

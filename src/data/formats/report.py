@@ -114,7 +114,7 @@ class Report:
     contradictions: str = ""  # rows with different answers to one question
 
     def begin(self, source: DataSource) -> SourceFindings:
-        """Start empty findings for a source. The same file may come twice, and then has findings for each."""
+        """Start empty findings for a source; the second reading of a file replaces those of the first."""
         self.files[source.path] = SourceFindings(source.format)
         return self.files[source.path]
 
