@@ -18,7 +18,7 @@ import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
-from src.config import Config
+from src.config import Config, Settled
 from src.model import RWKV
 from src.model.rwkv import VERSIONS
 
@@ -49,9 +49,9 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def settled_config(**settings) -> Config:
-    """Settings as a plan leaves them, which has chosen what is recomputed and the rows of a micro-batch."""
-    return Config(**{"grad_cp": 0, "micro_bsz": 1} | settings)
+def settled_config(**settings) -> Settled:
+    """Settings as a plan leaves them: recomputation, the rows of a micro-batch and the schedule are chosen."""
+    return Config(**{"grad_cp": 0, "micro_bsz": 1, "lr_schedule": "cos"} | settings).settled()
 
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):

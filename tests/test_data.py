@@ -448,7 +448,8 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
         lr_init=1e-3,
         packing=packed > 0,
         ctx_len=packed or 1024,
-    )
+        lr_schedule="cos",
+    ).settled()
     module = FineTuning(model, source_of(config), TrainingData(documents, Documents([])), 4)
     strategy = types.SimpleNamespace(model=model, root_device=torch.device("cpu"), predict_step=None)
     module._trainer = types.SimpleNamespace(world_size=world, global_rank=0, strategy=strategy)

@@ -17,7 +17,7 @@ from src.model.batch_loss import Chunks
 from src.reporting.plan_text import advice
 
 from .conftest import close, make_arch, random_tensors, settled_config
-from .loss_cases import ROWS, make_batch
+from .loss_cases import ROWS, make_batch, make_model
 from .test_batch_loss import results
 
 CASES = [(method, "") for method in sorted(METHODS)] + [("miss", "ln,time,head,state")]
@@ -161,3 +161,15 @@ def test_a_cpu_that_takes_more_than_an_hour_gets_advice():
     for other in ({"layers": "last:6"}, {"peft": "none"}):
         run.settings = settled_config(**other)
         assert not advice(run, SimpleNamespace(seconds=4000))
+
+
+def test_the_gate_of_the_value_residual_learns_alone():
+    """Where nothing else is trained, the recurrence still keeps what its backward reads."""
+    gradients = []
+    for kernel in ("cpu", "torch"):
+        model = make_model(7, torch.float32, peft=False).requires_grad_(False)
+        model.set_kernel(kernel)
+        gate = model.blocks[1].att.v0.requires_grad_()
+        logits, _ = model(torch.arange(9).view(1, -1))
+        gradients.append(torch.autograd.grad(logits.square().sum(), gate)[0])
+    close("v0", *gradients, 1e-5)

@@ -142,8 +142,8 @@ class TimeMix(nn.Module):
         heads, u = split_heads(self.heads, r, k, v, w), self.time_faaaa.to(z.dtype)
         y, state = wkv6(*heads, u, state, reset, self.kernel, self.initial_state())
         # readout: ln_x(y) silu(g)
-        norm = self.ln_x.weight, self.ln_x.bias, self.heads, self.ln_x.eps
-        y = readout6(y.flatten(-2), g, *norm, self.native, shard_rank(self.output))
+        ln_x = self.ln_x.weight, self.ln_x.bias, self.heads, self.ln_x.eps
+        y = readout6(y.flatten(-2), g, *ln_x, self.native, shard_rank(self.output))
         return x, self.output(y), v_first, last_token(z), state
 
 

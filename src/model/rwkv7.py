@@ -177,8 +177,8 @@ class TimeMix(nn.Module):
             heads = split_heads(self.heads, r, w, k, v, alpha, beta)
             y, state = wkv7(*heads, state, reset, self.kernel, initial_state)
             # readout: (ln_x(y) + (r . k r_k) v) g
-            norm = self.ln_x.weight, self.ln_x.bias, self.ln_x.eps
-            y = readout7(y.flatten(-2), r, k, v, g, self.r_k, *norm, self.native)
+            ln_x = self.ln_x.weight, self.ln_x.bias, self.ln_x.eps
+            y = readout7(y.flatten(-2), r, k, v, g, self.r_k, *ln_x, self.native)
         return x, self.output(y), v if first is None else first, z_last, state
 
 

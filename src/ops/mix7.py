@@ -66,7 +66,7 @@ def mix7(
         s0 = initial_state.expand(len(activations[0]), *initial_state.shape)
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
     chunked = on_tensor_cores(kernel, _by_head(heads, activations[0])[0])
-    save = saves(*activations, *vectors, s0)
+    save = saves(*activations, *residual, *vectors, s0)
     how = reset, heads, eps, chunked, save, native, summable(rank, native, head_size)
     residual = residual or (None, None)
     y, state, v_first, *sums = _Mix7.apply(*ready(*activations, *vectors, s0, *residual), *how)
