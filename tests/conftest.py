@@ -50,7 +50,7 @@ def slow(*values):
 
 
 def settled_config(**settings) -> Settled:
-    """Settings as a plan leaves them: recomputation, the rows of a micro-batch and the schedule are chosen."""
+    """Settings as a plan leaves them: recomputation, rows of a micro-batch and the schedule are chosen."""
     return Config(**{"grad_cp": 0, "micro_bsz": 1, "lr_schedule": "cos"} | settings).settled()
 
 
