@@ -164,7 +164,7 @@ def test_a_cpu_that_takes_more_than_an_hour_gets_advice():
 
 
 def test_the_gate_of_the_value_residual_learns_alone():
-    """Where nothing else is trained, the recurrence still keeps what its backward reads."""
+    """The recurrence keeps what its backward reads, although nothing else is trained."""
     gradients = []
     for kernel in ("cpu", "torch"):
         model = make_model(7, torch.float32, peft=False).requires_grad_(False)
