@@ -122,7 +122,10 @@ def test_a_setting_is_never_written_to():
 
 def test_what_is_left_to_the_program_is_no_number():
     """A forgotten choice stops the run where it is used, and does not count as 0 or -1."""
-    for use in (bool, lambda value: value < 3, lambda value: value + 1, lambda value: 2 * value, dict, list):
+    for use in (
+        *(bool, lambda x: x < 3, lambda x: x + 1, lambda x: 2 * x, dict, list),
+        lambda x: dataclasses.replace(Config().settled(), beta=x),
+    ):
         with pytest.raises(TypeError):
             use(AUTO)
     assert pickle.loads(pickle.dumps(Config())) == Config(), "as ranks compare their settings"
@@ -150,7 +153,7 @@ def test_the_file_says_what_was_chosen_and_why(tmp_path):
 
 def test_every_default_survives_the_file(tmp_path):
     values = Config(load_model="base.pth", data_file="rows.jsonl")
-    config.save(values, tmp_path / "config.yaml")
+    config.save(values.settled(), tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")]) == values
 
 
