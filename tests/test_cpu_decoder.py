@@ -37,7 +37,7 @@ from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, LayerState
 from src.ops import build, native
 
-from .conftest import close, make_arch, random_tensors, slow
+from .conftest import close, make_arch, random_tensors
 
 # fp32 sums against float64, relative to the largest logit: 3e-7 to 3e-6 seen. Goldens' README: 2e-5 between
 # independent fp32 runtimes
@@ -245,7 +245,7 @@ def decoder_library(command):
     return ctypes.CDLL(str(path))
 
 
-@pytest.fixture(scope="module", params=["one build", slow("all builds")])
+@pytest.fixture(scope="module", params=["one build", pytest.param("all builds", marks=pytest.mark.rare)])
 def other_builds(request):
     """The decoder as other compilers make it. Left to itself, gcc fuses products and sums where it tunes for
     Skylake, and in a part of a loop only where it tunes for Zen.

@@ -165,7 +165,9 @@ def test_threads_are_those_of_torch():
 @pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
 )
-@pytest.mark.parametrize("flags", [slow(["-mavx2", "-mfma"]), slow(["-msse2"])], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [pytest.param(["-mavx2", "-mfma"], marks=pytest.mark.rare), slow(["-msse2"])], ids=" ".join
+)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get, as in test_wkv.py."""
     command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=off", "-fPIC", "-pthread"]

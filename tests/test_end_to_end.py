@@ -1,5 +1,5 @@
 """The product's way over the World vocabulary in bf16, from data file to chat, with the commands a user types
-(forked: test_readme.py starts each program). The slow test has the rank and heads of real models.
+(forked: test_readme.py starts each program). The rare test has the rank and heads of real models.
 """
 
 import json
@@ -16,7 +16,7 @@ from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkp
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 
-from .conftest import ROOT, close, make_arch, pypi_rwkv, read_rows, slow
+from .conftest import ROOT, close, make_arch, pypi_rwkv, read_rows
 from .program import CONTEXT, call, logged, run_program, succeed
 
 QUESTION = "2 + 3 是多少？🙂"
@@ -65,7 +65,7 @@ def questions():
 
 @pytest.fixture(
     scope="module",
-    params=[slow((6, "fp32", 6, 512)), (7, "bf16", 3, 256)],
+    params=[pytest.param((6, "fp32", 6, 512), marks=pytest.mark.rare), (7, "bf16", 3, 256)],
     ids=["v6, trained in fp32", "v7, small, trained in bf16"],
 )
 def product(request):

@@ -98,6 +98,7 @@ def one(files, tmp_path_factory):
     return run
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("name", "strategy"), [case if case in FAST else slow(*case) for case in CASES], ids=str
 )

@@ -675,7 +675,7 @@ def test_planning_imports_no_trainer():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_run_takes_what_the_plan_says(tmp_path):
     """A small one of benchmarks/memory.py; 15 % is what the plan promises; four runs of a 12 x 768 model were
     within 10 %.

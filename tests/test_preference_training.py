@@ -150,7 +150,7 @@ def read_prompts(once, rank):
     PairSource.prompt_reading = lambda *_: PromptReading(once)
 
 
-@pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
+@pytest.mark.parametrize("strategy", ["auto", pytest.param("deepspeed_stage_3", marks=pytest.mark.rare)])
 def test_prompts_that_are_read_once_make_the_same_steps(files, tmp_path, whole, strategy):
     """Two processes share the pairs, too. In the run that is compared each answer has its own prompt."""
     two = [] if strategy == "auto" else ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]

@@ -397,13 +397,14 @@ def run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "victim", "words"),
     [
-        slow(
+        pytest.param(
             "",
             1,
             (
                 "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated"
                 " with code -9"
             ),
+            marks=pytest.mark.rare,
         ),
         ("", 0, "rank 1 ends, because the process that started it is gone"),
         pytest.param(

@@ -131,8 +131,8 @@ def end_of(arguments):
 @pytest.mark.parametrize(
     "program, module",
     [
-        slow("train", "torch.nn"),
-        slow("train", "torch._dynamo"),  # in the count of a step's memory
+        pytest.param("train", "torch.nn", marks=pytest.mark.rare),
+        pytest.param("train", "torch._dynamo", marks=pytest.mark.rare),  # in the count of a step's memory
         slow("train", "lightning.pytorch"),
         ("train", "src.training.trainer"),  # all is imported
         ("inspect", "rwkv_miss.methods.lora"),

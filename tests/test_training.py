@@ -261,7 +261,7 @@ def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, t
     assert not torch.equal(trained["head.weight"], odd["head.weight"])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     proj_dir = tmp_path / "run"
     flags = command(files, proj_dir, *"--epoch_count 2 --strategy ddp --devices 2 --micro_bsz 4".split())[1:]

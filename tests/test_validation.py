@@ -163,7 +163,7 @@ def one_process(files, tmp_path_factory):
     return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
 
 
-@pytest.mark.parametrize("strategy", [slow("ddp"), slow("deepspeed_stage_3")])
+@pytest.mark.parametrize("strategy", [slow("ddp"), pytest.param("deepspeed_stage_3", marks=pytest.mark.rare)])
 def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, one_process, strategy):
     """11 rows in batches of 2 are nothing that two processes share evenly."""
     (evaluations, forgotten), two = (
