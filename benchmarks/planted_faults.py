@@ -76,8 +76,7 @@ class Copy:
         self.folder, self.tree, self.arguments = folder, folder / "tree", arguments
         self.fault: Fault | None = None
         listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
-        for name in filter(None, names):
+        for name in filter(None, subprocess.check_output(listed, text=True).split("\0")):
             if os.path.lexists(root / name):
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, self.tree / name, follow_symlinks=False)
@@ -87,18 +86,19 @@ class Copy:
     @contextlib.contextmanager
     def with_fault(self, fault: Fault):
         """Plant the fault in the tree inside the block."""
-        file = self.tree / fault.file
-        sound, times = file.read_bytes(), file.stat()
-        file.write_text(planted(fault, self.tree), "utf-8")
+        file, sound = self.tree / fault.file, (self.tree / fault.file).read_bytes()
+        self.write(file, planted(fault, self.tree).encode())
         self.fault = fault
         try:
             yield
         finally:
             self.fault = None
-            file.write_bytes(sound)
-            os.utime(
-                file, ns=(times.st_atime_ns, times.st_mtime_ns)
-            )  # cached bytecode is matched by this time
+            self.write(file, sound)
+
+    def write(self, file: pathlib.Path, content: bytes) -> None:
+        """Write a file, and drop its folder's bytecode: Python matches that by size and whole second."""
+        file.write_bytes(content)
+        shutil.rmtree(file.parent / "__pycache__", ignore_errors=True)
 
     def red_test(self, tests: list[str], deadline: float) -> str:
         """Return the first failing test of these files or ids, or "". Raises TimeoutError at the deadline."""
