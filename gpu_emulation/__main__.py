@@ -1,6 +1,6 @@
 """python -m gpu_emulation: run every case of a part, and record in record.json that they passed.
 
-Where a gate's record holds, CI runs a tenth of its cases (gates.py).
+Where a gate's record holds, CI runs a tenth of one of its files (gates.py).
 """
 
 import argparse

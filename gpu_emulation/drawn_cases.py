@@ -1,4 +1,4 @@
-"""Plugin of pytest: all cases of a part run where its gate is open, a tenth where it holds (gates.py).
+"""Plugin of pytest: all cases of a part run where its gate is open, else a tenth of a file's (gates.py).
 
 It has the fixtures of gpu_emulation/, too. The conftest.py at the root names it, so that --draw and the
 header are there whatever files are asked for.
@@ -22,7 +22,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--draw",
         metavar="NUMBER",
-        help="the tenth of the emulated GPU's cases that runs where a gate holds (default: a random one);"
+        help="which file, and which tenth of its cases, runs where a gate holds (default: random ones);"
         " all: every case",
     )
 
@@ -60,7 +60,7 @@ def pytest_report_header(config):
         )
         lines.append(
             f"emulated GPU, {name}: unchanged since {kept['commit']}, where {kept['cases']} cases passed in"
-            f" {kept['seconds']} s; a tenth runs: --draw {config.getoption('draw')}"
+            f" {kept['seconds']} s; a tenth of a file runs: --draw {config.getoption('draw')}"
             if kept
             else f"emulated GPU, {name}: all cases run, {why}"
         )
@@ -74,13 +74,15 @@ def gate_of(path):
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
-    """Leave out what was not drawn. A test of rows stays: it draws among its rows."""
+    """Leave out what was not drawn: a file, then its cases. A test of rows stays: it draws among its rows."""
     of_file = {path: gate_of(path) for path in {item.path for item in items}}
     left_out = []
     for name in config.gates_that_hold:
-        cases = {item: case_of(item) for item in items if of_file[item.path] == name}
-        chosen = draw_of(config)([case for case in cases.values() if case]) if any(cases.values()) else ()
-        left_out += [item for item, case in cases.items() if case and case not in chosen]
+        draw, of_gate = draw_of(config), [item for item in items if of_file[item.path] == name]
+        files = draw([item.path.name for item in of_gate])
+        cases = {item: case_of(item) for item in of_gate if item.path.name in files}
+        chosen = {"", *draw([case for case in cases.values() if case])}
+        left_out += [item for item in of_gate if cases.get(item) not in chosen]
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
     items[:] = [item for item in items if item not in gone]

@@ -2,7 +2,8 @@
 
 record.json has for each gate the hash of these files and versions, the commit at which all cases passed,
 their number, and the seconds that they took. `python -m gpu_emulation` runs them and writes it. Where the
-hash still holds, a tenth of the cases runs (`Draw`): so a record that is false is soon noticed.
+hash still holds, one of the test files is drawn, and a tenth of its cases run (`Draw`): so a record that is
+false is soon noticed.
 """
 
 from __future__ import annotations
