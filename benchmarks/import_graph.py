@@ -21,6 +21,7 @@ ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests", "gpu_emul
 TESTS = {"tests": "tests/conftest.py", "gpu_emulation": "gpu_emulation/drawn_cases.py"}
 # tests that fail after any change of a text: of the record of sources, and of the places of planted faults
 SEE_ALL = {"tests/test_ptxas.py", "tests/test_planted_faults.py"}
+STARTING = ("tests/", "gpu_emulation/", "benchmarks/")  # where a text may name any file or program
 # hops counted for a package that runs only because a module in it is imported
 PASSING = 10
 COMMAND = re.compile(r"-m ([\w.]+)|([\w./-]+\.(?:py|sh))")
@@ -42,17 +43,20 @@ def module_files(name: str, program: bool = False) -> list[str]:
 
 def named_files(text: str, file: str) -> list[str]:
     """List the files that a text in a Python file names: sources of kernels, pages, a file, or a module."""
-    starts_others = file.startswith(("tests/", "gpu_emulation/", "benchmarks/"))
+    folder, starts_others = str(pathlib.PurePosixPath(file).parent), file.startswith(STARTING)
     if re.fullmatch(r"\*\w*\.(cu|cpp)", text):
         # src/ops/build.py compiles *.cu for a GPU alone
         return [f"cuda/{p.name}" for p in (ROOT / "cuda").glob(text) if starts_others or p.suffix == ".cpp"]
     if text == "*.md" and starts_others:
         return ["README.md"]
     if re.fullmatch(r"[\w./-]+\.(py|sh|cpp|cu)", text):
-        in_folder = str(pathlib.PurePosixPath(file).parent / text)
-        return [name for name in (in_folder, text) if is_file(name) and (starts_others or name == in_folder)]
-    is_module = re.fullmatch(r"\w+(\.\w+)+", text) and is_file(f"{text.replace('.', '/')}.py")
-    return module_files(text)[-1:] if starts_others and is_module else []
+        return [
+            name for name in (f"{folder}/{text}", text) if is_file(name) and (starts_others or name != text)
+        ]
+    if text == "page":  # the folder of scripts that a browser runs
+        return [path.relative_to(ROOT).as_posix() for path in (ROOT / folder / text).glob("*.js")]
+    is_module = starts_others and re.fullmatch(r"\w+(\.\w+)+", text)
+    return module_files(text)[-1:] if is_module and is_file(f"{text.replace('.', '/')}.py") else []
 
 
 def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
@@ -67,9 +71,11 @@ def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
                 name = ".".join(filter(None, [*above, node.module, alias.name]))
                 yield alias.asname or alias.name, module_files(name)
         elif (
-            isinstance(node, ast.Attribute) and node.attr == "iter_modules"
-        ):  # imports all modules of its own package
-            modules = (ROOT / file).parent.glob("*.py")
+            file.endswith("__init__.py")
+            and isinstance(node, ast.Attribute)
+            and node.attr in ("iter_modules", "import_module")
+        ):  # imports modules of its own package by their names
+            modules = (ROOT / file).parent.rglob("*.py")
             yield from (("", [module.relative_to(ROOT).as_posix()]) for module in modules)
         elif isinstance(node, ast.List | ast.Tuple | ast.Call):
             of_node = node.args if isinstance(node, ast.Call) else node.elts
@@ -148,17 +154,11 @@ def all_hops() -> dict[str, dict[str, int]]:
     return result
 
 
-@functools.cache
-def cost(test: str) -> int:
-    """Estimate the relative cost of a test file."""
-    return (ROOT / test).stat().st_size
-
-
 def reaching_tests(file: str) -> list[str]:
-    """List the test files that reach a file: nearest first, then those that name it, then the cheapest."""
+    """List the test files that reach a file: nearest first, then those that name it, then the smallest."""
     name = pathlib.Path(file).stem
     near = [
-        (found[file], name not in (ROOT / test).read_text("utf-8"), cost(test), test)
+        (found[file], name not in (ROOT / test).read_text("utf-8"), (ROOT / test).stat().st_size, test)
         for test, found in all_hops().items()
         if file in found
     ]

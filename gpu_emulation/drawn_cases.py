@@ -76,24 +76,22 @@ def gate_of(path):
 def pytest_collection_modifyitems(config, items):
     """Leave out what was not drawn: a file, then its cases. A test of rows stays: it draws among its rows."""
     of_file = {path: gate_of(path) for path in {item.path for item in items}}
-    left_out = []
+    draw, left_out = draw_of(config), set()
     for name in config.gates_that_hold:
-        draw, of_gate = draw_of(config), [item for item in items if of_file[item.path] == name]
+        of_gate = [item for item in items if of_file[item.path] == name]
         files = draw([item.path.name for item in of_gate])
         cases = {item: case_of(item) for item in of_gate if item.path.name in files}
         chosen = {"", *draw([case for case in cases.values() if case])}
-        left_out += [item for item in of_gate if cases.get(item) not in chosen]
-    config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+        left_out |= {item for item in of_gate if cases.get(item) not in chosen}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def case_of(item) -> str:
     """Name the case of a test: what it is parametrized with, so that several tests share it. "" for rows."""
     if "drawn_rows" in item.fixturenames:
         return ""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return parameters.get("case", item.nodeid)
+    return item.callspec.params.get("case", item.nodeid) if hasattr(item, "callspec") else item.nodeid
 
 
 def draw_of(config):
@@ -103,10 +101,10 @@ def draw_of(config):
 @pytest.fixture
 def drawn_rows(request):
     """drawn_rows(names of rows) -> those that run."""
-    name = gate_of(request.path)
 
     def drawn(rows):
-        chosen = draw_of(request.config)(rows) if name in request.config.gates_that_hold else set(rows)
+        held = gate_of(request.path) in request.config.gates_that_hold
+        chosen = draw_of(request.config)(rows) if held else set(rows)
         request.node.user_properties.append(("rows", len(chosen)))
         return chosen
 
