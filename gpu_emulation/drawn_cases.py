@@ -76,12 +76,12 @@ def gate_of(path):
 def pytest_collection_modifyitems(config, items):
     """Leave out what was not drawn: a file, then its cases. A test of rows stays: it draws among its rows."""
     of_file = {path: gate_of(path) for path in {item.path for item in items}}
-    draw, left_out = draw_of(config), set()
+    left_out = set()
     for name in config.gates_that_hold:
         of_gate = [item for item in items if of_file[item.path] == name]
-        files = draw([item.path.name for item in of_gate])
+        files = draw_of(config)([item.path.name for item in of_gate])
         cases = {item: case_of(item) for item in of_gate if item.path.name in files}
-        chosen = {"", *draw([case for case in cases.values() if case])}
+        chosen = {"", *draw_of(config)([case for case in cases.values() if case])}
         left_out |= {item for item in of_gate if cases.get(item) not in chosen}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

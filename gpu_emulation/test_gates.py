@@ -128,10 +128,13 @@ gates.unchanged = lambda: {{name: kept for name in {held!r}}}
 """
 
 
-@pytest.mark.parametrize("held, files, cases", [(["fake_gpu"], 1, range(3, 30)), ([], 2, {184})])
-def test_pytest_runs_a_tenth_of_a_file_where_a_gate_holds(tmp_path, held, files, cases):
+@pytest.mark.parametrize(
+    "held, draw, files, cases",
+    [(["fake_gpu"], 5, 1, range(3, 30)), ([], 5, 2, {184}), (["fake_gpu"], "all", 2, {184})],
+)
+def test_pytest_runs_a_tenth_of_a_file_where_a_gate_holds(tmp_path, held, draw, files, cases):
     (tmp_path / "held_gates.py").write_text(PLUGIN.format(held=held))
-    options = "-p held_gates --collect-only -q --draw 5 gpu_emulation/test_fake_gpu.py".split()
+    options = f"-p held_gates --collect-only -q --draw {draw} gpu_emulation/test_fake_gpu.py".split()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "gpu_emulation/test_cuda_runs.py"],
         cwd=ROOT,
