@@ -17,7 +17,7 @@ import torch
 
 from src.common.batch import Batch
 from src.data.collate import trained_tokens
-from src.model.batch_loss import Chunks, batch_loss
+from src.model.batch_loss import Chunks
 
 from .common import argument_parser, report, settings_without
 from .gpu_budget import size
@@ -38,7 +38,7 @@ def main() -> None:
 
     def seconds() -> tuple[float, float]:
         begun = time.process_time()
-        loss = batch_loss(model, batch, Chunks())
+        loss = Chunks().loss(model, batch)
         between = time.process_time()
         loss.backward()
         return between - begun, time.process_time() - between

@@ -45,7 +45,8 @@ from rwkv_miss.functional import linear
 from src import ops
 from src.common.device import PRECISIONS
 from src.common.freed_memory import keep_freed
-from src.model.loss import head_loss, loss_sum
+from src.common.token_loss import loss_sum
+from src.model.loss import head_loss
 from src.ops import elementwise
 
 from . import rwkv_lm

@@ -207,8 +207,9 @@ class Trainings:
 
     def of(self, objective: LossCase, method: str, seed: int) -> dict:
         """Return the line of a training, and do the training first if it is not done."""
-        line = self.line(objective.name, method, seed)
-        return self.lines.of(line, lambda: self._train(objective, method, seed))
+        return self.lines.of(
+            self.line(objective.name, method, seed), lambda: self._train(objective, method, seed)
+        )
 
     def base(self) -> dict:
         """Measure the base before any training."""

@@ -25,8 +25,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.gemm import product
 from src.common.device import PRECISIONS
 from src.common.freed_memory import keep_freed
+from src.common.token_loss import loss_sum
 from src.model import RWKV, default_arch, rwkv7
-from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
 from .common import (

@@ -45,7 +45,6 @@ with importing():
     from src.inference.sampling import GREEDY, Sampling
     from src.model import RWKV
     from src.model.batch_loss import Chunks
-    from src.model.log_probs import token_log_probs
 
     from .loop import rate_factor
 
@@ -175,7 +174,7 @@ def log_probs_of(group: Sequence[Answer]) -> list[np.ndarray]:
 def summed_loss(model: RWKV, batch: Batch) -> torch.Tensor:
     """Sum -w r A over tokens. r is p divided by p before this step, so 1, and nothing is clipped. w corrects
     for tokens that the engine drew with another p than the training's."""
-    log_probs = token_log_probs(model, batch, Chunks()).double()
+    log_probs = Chunks().log_probs(model, batch).double()
     weight = (log_probs.detach() - batch.drawn.double()).exp().clamp(max=2.0)
     ratio = (log_probs - log_probs.detach()).exp()
     return -(weight * ratio * batch.advantage.double()[batch.answer]).sum()

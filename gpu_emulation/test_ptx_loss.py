@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_numerics
+from src.common.token_loss import loss_sum
 from src.model import loss as losses
-from src.model.loss import head_loss, in_place_of, launch, loss_sum, softmax_loss_
+from src.model.loss import head_loss, in_place_of, launch, softmax_loss_
 from src.ops import native
 from tests.loss_cases import GRADIENT_ERRORS, random_logits
 

@@ -19,7 +19,6 @@ with naming_missing_torch():
     from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
     from .inject import inject
     from .merging.in_memory import merge, unload, unmerge
-    from .merging.merge import merge_file
     from .optimizer import parameter_groups
     from .save_and_load import load_adapter, save_adapter
 
@@ -45,3 +44,13 @@ __all__ = [
     "unmerge",
     "write_checkpoint",
 ]
+
+
+def __getattr__(name: str):
+    """Import merge_file when it is asked for: the formats of all projects come with it, and no training has
+    one."""
+    if name != "merge_file":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .merging.merge import merge_file
+
+    return merge_file

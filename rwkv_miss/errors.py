@@ -122,20 +122,17 @@ def one_line_errors() -> Iterator[None]:
         )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not _ran_out(error):
+        # Python's, numpy's, a GPU's, or a CPU's, which torch has no class for
+        ran_out = (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error)
+        )
+        if not ran_out:
             raise
         said = str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1]
         print(": ".join(["error: memory ran out", *said]), file=sys.stderr)
         sys.exit(2)
-
-
-def _ran_out(error: Exception) -> bool:
-    """Tell whether memory ran out: Python's, numpy's, a GPU's, or a CPU's, which torch has no class for."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -53,9 +53,7 @@ class Bounds:
         )
         if not too_small and (self.below is None or value < self.below):
             return ""
-        if self.low == 0 and self.below is None:
-            return "must not be negative"
-        return f"must be {self.text()}"
+        return "must not be negative" if self.low == 0 and self.below is None else f"must be {self.text()}"
 
 
 def number_text(number: float) -> str:
@@ -146,12 +144,12 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is REQUIRED else field.default_factory()
 
 
-def given(options: Any, names: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of the flags with another value than their default; of all without `names`."""
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    for name in names or fields:
-        if (value := getattr(options, name)) != default_of(fields[name]):
-            yield name, value
+def given(options: Any, names: Iterable[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of the named flags that have another value than their default; None: of all."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if (names is None or field.name in names) and value != default_of(field):
+            yield field.name, value
 
 
 def name_of(field: dataclasses.Field) -> str:

@@ -75,8 +75,7 @@ def is_program() -> bool:
     """Tell, during the import of this package, whether it is the program that runs."""
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
     # sys.argv[0] is "-m" while runpy looks for the module
-    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
-    return as_module or started.startswith("rwkv-miss")
+    return (started == "-m" and "rwkv_miss" in sys.orig_argv) or started.startswith("rwkv-miss")
 
 
 def end_program_at_once() -> None:

@@ -9,10 +9,10 @@ from torch.torch_version import TorchVersion
 
 from rwkv_miss.errors import UserError
 from src.common.batch import Batch
+from src.common.token_loss import loss_sum
 from src.config import Config
 from src.data.collate import trained_tokens
-from src.model.batch_loss import Chunks, batch_loss
-from src.model.loss import loss_sum
+from src.model.batch_loss import Chunks
 from src.planning.plan import device_here
 
 from . import program
@@ -23,7 +23,7 @@ from .tables import talk
 
 def loss_of(model, rows, chunks, **options):
     trained = trained_tokens(rows["targets"].numpy(), rows["weights"].numpy(), chunks.size)
-    return batch_loss(model, Batch(ids=rows["ids"], reset=rows["reset"], **trained, **options), chunks)
+    return chunks.loss(model, Batch(ids=rows["ids"], reset=rows["reset"], **trained, **options))
 
 
 def results(model, rows, chunks, **options):

@@ -18,7 +18,7 @@ from src.data.tokenizer import load_tokenizer
 from src.losses.distill import Teacher, distillation_sums
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.loss import head_loss, head_sums, top_of
+from src.model.loss import head_loss, top_of
 from src.planning.base_model import read_base
 from src.planning.draft import Draft
 from src.planning.memory import memory_parts
@@ -74,9 +74,8 @@ def test_value_and_gradient(monkeypatch, dtype, trained, native, exact, count, t
     trained_on = (1 - mix) * (nll + wrap) + mix * temperature**2 * kl
     want = torch.autograd.grad(2.5 * trained_on, doubles)
     numbers = top_of(of_teacher, count, temperature).to(torch.promote_types(dtype, torch.float32))
-    sums = head_sums(
-        x, weight, targets, Teacher(numbers, mix, temperature), native, weights.to(numbers), exact
-    )
+    teacher = Teacher(numbers, mix, temperature)
+    sums = head_loss(x, weight, targets, native, weights.to(numbers), exact, teacher)
     expected = torch.stack([(1 - mix) * nll + mix * temperature**2 * kl, nll, kl]).detach()
     assert (sums.detach().double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
     got = torch.autograd.grad((sums * torch.tensor([2.5, 7.0, 9.0])).sum(), leaves)
@@ -102,7 +101,7 @@ def test_the_kl_is_that_of_trl(case):
 def test_without_the_kl_the_gradient_is_that_of_the_cross_entropy_in_every_bit():
     x, weight, targets = head_inputs(13, torch.float32, True)
     teacher = Teacher(top_of(torch.randn(13, VOCAB), 3, 1.0), 0.0, 1.0)
-    ours, theirs = head_sums(x, weight, targets, teacher)[0], head_loss(x, weight, targets)
+    (ours, *_), theirs = (head_loss(x, weight, targets, logit_loss=one) for one in (teacher, None))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6), "a sum in another order"
     for a, b in zip(*(torch.autograd.grad(loss, [x, weight]) for loss in (ours, theirs)), strict=True):
         assert torch.equal(a, b)
@@ -114,7 +113,7 @@ def test_a_student_with_no_mass_elsewhere_has_a_finite_gradient():
     weight = torch.tensor([[1.0], [0.0], [0.0]])
     teacher = Teacher(top_of(torch.zeros(2, 3), 1, 1.0), 1.0, 1.0)
     teacher.numbers[:, 0] = 0
-    loss = head_sums(x, weight, torch.zeros(2, dtype=torch.int64), teacher)[0]
+    loss = head_loss(x, weight, torch.zeros(2, dtype=torch.int64), logit_loss=teacher)[0]
     assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
 
 

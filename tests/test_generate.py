@@ -489,13 +489,22 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
         assert answer(capsys, *flags) == shown
 
 
-def test_chat_merge_and_evaluation_import_no_trainer_and_no_compiler(checkpoint):
-    """Nor is torch's compiler imported to load a model, as for random numbers on meta, which takes 2 s."""
-    code = (
-        "import sys, demo.chat, demo.accuracy, rwkv_miss.__main__, scripts.evaluate, src.model;"
-        " [src.model.RWKV.load(path) for path in sys.argv[1:]]; print({'lightning', 'pytorch_lightning',"
-        " 'deepspeed', 'matplotlib', 'train', 'src.run', 'torch._dynamo'} & sys.modules.keys())"
-    )
+@pytest.mark.parametrize(
+    "imported, absent",
+    [
+        (
+            "demo.chat, demo.accuracy, rwkv_miss.__main__, scripts.evaluate, src.model;"
+            " [src.model.RWKV.load(path) for path in sys.argv[1:]]",
+            # torch's compiler, as for random numbers on meta, takes 2 s
+            "lightning pytorch_lightning deepspeed matplotlib train src.run torch._dynamo",
+        ),
+        # declarations of options import nothing that computes
+        ("src.config", "src.model src.ops rwkv_miss.convert rwkv_miss.merging.merge"),
+    ],
+    ids=["chat, merge and evaluation", "settings"],
+)
+def test_a_program_imports_only_what_it_needs(imported, absent, checkpoint):
+    code = f"import sys, {imported}; print(set({absent.split()}) & sys.modules.keys())"
     command = [sys.executable, "-c", code, checkpoint(6), checkpoint(7)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr

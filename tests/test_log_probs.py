@@ -9,7 +9,6 @@ from src.model import loss as losses
 from src.model import rwkv
 from src.model.batch_loss import Chunks
 from src.model.layers import Head
-from src.model.log_probs import token_log_probs
 from src.model.loss import head_log_probs
 
 from .conftest import close
@@ -98,12 +97,12 @@ def trained_batch(rows, chunks, **options):
     return Batch(ids=rows["ids"], reset=rows["reset"], **trained, **options)
 
 
-def results(model, rows, chunks, find=token_log_probs, **options):
+def results(model, rows, chunks, find=Chunks.log_probs, **options):
     """(ln p of the tokens where they stand in the rows, 0 elsewhere, gradient of every trained parameter).
 
     The gradient of each token is another.
     """
-    found = find(model, trained_batch(rows, chunks, **options), chunks)
+    found = find(chunks, model, trained_batch(rows, chunks, **options))
     wanted = rows["weights"] != 0
     place = torch.arange(wanted.numel()).view(wanted.shape)
     size = chunks.size or wanted.shape[1]
@@ -117,7 +116,7 @@ def results(model, rows, chunks, find=token_log_probs, **options):
     return everywhere, dict(zip(parameters, found_gradients, strict=True))
 
 
-def of_all_logits(model, batch, chunks):
+def of_all_logits(chunks, model, batch):
     """The specification: torch's log_softmax of the logits of whole rows."""
     logits, _ = model(batch.ids, None, batch.reset)
     chosen = logits.flatten(0, 1)[batch.where].log_softmax(-1)
@@ -135,7 +134,7 @@ def test_chunks_of_any_size_have_the_tokens_and_gradients_of_whole_rows(version,
     same(results(model, batch, Chunks(16), width=60), want, 1e-11)
     with torch.no_grad():
         chunks = Chunks(8)
-        found = token_log_probs(model, trained_batch(batch, chunks), chunks)
+        found = chunks.log_probs(model, trained_batch(batch, chunks))
         assert not found.requires_grad and found.dtype == torch.float64
 
 
@@ -181,4 +180,4 @@ def test_half_precision_and_quantised_bases(quant):
 def test_a_batch_for_other_chunks_is_refused():
     model, batch = make_model(7), trained_batch(make_batch(ROWS), Chunks(8))
     with pytest.raises(ValueError, match="made for chunks of 8 tokens, expected 4; give"):
-        token_log_probs(model, batch, Chunks(4))
+        Chunks(4).log_probs(model, batch)

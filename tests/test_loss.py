@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from src.common.token_loss import loss_sum
 from src.model import loss as losses
 from src.model import rwkv
 from src.model.layers import Head
-from src.model.loss import head_loss, loss_sum
+from src.model.loss import head_loss
 
 from .loss_cases import VOCAB, adapted_head, head_inputs, head_kinds, head_rows
 

@@ -6,8 +6,8 @@ import torch
 import rwkv_miss
 from rwkv_miss import functional
 from rwkv_miss.errors import UserError
+from src.common.token_loss import loss_sum
 from src.model import RWKV
-from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
 from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow

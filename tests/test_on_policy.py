@@ -14,7 +14,7 @@ from src.data.tokenizer import load_tokenizer
 from src.losses.distill_on_policy import WholeTeacher
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.loss import head_sums
+from src.model.loss import head_loss
 from src.planning.memory import memory_parts
 from src.planning.step_memory import Live
 from src.sources import source_of
@@ -54,7 +54,7 @@ def test_value_and_gradient(monkeypatch, dtype, trained, exact, temperature):
     want = torch.autograd.grad(2.5 * expected, doubles)
     teacher = WholeTeacher(inputs, head, temperature)
     of = weights.to(torch.promote_types(dtype, torch.float32))
-    got = head_sums(x, weight, targets, teacher, False, of, exact)
+    got = head_loss(x, weight, targets, False, of, exact, teacher)
     assert got.item() == pytest.approx(expected.item(), rel=ROUNDING[dtype])
     for mine, theirs in zip(torch.autograd.grad(2.5 * got, leaves), want, strict=True):
         assert mine.dtype == dtype
@@ -67,7 +67,7 @@ def test_the_logits_of_all_tokens_are_never_there(monkeypatch):
     x, weight, targets = head_inputs(512, torch.float32, False)
     teacher = WholeTeacher(torch.randn(512, 7), torch.randn(VOCAB, 7), 2.0)
     with Live([x, weight, targets, *teacher[:2]]) as live:
-        head_sums(x, weight, targets, teacher).backward()
+        head_loss(x, weight, targets, logit_loss=teacher).backward()
     assert 2 * x.nbytes <= live.peak < 2 * x.nbytes + 8 * 4 * VOCAB * 4, "with x.grad"
 
 

@@ -23,7 +23,6 @@ from src.evaluation.rewards import Failed, GroupRewards
 from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
-from src.model.log_probs import token_log_probs
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.sources import source_of
@@ -143,7 +142,7 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
         config = config_of(chunk_ctx=chunk)
         feed, chunks = feed_of(config, model, Judge()), source_of(config).chunks
         for batch in feed:
-            found = token_log_probs(model, batch, chunks)
+            found = chunks.log_probs(model, batch)
             assert len(found) > 50
             torch.testing.assert_close(found.detach(), batch.drawn, rtol=0, atol=1e-5)
 

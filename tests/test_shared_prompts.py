@@ -16,7 +16,6 @@ from src.data.file_documents import Document
 from src.data.preferences import Preference, fit_examples
 from src.model import RWKV, batch_loss
 from src.model.batch_loss import Chunks
-from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
 from src.sources import source_of
 from src.sources.pairs.prompt_reading import tokens_of_layouts
@@ -52,7 +51,7 @@ def trained(model):
 
 def results(model, rows, shared):
     """(ln p of the trained tokens, gradient of every trained parameter)."""
-    found = token_log_probs(model, collate_answers(rows, 1.0, shared=shared), Chunks())
+    found = Chunks().log_probs(model, collate_answers(rows, 1.0, shared=shared))
     return found.detach(), gradients(model, found)
 
 
@@ -90,7 +89,7 @@ def test_both_layouts_have_what_the_answers_have_alone(version, peft):
     for shared in (False, True):
         same(results(model, rows, shared), want, 1e-11)
     with torch.no_grad():
-        found = token_log_probs(model, collate_answers(rows, 1.0, shared=True), Chunks())
+        found = Chunks().log_probs(model, collate_answers(rows, 1.0, shared=True))
     assert torch.equal(found, results(model, rows, True)[0])
 
 
@@ -207,7 +206,7 @@ def test_with_dropout_the_gradient_is_that_of_what_was_drawn():
 def test_without_an_example_there_is_nothing_but_a_gradient_of_zero(shared):
     """A rank of a short step: it takes part in the reductions."""
     model = make_model(7)
-    found = token_log_probs(model, collate_answers([], 1.0, shared=shared), Chunks())
+    found = Chunks().log_probs(model, collate_answers([], 1.0, shared=shared))
     assert found.shape == (0,) and found.requires_grad
     assert all(not dp.any() for dp in gradients(model, found).values())
 
@@ -215,7 +214,7 @@ def test_without_an_example_there_is_nothing_but_a_gradient_of_zero(shared):
 def test_chunks_and_shared_prompts_are_refused_together():
     batch = collate_answers(make_rows(), 1.0, shared=True)
     with pytest.raises(ValueError, match="shared by whole rows, not by chunks of 8"):
-        token_log_probs(make_model(7), batch, Chunks(8))
+        Chunks(8).log_probs(make_model(7), batch)
 
 
 def data_of(*sizes):

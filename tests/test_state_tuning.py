@@ -13,13 +13,13 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
 from src.common.batch import Batch
+from src.common.token_loss import loss_sum
 from src.data.collate import trained_tokens
 from src.inference.conversation import Conversation
 from src.inference.load import load
 from src.inference.sampling import GREEDY
 from src.model import RWKV
-from src.model.batch_loss import Chunks, batch_loss
-from src.model.loss import loss_sum
+from src.model.batch_loss import Chunks
 from src.ops import wkv6, wkv7
 from src.ops.per_document import layout
 from src.training.optimizer import parameter_groups
@@ -239,7 +239,7 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
     def gradients(chunks):
         tokens = trained_tokens(targets.numpy(), np.ones(RESETS.shape), chunks.size)
         batch = Batch(ids=ids, reset=RESETS, **tokens)
-        loss = batch_loss(model, batch, chunks)
+        loss = chunks.loss(model, batch)
         return [loss, *torch.autograd.grad(loss, trained)]
 
     for got, want in zip(gradients(Chunks(6, 0, sparse)), gradients(Chunks()), strict=True):
@@ -264,7 +264,7 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
         want = want + loss_sum(model.head(x[0]), targets[0, part])
         state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
     for sparse in (False, True):
-        loss = batch_loss(model, batch, Chunks(6, 12, sparse))
+        loss = Chunks(6, 12, sparse).loss(model, batch)
         for got, expected in zip(
             [loss, *torch.autograd.grad(loss, trained)],
             [want, *torch.autograd.grad(want, trained, retain_graph=True)],

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint
+from src.common.token_loss import loss_sum
 from src.model import RWKV
-from src.model.loss import loss_sum
 
 from . import program
 from .conftest import close, pypi_rwkv, write_rows

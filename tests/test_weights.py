@@ -8,6 +8,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
+from src.common.token_loss import L2WRAP, loss_sum
 from src.config import Config, settle
 from src.config.validate import check_data
 from src.data.collate import collate
@@ -20,7 +21,7 @@ from src.data.thoughts import thought_spans
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV, rwkv
 from src.model import loss as losses
-from src.model.loss import L2WRAP, head_loss, loss_sum
+from src.model.loss import head_loss
 from src.reporting import document_text
 from src.sources import source_of
 from src.training.short_runs import held_out_loss, put_back, train

@@ -16,7 +16,6 @@ from src.common.device import PRECISIONS
 from src.config import Config
 from src.data.collate import trained_tokens
 from src.model import RWKV, default_arch
-from src.model.batch_loss import batch_loss
 from src.model.dtypes import dtype_of
 from src.model.rwkv import replace_tensors
 from src.planning.step_memory import model_on_meta
@@ -79,7 +78,7 @@ def tallied(arch: Arch, config: Config, rows: int, width: int) -> dict[str, dict
         if config.peft != "none":
             gpu.tell_base(p for p in model.parameters() if not p.requires_grad)
         gpu.begin()
-        batch_loss(model, batch, source_of(config).chunks).backward()
+        source_of(config).chunks.loss(model, batch).backward()
     return gpu.tally.as_dict()
 
 

@@ -23,7 +23,6 @@ from src.inference.cuda_graph import GraphedDecoder
 from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.model import RWKV, default_arch
-from src.model.batch_loss import batch_loss
 from src.planning import memory as planned_memory
 from src.planning import throughput
 from src.planning.step_memory import StepBytes, step_bytes
@@ -78,7 +77,7 @@ def step(method: str, version: int, weighted: bool = False) -> dict:
         model, batch = small_model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
-        loss = batch_loss(model, batch, source_of(config).chunks)
+        loss = source_of(config).chunks.loss(model, batch)
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +101,7 @@ def memory(version: int, peft: str, quant: str, grad_cp: int, chunk_ctx: int) ->
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
-        batch_loss(model, batch, source_of(config).chunks).backward()
+        source_of(config).chunks.loss(model, batch).backward()
     peak = gpu.peak - before
     return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
 

@@ -20,7 +20,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from src.common.batch import Batch
 from src.config import Config
 from src.model import default_arch
-from src.model.batch_loss import batch_loss
 from src.planning.memory import memory_parts
 from src.sources import source_of
 from src.training.optimizer import parameter_groups
@@ -40,7 +39,7 @@ class Loss(nn.Module):
         self.model, self.chunks = small_model_on(device, version, config, *sizes), source_of(config).chunks
 
     def forward(self, batch: Batch) -> Tensor:
-        return batch_loss(self.model, batch, self.chunks)
+        return self.chunks.loss(self.model, batch)
 
 
 def start_processes() -> None:

@@ -343,8 +343,7 @@ def _report(
 
 def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
     """Raise UserError if this adapter is already merged into the base. before: the base's metadata."""
-    earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
-    if adapter.fingerprint in earlier:
+    if adapter.fingerprint in {entry["adapter_fingerprint"] for entry in merged_adapters(before)}:
         raise UserError(
             f"{base} is already a merge of {adapter.path} into {before.get('base')}; --force merges it a"
             " second time"

@@ -80,6 +80,7 @@ def importing():
         os.environ.setdefault(name, value)
     # else the interpreter looks for garbage among all modules at the end, for a second after a training
     atexit.register(gc.freeze)
+    gc.disable()  # modules are no garbage
     before = signal.getsignal(signal.SIGINT)
     # if Ctrl-C is ignored, as under nohup, it stays ignored
     is_ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
@@ -89,6 +90,7 @@ def importing():
         with naming_missing_packages(), telling_a_terminal():
             yield
     finally:
+        gc.enable()
         if is_ours:
             signal.signal(signal.SIGINT, before)
 

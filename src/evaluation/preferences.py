@@ -23,7 +23,6 @@ from ..losses import LOSSES
 from ..losses._preference import SUMS, PreferenceLoss
 from ..model import RWKV
 from ..model.batch_loss import Chunks
-from ..model.log_probs import token_log_probs
 
 TOKENS = 1 << 13  # tokens in one pass, padding included
 CHUNK = 1 << 11  # tokens of a longer row at once
@@ -76,7 +75,7 @@ def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
             chunk = CHUNK if data.lengths[places[-1]] > TOKENS else 0
             shared = not chunk and prompts_once(data, places)
             batch = collate_answers([[data[i]] for i in places], len(places), chunk, shared)
-            of_batch = token_log_probs(model, batch.to(device), Chunks(chunk)).float().cpu()
+            of_batch = Chunks(chunk).log_probs(model, batch.to(device)).float().cpu()
             for i, part in zip(places, of_batch.split([int(counts[i]) for i in places]), strict=True):
                 values[ends[i] - counts[i] : ends[i]] = part.numpy()
             bar.update(len(places))

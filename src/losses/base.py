@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..common.batch import Batch, Reads
-from ..model.batch_loss import Chunks, batch_loss
-from ..model.log_probs import token_log_probs
-from ..model.rwkv import RWKV
 from .metrics import SUPERVISED, LossMetrics, Shown
+
+if TYPE_CHECKING:
+    from ..model.batch_loss import Chunks
+    from ..model.rwkv import RWKV
 
 # documents; pairs of answers; single answers with a label; questions, whose answers the model draws
 DOCUMENTS, PAIRS, LABELS, QUESTIONS = DATA = ("documents", "pairs", "labels", "questions")
@@ -148,7 +149,7 @@ class LogProbLoss(Loss):
     """Loss that is a function of ln p of the trained tokens."""
 
     def __call__(self, model: RWKV, batch: Batch, chunks: Chunks, keep: Keep = None) -> tuple[Tensor, Tensor]:
-        log_probs = token_log_probs(model, batch, chunks)
+        log_probs = chunks.log_probs(model, batch)
         if keep:
             keep(log_probs.detach())
         return self.from_log_probs(log_probs, batch)
@@ -162,7 +163,7 @@ class DocumentLoss(Loss):
     """Loss on documents. The loss of held-out ones is the cross entropy, so that all runs can be compared."""
 
     def held_out(self, model: RWKV, batch: Batch, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        return batch_loss(model, batch, chunks), NO_METRICS
+        return chunks.loss(model, batch), NO_METRICS
 
 
 class TokenLoss(DocumentLoss, LogProbLoss):

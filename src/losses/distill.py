@@ -8,15 +8,15 @@ tokens are known. All others are one class more, in p and in q, as with `loss_ad
 teacher's server: without it a model could move all it has of them anywhere. KL of fewer classes is a lower
 bound of KL over the vocabulary. Inside the last class the gradient keeps the model's own proportions.
 
-`distillation_sums` defines the loss, from logits. `TeacherBlocks` compute it with its gradient by blocks of
-tokens. The cross entropy has the term of L2Wrap, and the KL none. The loss that reports show is the cross
-entropy, which can be compared with any other run's; the KL is a metric.
+`distillation_sums` defines the loss, from logits. `Teacher.losses_of` computes it with its gradient for a
+block of tokens. The cross entropy has the term of L2Wrap, and the KL none. The loss that reports show is the
+cross entropy, which can be compared with any other run's; the KL is a metric.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,15 @@ from torch import Tensor
 
 from ..common.batch import Batch, Reads
 from ..common.option import opt
-from ..model.batch_loss import Chunks, batch_sums
-from ..model.loss import Blocks, in_place_of, loss_sum, wide
-from ..model.rwkv import RWKV
+from ..common.token_loss import loss_sum, wide
 from . import options
 from .base import DocumentLoss, Keep, Words, register
 from .metrics import SUPERVISED, Shown
+
+if TYPE_CHECKING:
+    from ..model.batch_loss import Chunks
+    from ..model.loss import Blocks
+    from ..model.rwkv import RWKV
 
 
 @register
@@ -68,7 +71,7 @@ class Distill(DocumentLoss):
 
     def __call__(self, model: RWKV, batch: Batch, chunks: Chunks, keep: Keep = None) -> tuple[Tensor, Tensor]:
         teacher = Teacher(batch.teacher, self.options.distill_mix, self.options.distill_temperature)
-        sums = batch_sums(model, batch, chunks, teacher)
+        sums = chunks.sums(model, batch, teacher)
         count = sums.new_full((1,), batch.targets.numel())
         weight = count if batch.weights is None else batch.weights.sum(0, keepdim=True)
         return sums[0], torch.cat([sums[1:].detach(), weight]).double()
@@ -99,14 +102,24 @@ class Teacher(NamedTuple):
     numbers: Tensor
     mix: float
     temperature: float
-
-    @property
-    def blocks(self) -> type[Blocks]:
-        return TeacherBlocks
+    per_token = (3,)
 
     def sums(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Call distillation_sums()."""
         return distillation_sums(logits, targets, weights, self)
+
+    def losses_of(self, logits: Tensor, part: slice, weights: Tensor | None, blocks: Blocks) -> Tensor:
+        """Compute the loss, the cross entropy and the KL of each token; the logits become the gradient."""
+        scale = self.mix * self.temperature**2
+        kl, gradient_of_kl = kl_and_gradient(logits, self._replace(numbers=self.numbers[part]))
+        cross_entropy = blocks.cross_entropy(logits, part, None)
+        losses = torch.stack([(1 - self.mix) * cross_entropy + scale * kl, cross_entropy, kl])
+        gradient = blocks.gradient_in(logits)
+        gradient.mul_(1 - self.mix).add_(gradient_of_kl.mul_(scale))
+        if weights is None:
+            return losses
+        gradient.mul_(weights.unsqueeze(1))
+        return losses * weights
 
     def classes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return (ids (tokens, k) int64, ln p (tokens, k + 1), of which the exp() adds up to 1)."""
@@ -129,31 +142,6 @@ def distillation_sums(logits: Tensor, targets: Tensor, weights: Tensor | None, t
     cross_entropy = loss_sum(logits, targets, weights)
     loss = (1 - teacher.mix) * cross_entropy + teacher.mix * teacher.temperature**2 * kl
     return torch.stack([loss, cross_entropy.detach(), kl.detach()])
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherBlocks(Blocks):
-    """Blocks whose tokens have the loss, the cross entropy and the KL, each times its weight."""
-
-    logit_loss: Teacher | None = None
-    per_token: ClassVar[tuple[int, ...]] = (3,)
-
-    def losses_of(self, logits: Tensor, part: slice) -> Tensor:
-        teacher = self.logit_loss._replace(numbers=self.logit_loss.numbers[part])
-        scale = teacher.mix * teacher.temperature**2
-        kl, gradient_of_kl = kl_and_gradient(logits, teacher)
-        cross_entropy = dataclasses.replace(self, weights=None).cross_entropy(logits, part)
-        gradient = in_place_of(logits, self.x.dtype)
-        losses = torch.stack([(1 - teacher.mix) * cross_entropy + scale * kl, cross_entropy, kl])
-        gradient.mul_(1 - teacher.mix).add_(gradient_of_kl.mul_(scale))
-        if self.weights is None:
-            return losses
-        gradient.mul_(self.weights[part].unsqueeze(1))
-        return losses * self.weights[part]
-
-    def cross_entropy(self, logits: Tensor, part: slice) -> Tensor:
-        """Return the cross entropy of each token; the logits become its gradient."""
-        return super().losses_of(logits, part)
 
 
 def kl_and_gradient(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:

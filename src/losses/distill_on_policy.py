@@ -8,14 +8,14 @@ q and p are the softmax of logits / T, and T^2 is that of distill.py. The sum is
 vocabulary. The tokens are those that the model has drawn. As in GKD (arXiv 2306.13649) the gradient is that
 of the KL at the places that it drew, and not of the draw.
 
-`WholeTeacher.sums` defines the loss, from logits. `ReverseBlocks` compute it with its gradient: the logits of
+`WholeTeacher.sums` defines the loss, from logits. `losses_of` computes it with its gradient: the logits of
 both models are made for a few tokens at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,16 @@ from rwkv_miss.gemm import product_into
 
 from ..common.batch import Batch
 from ..common.formatting import counted
-from ..model.batch_loss import Chunks, batch_sums
-from ..model.loss import Blocks, in_place_of, wide
-from ..model.rwkv import RWKV
+from ..common.token_loss import wide
 from . import options
 from ._drawn import DrawnLoss
 from .base import Keep, register
 from .metrics import RIGHT, SHOWN, LossMetrics, Shown, percent
+
+if TYPE_CHECKING:
+    from ..model.batch_loss import Chunks
+    from ..model.loss import Blocks
+    from ..model.rwkv import RWKV
 
 OWN_ANSWERS = LossMetrics(
     {
@@ -72,7 +75,7 @@ class DistillOnPolicy(DrawnLoss):
 
     def __call__(self, model: RWKV, batch: Batch, chunks: Chunks, keep: Keep = None) -> tuple[Tensor, Tensor]:
         teacher = WholeTeacher(batch.teacher, batch.teacher_head, self.options.distill_temperature)
-        loss = batch_sums(model, batch, chunks, teacher)
+        loss = chunks.sums(model, batch, teacher)
         return loss, self.sums(loss.device)
 
     def reported(self, loss: Tensor, metrics: Tensor) -> Tensor:
@@ -100,10 +103,7 @@ class WholeTeacher(NamedTuple):
     numbers: Tensor  # (tokens, C of the teacher)
     head: Tensor  # (V, C of the teacher), of one dtype with the inputs
     temperature: float
-
-    @property
-    def blocks(self) -> type[Blocks]:
-        return ReverseBlocks
+    per_token = ()
 
     def sums(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Sum T^2 KL over tokens, each times its weight, in at least fp32; logits (tokens, V).
@@ -116,21 +116,13 @@ class WholeTeacher(NamedTuple):
         kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * (kl if weights is None else kl * weights).sum()
 
-
-@dataclasses.dataclass(frozen=True)
-class ReverseBlocks(Blocks):
-    """Blocks whose tokens have T^2 KL, each times its weight."""
-
-    logit_loss: WholeTeacher | None = None
-    rooms: list[Tensor] = dataclasses.field(default_factory=list)  # one, for logits of the teacher
-
-    def losses_of(self, logits: Tensor, part: slice) -> Tensor:
+    def losses_of(self, logits: Tensor, part: slice, weights: Tensor | None, blocks: Blocks) -> Tensor:
         """Compute T^2 KL of a part of the tokens; the logits become the gradient."""
-        inputs, head, temperature = self.logit_loss
-        if not self.rooms:  # the first block is the largest
-            self.rooms.append(torch.empty_like(logits))
-        other = wide(product_into(self.rooms[0][: len(logits)], inputs[part], head))
-        own, weights = wide(logits), self.weights
+        inputs, head, temperature = self
+        if not blocks.rooms:  # for logits of the teacher; the first block is the largest
+            blocks.rooms.append(torch.empty_like(logits))
+        other = wide(product_into(blocks.rooms[0][: len(logits)], inputs[part], head))
+        own = wide(logits)
         for x in (own, other):
             x.div_(temperature).sub_(x.logsumexp(1, keepdim=True))
         torch.sub(own, other, out=other)  # ln q - ln p
@@ -138,7 +130,7 @@ class ReverseBlocks(Blocks):
         own.mul_(other.sub_(kl.unsqueeze(1))).mul_(temperature)
         kl *= temperature**2
         if weights is not None:
-            own.mul_(weights[part].unsqueeze(1))
-            kl *= weights[part]
-        in_place_of(logits, self.x.dtype).copy_(own)
+            own.mul_(weights.unsqueeze(1))
+            kl *= weights
+        blocks.gradient_in(logits).copy_(own)
         return kl

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..common.batch import Batch
-from ..model.batch_loss import Chunks
-from ..model.rwkv import RWKV
 from .base import DocumentLoss, Keep, register
+
+if TYPE_CHECKING:
+    from ..model.batch_loss import Chunks
+    from ..model.rwkv import RWKV
 
 
 @register

@@ -53,6 +53,52 @@ class Chunks:
         """Return the number of chunks from one kept state to the next."""
         return math.isqrt(count - 1) + 1 if self.sparse else 1
 
+    def loss(self, model: RWKV, batch: Batch) -> Tensor:
+        """Sum the weighted loss of the trained tokens of a batch.
+
+        `batch` is made by data/collate.collate() for chunks of this size. The result is differentiable in the
+        model's trained parameters.
+        """
+        return run_rows(model, batch, self, part_loss)
+
+    def sums(self, model: RWKV, batch: Batch, logit_loss: LogitLoss) -> Tensor:
+        """Add up the sums of a loss of all logits over the trained tokens, each weighted.
+
+        Its numbers for these tokens are batch.teacher. All else is as for loss().
+        """
+
+        def part_sums(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
+            x, state = part_features(model, part, state)
+            of_part = logit_loss._replace(numbers=part.teacher)
+            return model.logit_sums(x, part.targets, part.weights, of_part), state
+
+        return run_rows(model, batch, self, part_sums)
+
+    def log_probs(self, model: RWKV, batch: Batch) -> Tensor:
+        """Compute ln p of each trained token, (n,) in at least fp32, in the order of batch.targets.
+
+        `batch` is as for run_rows(); its weights are not read.
+
+        The result is differentiable in the model's trained parameters, through the states after prompts, too.
+        Equal rows give the same numbers with and without shared prompts, except with dropout: answers that
+        share a prompt share its dropped entries.
+        """
+        return run_rows(model, batch, self, part_log_probs, each=True)
+
+    def features(self, model: RWKV, batch: Batch) -> Tensor:
+        """Return the head's input for each trained token, (n, C), in the order of log_probs()."""
+        return run_rows(model, batch, self, part_features, each=True)
+
+    def top_log_probs(self, model: RWKV, batch: Batch, count: int, temperature: float) -> Tensor:
+        """Compute loss.top_of() for each trained token, (n, 2 count + 1), without gradient, in the order of
+        log_probs()."""
+
+        def top(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
+            x, state = part_features(model, part, state)
+            return model.top_log_probs(x, count, temperature), state
+
+        return run_rows(model, batch, self, top, each=True)
+
 
 def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
     """Count the bytes of the state of `batch` rows.
@@ -66,34 +112,11 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
 Part = Callable[[RWKV, Batch, State | None], tuple[Tensor, State]]
 
 
-def batch_loss(model: RWKV, batch: Batch, chunks: Chunks) -> Tensor:
-    """Sum the weighted loss of the trained tokens of a batch.
-
-    `batch` is made by data/collate.collate() for chunks of this size. The result is differentiable in the
-    model's trained parameters.
-    """
-    return run_rows(model, batch, chunks, part_loss)
-
-
-def batch_sums(model: RWKV, batch: Batch, chunks: Chunks, logit_loss: LogitLoss) -> Tensor:
-    """Add up the sums of a loss of all logits over the trained tokens, each weighted.
-
-    Its numbers for these tokens are batch.teacher. Others are as for batch_loss().
-    """
-
-    def part_sums(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
-        x, state = model.features(part.ids, state, part.reset, part.where)
-        of_part = logit_loss._replace(numbers=part.teacher)
-        return model.logit_sums(x, part.targets, part.weights, of_part), state
-
-    return run_rows(model, batch, chunks, part_sums)
-
-
 def run_rows(model: RWKV, batch: Batch, chunks: Chunks, part: Part, each: bool = False) -> Tensor:
     """Apply `part` to the rows of a batch, whole or in chunks.
 
     Results of the chunks are summed. With `each` they are numbers for each of a chunk's trained tokens,
-    (n, ...), and are concatenated. `batch` and the gradients are as for batch_loss().
+    (n, ...), and are concatenated. `batch` and the gradients are those of Chunks.loss().
 
     A batch with `prompts` (P, S) has them read once: its rows `ids` are answers, and row i goes on from
     the state after prompt prompt_of[i], so its first token is the prompt's last. Prompts are padded on the
@@ -130,9 +153,20 @@ def part_loss(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, St
 
     `state` is the state before the part, None at the beginning of the rows.
     """
-    # the head, and the part of the last layer that only the head reads, run on the tokens that carry loss
-    x, state = model.features(part.ids, state, part.reset, part.where)
+    x, state = part_features(model, part, state)
     return model.loss(x, part.targets, part.weights), state
+
+
+def part_log_probs(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
+    """Return (ln p of the trained tokens of a part of the rows, state after the part), as part_loss()."""
+    x, state = part_features(model, part, state)
+    return model.log_probs(x, part.targets), state
+
+
+def part_features(model: RWKV, part: Batch, state: State | None) -> tuple[Tensor, State]:
+    """Return the head's input for the part's trained tokens, and the state after the part."""
+    # the head, and the part of the last layer that only the head reads, run on the tokens that carry loss
+    return model.features(part.ids, state, part.reset, part.where)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rwkv_miss.functional import linear
 from rwkv_miss.gemm import uses_onednn
 
 from ..ops.elementwise import TokenShift, add_layer_norm, native_functions, norm_shift
-from .loss import LogitLoss, head_log_probs, head_loss, head_sums
+from .loss import LogitLoss, head_log_probs, head_loss
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
@@ -158,6 +158,4 @@ class Head(Linear):
         if each:
             return head_log_probs(x, self.weight, targets, native, exact=on_gpu)
         weight = self.weight.to(x.dtype)
-        if logit_loss:
-            return head_sums(x, weight, targets, logit_loss, native, weights, exact=on_gpu)
-        return head_loss(x, weight, targets, native, weights, exact=on_gpu)
+        return head_loss(x, weight, targets, native, weights, on_gpu, logit_loss)

@@ -1,9 +1,10 @@
 """Training loss, a sum over the trained tokens with RWKV-LM's L2Wrap, and ln p of each token.
 
-`loss_sum` defines the loss, from logits. `head_loss` computes it from the head's input, with the logits of a
-few tokens at a time. It makes the gradients of input and weight at once, because the gradient of the loss,
-one number, only scales them. `head_log_probs` returns a number for each token, whose gradient scales that of
-the input, too. The gradient of a weight is a sum over the tokens: for it the logits are made a second time.
+common/token_loss.py defines the loss, from logits. `head_loss` computes it from the head's input, with the
+logits of a few tokens at a time. It makes the gradients of input and weight at once, because the gradient of
+the loss, one number, only scales them. `head_log_probs` returns a number for each token, whose gradient
+scales that of the input, too. The gradient of a weight is a sum over the tokens: for it the logits are made a
+second time.
 """
 
 from __future__ import annotations
@@ -11,57 +12,19 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_miss.gemm import add_product_, product, product_into
 
+from ..common.token_loss import L2WRAP, wide
 from ..ops.launch_errors import require_started
 from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library, once_differentiable
 
-L2WRAP = 1e-4
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
 LOWEST = -65504.0  # the smallest ln p, in fp16; its exp() is 0
-
-
-class _L2Wrap(torch.autograd.Function):
-    """Identity on the loss that adds L2WRAP * max(logits) to the gradient at each token's arg-max.
-
-    So logits stay small. A token's weight multiplies its term too.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, logits, weights):
-        top, where = logits.max(-1, keepdim=True)
-        ctx.save_for_backward(top if weights is None else top * weights.unsqueeze(1), where)
-        ctx.like = logits.shape, logits.dtype
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        top, where = ctx.saved_tensors
-        shape, dtype = ctx.like
-        pull = torch.zeros(shape, dtype=dtype, device=top.device)
-        return grad, pull.scatter_(-1, where, (L2WRAP * grad * top).to(dtype)), None
-
-
-def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum the cross entropy in nats: logits (tokens, V), targets (tokens,) int64 -> scalar.
-
-    It is computed in fp32, or in float64 for such logits, and is 0 for no tokens. The gradient has L2Wrap's
-    term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of tokens gives RWKV-LM's
-    mean loss and its factor 1e-4 / (B T). Weights (tokens,) multiply the loss of a token and its term; their
-    sum is then the divisor.
-    """
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    if weights is None:
-        loss = F.cross_entropy(exact, targets, reduction="sum")
-    else:
-        loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
-    return _L2Wrap.apply(loss, exact, weights) if len(targets) else loss
 
 
 def head_loss(
@@ -71,9 +34,10 @@ def head_loss(
     native: bool = False,
     weights: Tensor | None = None,
     exact: bool = False,
+    logit_loss: LogitLoss | None = None,
 ) -> Tensor:
-    """Compute loss_sum(x W^T, targets, weights), a scalar: x (tokens, C), weight (V, C), targets (tokens,)
-    int64.
+    """Compute loss_sum(x W^T, targets, weights), a scalar, or logit_loss.sums() of these: x (tokens, C),
+    weight (V, C), targets (tokens,) int64.
 
     x and the weight have one dtype; the result is in at least fp32. `exact`: the logits are unrounded, in at
     least fp32, too (see gemm.product_exact). Kept for the backward are the gradients of x and of the weight,
@@ -86,36 +50,24 @@ def head_loss(
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-    return HeadLoss.apply(x, weight, Blocks(x, weight, targets, weights, native, exact))
+    blocks = Blocks(x, weight, targets, weights, native, exact, logit_loss=logit_loss)
+    return HeadLoss.apply(x, weight, blocks)
 
 
 class LogitLoss(Protocol):
     """Loss of tokens that needs all of their logits; src/losses/distill.py has one."""
 
     numbers: Tensor  # (tokens, ...), what else it reads of each token
-    blocks: type[Blocks]  # computes it with its gradient, and takes the loss as `logit_loss`
+    per_token: tuple[int, ...]  # shape of the numbers that losses_of() returns for a token
 
     def sums(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Sum the loss, or numbers that begin with it, over tokens: the definition. logits (tokens, V)."""
 
+    def losses_of(self, logits: Tensor, part: slice, weights: Tensor | None, blocks: Blocks) -> Tensor:
+        """Return the numbers (*per_token, tokens) of a part of the tokens, each times its weight; the logits
+        become the gradient of the loss, by blocks.gradient_in()."""
+
     def _replace(self, **fields: Any) -> LogitLoss: ...
-
-
-def head_sums(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logit_loss: LogitLoss,
-    native: bool = False,
-    weights: Tensor | None = None,
-    exact: bool = False,
-) -> Tensor:
-    """Compute logit_loss.sums(x W^T, targets, weights). All others are as for head_loss()."""
-    if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()
-    native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-    blocks = logit_loss.blocks(x, weight, targets, weights, native, exact, logit_loss=logit_loss)
-    return HeadLoss.apply(x, weight, blocks)
 
 
 def head_log_probs(
@@ -143,14 +95,30 @@ class Blocks:
     native: bool
     exact: bool
     l2wrap: float = L2WRAP
-    per_token: ClassVar[tuple[int, ...]] = ()  # shape of the numbers that a token has
+    logit_loss: LogitLoss | None = None
+    rooms: list[Tensor] = dataclasses.field(default_factory=list)  # kept by a logit loss from block to block
 
     def losses_of(self, logits: Tensor, part: slice) -> Tensor:
         """Return the losses (*per_token, tokens) of a part of the tokens from its logits, which become the
         gradient of the first number."""
-        softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
         weights = None if self.weights is None else self.weights[part]
+        if self.logit_loss is None:
+            return self.cross_entropy(logits, part, weights)
+        return self.logit_loss.losses_of(logits, part, weights, self)
+
+    def cross_entropy(self, logits: Tensor, part: slice, weights: Tensor | None) -> Tensor:
+        """Return the cross entropy of each token; the logits become its gradient."""
+        softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
         return softmax_loss(logits, self.targets[part], weights, self.x.dtype, self.l2wrap)
+
+    def gradient_in(self, logits: Tensor) -> Tensor:
+        """View the gradient (tokens, V), which has the dtype of x, in the memory of the logits."""
+        return in_place_of(logits, self.x.dtype)
+
+    @property
+    def per_token(self) -> tuple[int, ...]:
+        """Return the shape of the numbers that a token has."""
+        return () if self.logit_loss is None else self.logit_loss.per_token
 
     @property
     def wide(self) -> torch.dtype:
@@ -171,7 +139,7 @@ class Blocks:
             part = slice(start, start + at_once)
             logits = product_into(block[: len(x[part])], x[part], self.weight)
             yield self.losses_of(logits, part)
-            gradient = in_place_of(logits, x.dtype)
+            gradient = self.gradient_in(logits)
             if dx is not None:
                 dx[part] = product(gradient, self.weight.t())
             if dw is not None:
@@ -234,11 +202,6 @@ class _HeadLogProbs(torch.autograd.Function):
             dx = None if dx is None else (dx.to(dout.dtype) * largest).to(x.dtype)
             dw *= largest
         return dx, dw.to(weight.dtype), None, None, None
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return the logits in at least fp32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_of(logits: Tensor, count: int, temperature: float) -> Tensor:

@@ -26,11 +26,12 @@ from rwkv_miss.quantised import quantise_
 from rwkv_miss.targets import layer_number
 
 from ..common.first_process import is_first_process
+from ..common.token_loss import loss_sum
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
 from .layers import Embedding, Head, LayerNorm, chosen
-from .loss import LOGITS_AT_ONCE, LogitLoss, loss_sum, top_of
+from .loss import LOGITS_AT_ONCE, LogitLoss, top_of
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 

@@ -13,7 +13,6 @@ from ..common.batch import Batch
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
 from ..model.batch_loss import Chunks
-from ..model.log_probs import token_log_probs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ def policy_of(model: RWKV, chunks: Chunks, processes: Processes = ALONE) -> Poli
     """Make the policy of a model that each process has whole, and that no trainer runs."""
 
     def log_probs(batch: Batch) -> Tensor:
-        return token_log_probs(model, batch, chunks)
+        return chunks.log_probs(model, batch)
 
     return Policy(log_probs, processes, model, model, model.emb.weight.device)
 

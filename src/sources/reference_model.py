@@ -28,7 +28,6 @@ from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV, read_model_file
 from ..model.batch_loss import Chunks
-from ..model.log_probs import token_features
 
 EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
 
@@ -70,7 +69,7 @@ class LiveTeacher:
     @torch.no_grad()
     def with_entries(self, batch: Batch) -> Batch:
         """Give a batch on the device the teacher's entries for losses.distill_on_policy.WholeTeacher."""
-        inputs = token_features(self.model, batch, self.chunks)
+        inputs = self.chunks.features(self.model, batch)
         return batch.having(teacher=inputs, teacher_head=self.model.head.weight)
 
 
@@ -147,7 +146,7 @@ class ReferenceKl:
         collate = self.examples.collator(module.source.chunks.size, module.shared)
         read = evaluation_batches(self.examples, config.ctx_len, config.micro_bsz, config.random_seed)
         batches = [collate(rows, 1.0) for rows in read]
-        return [token_features(model, batch.to(device), module.source.chunks) for batch in batches]
+        return [module.source.chunks.features(model, batch.to(device)) for batch in batches]
 
 
 def a_few(examples: Preferences) -> Preferences:

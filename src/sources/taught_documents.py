@@ -21,7 +21,6 @@ from ..data.batches import Schedule
 from ..data.examples import Examples
 from ..data.held_out import FORWARD
 from ..data.reference_values import row_shape, top_tokens
-from ..model.log_probs import top_log_probs
 from .base import TrainingData
 from .documents import DocumentCost, DocumentSource
 from .estimates import Speed, Times
@@ -61,7 +60,7 @@ class TaughtDocumentSource(DocumentSource):
         count, temperature = min(config.distill_top, arch.vocab_size), config.distill_temperature
 
         def read(policy: Policy, batch: Batch) -> Tensor:
-            return top_log_probs(policy.model, batch, self.chunks, count, temperature)
+            return self.chunks.top_log_probs(policy.model, batch, count, temperature)
 
         return TokenValues(top_tokens(count, arch.vocab_size), read, (temperature,), as_in_steps=False)
 

@@ -38,7 +38,6 @@ from ..distributed.consistency import agree
 from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
 from ..model import RWKV
-from ..model.log_probs import token_log_probs
 from ..sources.base import Feed, Source, TrainingData
 from ..sources.policy import Policy
 from ..sources.reference_model import reference_of
@@ -190,7 +189,7 @@ class FineTuning(pl.LightningModule):
 
     def predict_step(self, batch: Batch) -> Tensor:
         """Compute ln p of the trained tokens of a batch."""
-        return token_log_probs(self.model, batch, self.source.chunks)
+        return self.source.chunks.log_probs(self.model, batch)
 
     def _code(self) -> dict[str, str | None]:
         """Hash the user's code, which all processes have to share. A resumed run may have another."""
