@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, adapted_linears, share
-from .adapter_file import ADAPTER_FORMAT, adapter_tensors, by_owner, layer_tensors, name_in_file, read_adapter
+from .adapter_file import ADAPTER_FORMAT, adapter_tensors, by_owner, name_in_file, read_adapter
 from .errors import UserError, listed
 from .files.checkpoint import Arch, check_finite, write_checkpoint
 from .files.file_kinds import may_replace
+from .fit import check_layer, check_whole, refuse_other_base
 from .inject import Injection, attach, keep_first_values, statistics_of
-from .methods.token_rows import layers_of_rows
+from .methods.token_rows import layers_of_rows, method_of
 from .methods.whole_tensors import PARTS, in_parts, state_names
 from .sharding import gathered, is_sharded, local, put, require_whole, reshard, unsharded
 from .target_checks import SharedMemory, refuse_unfit
@@ -105,6 +106,11 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
+def _arch(model: nn.Module) -> Arch | None:
+    """Return an RWKV's sizes; in another project's model `arch` may be anything."""
+    return model.arch if isinstance(getattr(model, "arch", None), Arch) else None
+
+
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
@@ -119,7 +125,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     may_replace(path, ADAPTER_FORMAT)
     require_whole(model)
     reshard(model)
-    arch = getattr(model, "arch", None)  # in another project's model `arch` may be anything
     with _trained(model):
         tensors, linears, tied = _file_content(model)
     views = {
@@ -143,7 +148,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "layers": injection.layers,
         "tokens": injection.tokens,
         "trainable": injection.trainable,
-        "arch": arch.to_dict() if isinstance(arch, Arch) else None,
+        "arch": arch.to_dict() if (arch := _arch(model)) else None,
         "base": getattr(model, "base_name", None),
         "base_fingerprint": getattr(model, "base_fingerprint", None),
     }
@@ -230,23 +235,22 @@ def fit_adapter(
     """
     tensors, metadata = content or read_adapter(path)
     check_finite(tensors)
-    recorded = metadata["base_fingerprint"]
-    if not force and recorded and getattr(model, "base_fingerprint", None) not in (None, recorded):
-        raise UserError(
-            f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that"
-            " one as the base"
-        )
+    refuse_other_base(
+        path,
+        metadata,
+        getattr(model, "base_name", "this model"),
+        _arch(model),
+        lambda: getattr(model, "base_fingerprint", None),
+        force=force,
+    )
     tensors, metadata = _named_as_here(model, tensors, metadata)
     if not hasattr(model, "injection"):
         _inject_as_trained(model, path, tensors, metadata)
     _check_same_adapter(model, path, tensors, metadata)
     whole, by_layer, owned = dict(tensors), {}, by_owner(tensors)
     for name, layer in adapted_linears(model).items():
-        try:
-            by_layer[name] = layer_tensors(type(layer), name, (layer.out_features, layer.in_features), owned)
-            layer.check(by_layer[name])
-        except UserError as error:
-            raise UserError(f"{path}, {name}: {error}") from None
+        shape = layer.out_features, layer.in_features
+        by_layer[name], _ = check_layer(path, name, shape, *method_of(metadata, name), owned)
         for key in layer.own_tensors():
             whole.pop(name_in_file(layer, name, key), None)
     parameters = _replaceable(model)
@@ -254,7 +258,7 @@ def fit_adapter(
         tied_here = parameters.get(other) is parameters.get(name)
         if name in whole and other in parameters and not tied_here:
             whole[other] = whole[name]
-    _check_whole(path, whole, parameters)
+    check_whole(path, whole, parameters)
     return by_layer, whole, metadata
 
 
@@ -350,21 +354,3 @@ def _check_same_adapter(
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
         raise UserError(f"{path} lacks {listed(absent, 1)} of this model's adapter")
-
-
-def _check_whole(
-    path: str | os.PathLike[str], whole: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> None:
-    """Raise UserError for a whole tensor of the file that cannot replace one of the model."""
-    for name, tensor in whole.items():
-        if name not in parameters:
-            raise UserError(f"{path} holds {name}, which this model does not have")
-        if parameters[name].numel() != tensor.numel():
-            raise UserError(
-                f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model"
-            )
-        if not parameters[name].is_floating_point():
-            raise UserError(
-                f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise"
-                " after that"
-            )

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.errors import UserError
+from rwkv_miss.fit import check_whole
 from rwkv_miss.merging.members import Member
 from rwkv_miss.methods.whole_tensors import state_names
 from rwkv_miss.targets import put_linears
-from src.inference.adapters import find, put, zeros_of
+from src.inference.adapters import put, zeros_of
 from src.model import RWKV
 
 
@@ -56,7 +57,8 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
     """
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
     whole: dict[str, list[tuple[Tensor, float]]] = {}
-    modules, names = dict(model.named_modules()), {*dict(model.named_parameters()), *state_names(model)}
+    states = {name: zeros_of(model, name) for name in state_names(model)}
+    modules, tensors = dict(model.named_modules()), {**states, **dict(model.named_parameters())}
     for m in members:
         for name in m.metadata["linears"]:
             if not isinstance(modules.get(name), nn.Linear):
@@ -66,16 +68,11 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
             layer.eval()
             layer.prepare()
             linears.setdefault(name, []).append((layer, m.weight))
+        check_whole(m.path, m.whole, tensors)
         for name, tensor in m.whole.items():
-            if name not in names:
-                raise UserError(f"{m.path} holds {name}, which this model does not have")
             whole.setdefault(name, []).append((tensor, m.weight))
     for name, values in whole.items():
-        found = find(model, name)
-        if found is None:
-            base = zeros_of(model, name)
-        else:
-            base = found.detach().to(torch.promote_types(found.dtype, torch.float32))
+        base = tensors[name].detach().to(torch.promote_types(tensors[name].dtype, torch.float32))
         change = sum(weight * (tensor.to(base.dtype).reshape(base.shape) - base) for tensor, weight in values)
         put(model, name, base + change)
     blended = {}

@@ -723,7 +723,7 @@ def test_a_whole_tensor_that_the_base_lacks_is_of_another_base(tmp_path):
     ours()
     for file in ("theirs.pth", "ours.pth"):
         with pytest.raises(
-            rwkv_miss.UserError, match="replaces blocks.0.att.time_maa_x, which the base does not have"
+            rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"
         ):
             rwkv_miss.merge_file("base.pth", file, "merged.pth")
     with pytest.raises(

@@ -389,16 +389,16 @@ def test_tensors_that_do_not_fit(case):
     broken = {"blocks.0.att.key.miss": torch.zeros(16, 47)}
     refused(
         case(whole=broken),
-        r"does not fit blocks.0.att.key of the base, \(48, 48\): miss is \(16, 47\)",
+        r"does not fit blocks.0.att.key, \(48, 48\): miss is \(16, 47\)",
         force=True,
     )
     refused(
         case(whole={"ln_out.weight": torch.zeros(47)}),
-        r"ln_out.weight is \(47,\) in the adapter, \(48,\) in the base",
+        r"does not fit ln_out.weight, \(48,\): it has \(47,\)",
     )
     refused(
         case(whole={"emb.weight": torch.zeros(48, 67)}),
-        r"emb.weight is \(48, 67\) in the adapter, \(67, 48\)",
+        r"does not fit emb.weight, \(67, 48\): it has \(48, 67\)",
     )
     refused(case(whole={"blocks.0.att.key.more": torch.zeros(3)}), "method miss needs")
     refused(case(linears=[*LINEARS, "blocks.0.att.w1"]), "blocks.0.att.w1, which the base does not have")

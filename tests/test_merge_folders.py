@@ -192,7 +192,7 @@ def test_tensors_are_made_one_after_the_other_and_a_failure_leaves_nothing(adapt
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\): .*"
          "python -m rwkv_miss merge --base UNQUANTISED --adapter .*a.pth --output .*out"),
         ("other names", "a.pth changes b, which .*base does not have, .* has tensors such as one.b.weight"),
-        ("other shape", r"does not fit a of the base|a.weight|b.weight"),
+        ("other shape", "does not fit a, "),
     ],
 )  # fmt: skip
 def test_what_is_refused_leaves_nothing(what, words, adapter, tmp_path):

@@ -224,7 +224,7 @@ def test_refusals(merging):
     merging.refused("b.pth is an input", ["a.pth", "b.pth"], out="b.pth")
     broken = {**read_checkpoint(merging.folder / "b.pth"), "blocks.0.att.key.miss": torch.zeros(7, 39)}
     write_checkpoint(merging.folder / "b.pth", broken.items(), read_metadata(merging.folder / "b.pth"))
-    merging.refused("b.pth: the adapter does not fit blocks.0.att.key", ["a.pth", "b.pth"])
+    merging.refused("b.pth does not fit blocks.0.att.key", ["a.pth", "b.pth"])
     merging.tensors["head.weight"][0, 0] += 1
     write_checkpoint(merging.folder / "base.pth", merging.tensors.items())
     merging.adapter("c.pth", seed=3)

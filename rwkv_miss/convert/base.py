@@ -8,10 +8,10 @@ import os
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import METHODS, AdapterLinear
-from ..adapter_file import by_owner, layer_tensors, read_described
+from ..adapter_file import by_owner, read_described
 from ..errors import UserError
 from ..files.checkpoint import Arch
 from ..files.hf_folder import is_folder
@@ -19,6 +19,7 @@ from ..files.identity import Identity
 from ..files.model_files import name_of
 from ..files.stored_names import find_stored
 from ..files.wrapped import is_model
+from ..fit import check_layer, check_matrices, refuse_other_base
 from ..targets import views_of
 from .formats import Adapter
 
@@ -70,20 +71,11 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     Raises UserError if the adapter names another base, or if the base lacks one of the adapter's linears.
     """
     base = Base(path)
-    fingerprint, identity = adapter.metadata.get("base_fingerprint"), Identity(path, base.tensors)
-    if fingerprint and identity.fingerprint != fingerprint:
-        raise UserError(
-            f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
-            " one as --base"
-        )
+    identity = Identity(path, base.tensors)
+    refuse_other_base("the adapter", adapter.metadata, path, None, lambda: identity.fingerprint)
     views = views_of(adapter.metadata)
     tensors = base.find({view.key: view for view in views.values()})
-    for name, view in views.items():
-        if view.key not in tensors or not view.fits(tensors[view.key]):
-            raise UserError(
-                f"the adapter changes {name}, and --base {path} has no matrix {view.key}; give the model that"
-                " it was trained on"
-            )
+    check_matrices("the adapter", views.items(), tensors, path)
     arch = Arch.record_of(base.tensors)
     about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(view.of(tensors[view.key]).shape) for name, view in views.items()}
@@ -125,16 +117,9 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
     """
     cls, options, owned = METHODS[adapter.method], adapter.options, by_owner(adapter.tensors)
     for name, shape in linear_shapes(adapter).items():
-        tensors = layer_tensors(cls, name, shape, owned)
-        weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)  # one number in memory
-        try:
-            layer = cls.wrap(
-                weight, None, options.at(name), {key: tensors[key].float() for key in cls.shared}
-            )
-            layer.assign(tensors)
-        except UserError as error:
-            raise UserError(f"the adapter does not fit {name}, {shape}: {error}") from None
-        yield name, layer
+        tensors, _ = check_layer("the adapter", name, shape, cls, options.at(name), owned)
+        weight = torch.zeros(1).expand(shape)  # one number in memory
+        yield name, cls.of_file(weight, tensors, options.at(name))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

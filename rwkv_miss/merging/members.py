@@ -21,6 +21,7 @@ from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, fo
 from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import fingerprint
+from ..fit import check_layer, check_matrices, check_whole
 from ..methods.token_rows import method_of
 from ..methods.whole_tensors import PARTS
 from ..targets import View, views_of
@@ -121,42 +122,18 @@ class Member:
 
     def check(self, base: Mapping[str, Tensor]) -> None:
         """Raise UserError unless every adapted linear and every whole tensor fits the base."""
-        self._check_linears(base)
-        self._check_states(base)
-        self._check_whole(base)
-
-    def _check_linears(self, base: Mapping[str, Tensor]) -> None:
-        for name, view in self.views:
-            if view.key not in base:
-                raise UserError(
-                    f"the adapter changes {name}, which the base does not have; merge into the base it was"
-                    " trained on"
-                )
-            weight = base[view.key]
-            if not view.fits(weight) or not weight.is_floating_point():
-                expected = "matrix" if view.index is None else f"stack of more than {view.index} matrices"
-                raise UserError(
-                    f"{view.key} of the base is {tuple(weight.shape)}, {weight.dtype}; a floating-point"
-                    f" {expected} is expected"
-                )
+        check_matrices(self.path, self.views, base)
         for name, view in self.views:
             shape = _matrix(view, base[view.key]).shape
-            try:
-                with torch.device("meta"):  # check shapes without values, before anything is written
-                    method, options = self.method_at(name)
-                    own = layer_tensors(method, name, shape, self.owned)
-                    layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
-                    method.merged_weight(weight := torch.empty(shape), layer, options)
-                    is_part = isinstance(view, Rows)
-                    if is_part and not method.of_file(weight, layer, options).low_rank():
-                        raise UserError(
-                            f"a change by {self.metadata['method']} depends on the whole matrix, of which"
-                            f" {view.key} is a part; merge in memory: rwkv_miss.merge(model)"
-                        )
-            except UserError as error:
+            _, layer = check_layer(self.path, name, shape, *self.method_at(name), self.owned)
+            if isinstance(view, Rows) and not layer.low_rank():
                 raise UserError(
-                    f"the adapter does not fit {name} of the base, {tuple(shape)}: {error}"
-                ) from None
+                    f"a change by {self.metadata['method']} depends on the whole matrix, of which"
+                    f" {view.key} is a part; merge in memory: rwkv_miss.merge(model)"
+                )
+        self._check_states(base)
+        # this package's own files may bring new tensors, such as a classifier's
+        check_whole(self.path, self.whole, base, lambda key: "origin" not in self.metadata or is_state(key))
 
     def _check_states(self, base: Mapping[str, Tensor]) -> None:
         states = {name: tuple(tensor.shape) for name, tensor in self.whole.items() if is_state(name)}
@@ -168,25 +145,8 @@ class Member:
             }
             if states != wanted:
                 raise UserError(
-                    f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this"
-                    f" base has {arch.describe()}"
-                )
-
-    def _check_whole(self, base: Mapping[str, Tensor]) -> None:
-        for key, tensor in self.whole.items():
-            if not tensor.is_floating_point():
-                raise UserError(
-                    f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected"
-                )
-            # this package's own files may bring new tensors, such as a classifier's
-            if key not in base and "origin" in self.metadata and not is_state(key):
-                raise UserError(
-                    f"{self.path} replaces {key}, which the base does not have; merge into the base it was"
-                    " trained on"
-                )
-            if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
-                raise UserError(
-                    f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base"
+                    f"the initial state of {self.path} is of {len(states)} layers,"
+                    f" {next(iter(states.values()))} each; this base has {arch.describe()}"
                 )
 
     @torch.no_grad()
@@ -273,12 +233,9 @@ class Combination:
         return [key for key in self.whole if key not in base and key not in other_names]
 
     def check(self, base: Mapping[str, Tensor]) -> None:
-        """Raise UserError, which names the adapter if there are several, unless all of them fit the base."""
+        """Raise UserError unless all adapters fit the base."""
         for m in self.members:
-            try:
-                m.check(base)
-            except UserError as error:
-                raise UserError(f"{m.path}: {error}" if len(self.members) > 1 else str(error)) from None
+            m.check(base)
 
     def name(self, key: str) -> str:
         """Name a tensor for reports: the linear whose weight it is, or the tensor itself."""

@@ -29,6 +29,7 @@ from ..files.provenance import Provenance
 from ..files.safetensors_io import file_order, is_safetensors
 from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, of_all, read_weights, write_like
 from ..files.wrapped import is_model
+from ..fit import refuse_other_base
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .places import placed
@@ -233,9 +234,7 @@ def merge_file(
     identity = Identity(base, tensors)
     record = _record(base, before, identity.fingerprint, members)
     for m in members:
-        if not force:
-            _refuse_second_merge(base, before, m)
-        _check_base(base, m, identity, tensors, force)
+        _check_base(base, before, m, identity, tensors, force)
     files, header = read_weights(base) if to_folder else ({"": tensors}, {})
     stored = of_all(files)
     if to_folder or is_folder(base) and not is_model(tensors):
@@ -341,13 +340,33 @@ def _report(
     )
 
 
-def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
-    """Raise UserError if this adapter is already merged into the base. before: the base's metadata."""
-    if adapter.fingerprint in {entry["adapter_fingerprint"] for entry in merged_adapters(before)}:
+def _check_base(
+    base: str | os.PathLike[str],
+    before: dict[str, Any],
+    adapter: Member,
+    identity: Identity,
+    tensors: dict[str, Tensor],
+    force: bool,
+) -> None:
+    """Raise UserError for another base than the adapter's, and, unless `force`, for a second merge of it.
+
+    before: the base's metadata.
+    """
+    earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
+    if not force and adapter.fingerprint in earlier:
         raise UserError(
             f"{base} is already a merge of {adapter.path} into {before.get('base')}; --force merges it a"
             " second time"
         )
+    refuse_other_base(
+        adapter.path,
+        adapter.metadata,
+        base,
+        adapter.metadata.get("arch") and Arch.detect(tensors),
+        lambda: identity.fingerprint,
+        "merge into that one, or --force",
+        force,
+    )
 
 
 def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
@@ -424,32 +443,3 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
         tried.append(loses)
     why = f"{', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32"
     return torch.float32, f"--dtype auto: {why}"
-
-
-def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
-    """Refuse a base that is not the adapter's, and say which sizes differ.
-
-    A base with another width is refused even with `force`.
-    """
-    differs, misfit = "", False
-    metadata = adapter.metadata
-    if metadata.get("arch"):
-        trained, found = Arch.from_dict(metadata["arch"]), Arch.detect(tensors)
-        if trained.describe() != found.describe():
-            differs = f"; that one is {trained.describe()}, this one {found.describe()}"
-        elif trained.layer0_value_residual != found.layer0_value_residual:
-            differs = (
-                "; one of the two has no value residual in block 0, which nothing reads and which"
-                " flash-linear-attention's folders lack: if all else is the same, --force is right"
-            )
-        # MiSS's tensors do not contain their linears' input width, so shapes alone would not show a misfit
-        misfit = any(
-            getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
-        )
-    fingerprint = metadata.get("base_fingerprint")
-    if misfit or (not force and fingerprint and identity.fingerprint != fingerprint):
-        advice = "merge into that one" + ("" if misfit else ", or --force")
-        raise UserError(
-            f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs};"
-            f" {advice}"
-        )

@@ -19,8 +19,10 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import Identity, fingerprint
+from rwkv_miss.fit import refuse_other_base
 from rwkv_miss.methods.token_rows import layers_of_rows, token_ids, tokens_text
 from rwkv_miss.methods.whole_tensors import PARTS, split_parts
+from rwkv_miss.save_and_load import fit_adapter
 from rwkv_miss.target_checks import find_targets
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
@@ -38,14 +40,14 @@ def take_settings(draft: Draft, arch: Arch) -> None:
     Raises UserError for a file that does not fit the base, and for a given setting that is another one.
     """
     config, adapter = draft.config, _read(draft.config)
-    described = adapter.metadata["arch"]
-    names = ("version", "n_layer", "n_embd", "vocab_size")
-    if described and any(described.get(name) != getattr(arch, name) for name in names):
-        _refuse(config, f"was trained on {_sizes(described)}, and --load_model is {arch.describe()}")
-    recorded = adapter.metadata["base_fingerprint"]
-    if recorded and recorded != Identity(config.load_model, shown=is_first_process()).fingerprint:
-        base = adapter.metadata["base"]
-        _refuse(config, f"was trained on another base, {base}, and not on this --load_model", base)
+    refuse_other_base(
+        f"--init_adapter {config.init_adapter}",
+        adapter.metadata,
+        config.load_model,
+        arch,
+        lambda: Identity(config.load_model, shown=is_first_process()).fingerprint,
+        _merge_first(config, adapter.metadata["base"]),
+    )
     found = _settings(adapter, arch)
     for name, value in found.items():
         given = getattr(config, name)
@@ -64,8 +66,7 @@ def take_settings(draft: Draft, arch: Arch) -> None:
 def put(model: RWKV, config: Config) -> None:
     """Adapt the model as the file of --init_adapter is, with its values."""
     path, adapter = config.init_adapter, _read(config)
-    content = adapter.tensors, checked_metadata(path, adapter.metadata)
-    rwkv_miss.load_adapter(model, path, keep_first=False, content=content)
+    rwkv_miss.load_adapter(model, path, keep_first=False, content=_content(config, adapter))
     model.start_fingerprint = fingerprint(adapter.tensors)
 
 
@@ -157,33 +158,30 @@ def _difference(config: Config, name: str, given: Any, adapter: Adapter, value: 
 
 
 def _check_tensors(config: Config, adapter: Adapter, arch: Arch) -> None:
-    """Raise UserError unless a run with these settings trains exactly the file's tensors, in their shapes."""
+    """Raise UserError unless a run with these settings trains exactly the file's tensors."""
     with torch.device("meta"):
         model = RWKV(arch)
     config.adapter.inject(model)
-    here, there = _shapes(adapter_tensors(model)), _shapes(adapter.tensors)
-    for name in [*here, *there]:
-        if here.get(name) != there.get(name):
-            shapes = [shapes.get(name) or "nothing" for shapes in (there, here)]
-            _refuse(config, f"has {shapes[0]} for {name}, and this run would train {shapes[1]}")
+    try:
+        fit_adapter(model, config.init_adapter, content=_content(config, adapter))
+    except UserError as error:
+        raise UserError(f"--init_adapter: {error}; {_merge_first(config)}") from None
+    for name in adapter.tensors.keys() - adapter_tensors(model).keys():
+        _refuse(config, f"has {name}, and this run would not train it")
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Map name -> shape without the axes of size 1, which converters leave out."""
-    return {name: tuple(n for n in tensor.shape if n != 1) or (1,) for name, tensor in tensors.items()}
+def _content(config: Config, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return adapter.tensors, checked_metadata(config.init_adapter, adapter.metadata)
 
 
-def _sizes(described: dict[str, Any]) -> str:
+def _refuse(config: Config, problem: str) -> None:
+    raise UserError(f"--init_adapter {config.init_adapter} {problem}; {_merge_first(config)}")
+
+
+def _merge_first(config: Config, base: str | None = None) -> str:
+    """Return the merge command that is the way out."""
     return (
-        f"RWKV-{described.get('version')}, {described.get('n_layer')} layers, width {described.get('n_embd')}"
-    )
-
-
-def _refuse(config: Config, problem: str, base: str | None = None) -> None:
-    """Raise UserError with the merge command that is the way out."""
-    path = config.init_adapter
-    raise UserError(
-        f"--init_adapter {path} {problem}. To train something else on top of it, merge it first: python -m"
-        f" rwkv_miss merge --base {base or config.load_model} --adapter {path} --out merged.pth; then give"
+        "to train something else on top of it, merge it first: python -m rwkv_miss merge --base"
+        f" {base or config.load_model} --adapter {config.init_adapter} --out merged.pth; then give"
         " --load_model merged.pth without --init_adapter"
     )
