@@ -53,6 +53,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Name an error of another package's: its kind, and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """List names with commas between them; at most `most` are written out: `a, b and 3 more`."""
     rest = len(names) - most

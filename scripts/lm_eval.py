@@ -18,7 +18,7 @@ if not __package__:  # started as a file, so that Python does not find src
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.errors import UserError, first_line, one_line_errors
     from rwkv_miss.files.hub import with_local_files
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
@@ -163,8 +163,7 @@ def load_tasks(args: Flags) -> tuple[TaskManager, list]:
     try:
         loaded = manager.load(tasks)["tasks"]
     except Exception as error:  # no network, no such data set: datasets raises many types
-        first_line, *_ = str(error).strip().splitlines() or [""]
-        raise UserError(f"the harness can't load the tasks: {type(error).__name__}: {first_line}") from None
+        raise UserError(f"the harness can't load the tasks: {first_line(error)}") from None
     for name, task in loaded.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(

@@ -393,13 +393,6 @@ def test_data(refused, folder, tmp_path):
     assert "every answer is cut off at --ctx_len 5, raise it" in refused("train", ctx_len=5)
 
 
-def test_a_message_of_many_lines_is_one_line(refused, tmp_path):
-    (tmp_path / "run.yaml").write_text("a: [\n")
-    assert "run.yaml is not valid YAML: while parsing a flow node" in refused(
-        "train", config=tmp_path / "run.yaml"
-    )
-
-
 def test_questions(refused, folder, tmp_path):
     path = tmp_path / "questions.jsonl"
     assert "questions.jsonl can't be read: No such file" in refused("evaluate", questions=path)

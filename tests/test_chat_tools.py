@@ -192,12 +192,6 @@ def test_files_of_tools(tmp_path):
         read_tools("absent.json")
 
 
-@pytest.mark.parametrize("flags", [["--raw", "--prompt", "x"], ["--load_state", "x"]])
-def test_tools_without_a_beginning(flags):
-    with pytest.raises(UserError, match="--tools are described at the beginning of a conversation"):
-        chat.parse(["--model", "x", "--tools", "x", *flags])
-
-
 def test_one_prompt_with_tools(weather, monkeypatch, capsys):
     tokenizer = named("bytes")
     text = STYLES["hermes"].calls([call("f", {"é": 1})])

@@ -143,16 +143,9 @@ def test_without_a_reference_there_are_no_rewards(files, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--preferences", "@pairs.jsonl", "--questions", "@pairs.jsonl"], "not both"),
-        (["--model", "@base.pth"], "give --questions, which the model answers, or --preferences"),
-        (["--preferences", "@pairs.jsonl"], "needs a --model"),
-        (["--preferences", "@pairs.jsonl", "--model", "@base.pth", "--samples", 2], "belongs to --questions"),
-        (["--preferences", "@pairs.jsonl", "--model", "@base.pth", "--beta", 1], "none without a reference"),
         (["--preferences", "@pairs.jsonl", "--model", "@base.pth", "--reference", "@no.pth"], "no.pth"),
         (["--preferences", "@bad.jsonl", "--model", "@base.pth"], "bad.jsonl, line 2: .*no rejected"),
         (["--preferences", "@sft.jsonl", "--model", "@base.pth"], "sft.jsonl, line 1: .*--loss sft"),
-        (["--questions", "@sft.jsonl", "--model", "@base.pth", "--beta", 1], "belongs to --preferences"),
-        (["--questions", "@sft.jsonl", "--model", "@base.pth", "--adapter", "a", "--adapter", "b"], "one"),
     ],
 )
 def test_mistakes_are_told_in_a_line(files, capsys, flags, message):

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from src.config import parse
 from src.data.tokenizer import load_tokenizer
@@ -143,24 +142,6 @@ def test_a_run_begins_at_the_kl_of_the_two_models_and_brings_it_down(files, tmp_
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
     assert "right_answers" not in evaluations[0], "there is no reference answer"
     assert not {"reward", "dead_groups", "engine_gap"} & steps[0].keys()
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--reference=", "--loss distill_on_policy needs a teacher: give the file of a larger"),
-        ("--strategy deepspeed_stage_3", "which --loss distill_on_policy needs for its rollouts; use ddp"),
-        ("--rewards exact", "exact=1.0 has no meaning with --loss distill_on_policy: it is for grpo"),
-        ("--distill_mix 0.5", "has no meaning with --loss distill_on_policy: it is for distill; drop it"),
-        ("--distill_temperature 0", "--distill_temperature 0.0: must be at least 0.01"),
-        ("--loss_mask all", "which trains on the answers it draws"),
-    ],
-)
-def test_settings_that_have_no_meaning_are_refused(flags, words):
-    needed = "--load_model base.pth --data_file rows.jsonl --loss distill_on_policy --reference big.pth"
-    with pytest.raises(UserError) as raised:
-        parse([*needed.split(), *flags.split()])
-    assert words in str(raised.value)
 
 
 def test_the_plan_has_a_teacher_that_stays(files, tmp_path):

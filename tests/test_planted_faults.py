@@ -30,7 +30,7 @@ def test_the_list_has_eighty_faults_of_all_kinds():
 @pytest.mark.parametrize(
     ("file", "nearest", "others"),
     [
-        ("src/serving/fields.py", "test_serving_protocol", {"test_serve_program"}),  # python -m demo.serve
+        ("src/serving/fields.py", "test_serving", {"test_refusals", "test_serve_program"}),  # -m demo.serve
         ("cuda/wkv6.cu", "test_launches", {"test_ptx_wkv", "test_ptx_elementwise"}),  # by *.cu
         ("src/evaluation/reward_worker.py", "test_reward_functions", {"test_grpo_run"}),  # a worker's file
         ("src/sources/drawn/taught.py", "test_distillation", {"test_on_policy"}),  # named by a loss

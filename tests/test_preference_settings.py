@@ -41,31 +41,6 @@ def mistake(*flags):
     return str(caught.value)
 
 
-def test_what_other_projects_call_it_is_said():
-    assert "orpo weighs its odds ratio with --orpo_lambda" in mistake("--loss", "orpo", "--beta", "0.1")
-    assert "ipo, orpo and simpo always take the mean" in mistake("--loss", "ipo", "--loss_average", "mean")
-
-
-@pytest.mark.parametrize("flags", ["--loss_mask all", "--prompt_weight 0.5", "--think_weight 0"])
-def test_the_tokens_of_a_preference_are_whole_answers(flags):
-    assert "which compares whole answers" in mistake("--loss", "simpo", *flags.split())
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
-        ("--sft_weight -0.5", "--sft_weight -0.5: must be a weight, 0 or more"),
-        ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
-        ("--beta 0", "--beta 0: must be above 0; leave it out for the usual one of --loss dpo"),
-        ("--beta -1", "--beta -1: must be above 0; leave it out"),
-        ("--loss tdpo", f"expected one of {', '.join(ALL_LOSSES)}"),
-    ],
-)
-def test_mistakes_are_explained(flags, words):
-    assert words in mistake("--loss", "dpo", *flags.split())
-
-
 @pytest.mark.parametrize(
     "loss, beta, sft_weight",
     [
@@ -162,37 +137,6 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
 )
 def test_what_other_trainers_call_it(flags, today):
     assert parse([*REQUIRED, *flags.split()]) == dataclasses.replace(parse(REQUIRED), **today)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            "--data_file= --dpo 1 --rlhf_train_file trainset.save",
-            "--rlhf_train_file trainset.save is a file of tokens",
-        ),
-        ("--data_file= --dpo_train_file trainset.save", "give the CSV that it was made of"),
-        (
-            "--data_file= --orpo 1 --orpo_alpha 0.006 --rlhf_train_file a.h5",
-            "as --data_file; the rest of the command is --loss orpo --orpo_lambda 0.006 here",
-        ),
-        (
-            "--data_file= --grpo 1 --rlhf_train_file a.h5",
-            "made; give questions as JSONL, with the columns prompt and completion, the right answer, as",
-        ),
-        ("--data_file= --sft 1 --train_data_file a.h5", "is a file of tokens that RWKV-LM-RLHF made"),
-        (
-            "--loss distill --reference other.pth --temperature 1",
-            "--loss distill draws no answers; the temperature of its KL is --distill_temperature 1",
-        ),
-        ("--wpo 1", "use --loss dpo or simpo"),
-        ("--dpo 1 --simpo 1", "--dpo and --simpo were given; choose one --loss"),
-        ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto, dapo"),
-        ("--orpo 1 --dpo_beta 0.1", "--beta 0.1 has no meaning with --loss orpo"),
-    ],
-)
-def test_what_other_trainers_have_and_we_have_not(flags, words):
-    assert words in mistake(*flags.split())
 
 
 def test_a_translated_loss_leaves_a_note(capsys):

@@ -11,13 +11,13 @@ from torch import nn
 import rwkv_miss
 from benchmarks.paper.training_tasks import load_task
 from benchmarks.ptxas_report import compile_report
-from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
+from rwkv_miss import merge_file, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
-from src.config import Config, parse
+from src.config import Config
 from src.model import RWKV, read_model_file
 from src.ops import native, self_test
 from src.ops import quantised as kernels
@@ -433,23 +433,6 @@ def test_quantising_takes_one_matrix_at_a_time(tmp_path):
         held = sum(p.nbytes for p in model.parameters() if not p.is_floating_point())
         assert held <= live.now <= held + 100
         assert live.peak < held + 20 * largest  # fp32 copies of one matrix, not of twelve
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--quant int8 --peft none", "--quant int8 is for a frozen base; --peft none trains all of it"),
-        (
-            "--quant nf4 --strategy deepspeed_stage_3",
-            "--quant nf4 works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3",
-        ),
-        ("--quant nf4 --strategy deepspeed_stage_3_offload", "--quant nf4 works with"),
-        ("--quant int4", "--quant int4: expected one of none, int8, nf4"),
-    ],
-)
-def test_where_a_quantised_base_makes_no_sense(flags, words):
-    with pytest.raises(UserError, match=words):
-        parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])
 
 
 def test_the_plan_advises_nf4_before_sharing():

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from demo import task
-from rwkv_miss.errors import UserError, one_line_errors
-from rwkv_miss.files.checkpoint import read_checkpoint
+from rwkv_miss.errors import one_line_errors
 from src.common import startup
 
 from . import program
@@ -309,12 +308,3 @@ MODULES = [words[-1] for words in PROGRAMS[1:] if words[-1] != "rwkv_miss"]
 )
 def test_an_old_python_can_read_a_program_as_far_as_that(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
-
-
-@pytest.mark.parametrize("content", ['{"text": "a"}\n', '{"a": 1}\n', '{\n  "a": 1\n}\n', "[]\n"])
-def test_json_in_the_place_of_a_model(content, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(
-        UserError, match="rows.jsonl is text, JSON as it seems, expected a .pth; data go to --data_file"
-    ):
-        read_checkpoint(tmp_path / "rows.jsonl")

@@ -226,15 +226,6 @@ def test_flags_of_the_operator_that_do_not_exist_end_the_start(tmp_path):
     assert not os.listdir(tmp_path)
     with pytest.raises(UserError, match="--train /dev/null/work: no folder can be made there"):
         Folders("/dev/null/work")
-    for words, said in (
-        ([], "give --model FILE, or --train FOLDER"),
-        (["--model", "m.pth", "--train", "."], "give --model FILE or --train FOLDER, not both"),
-        (["--model", "m.pth", "--models", "."], "--models has no meaning without --train"),
-        (["--model", "m.pth", "--limit_upload", "1GB"], "--limit_upload has no meaning without --train"),
-        (["--train", ".", "--adapter", "a.pth"], "--adapter has no meaning with --train"),
-    ):
-        with pytest.raises(UserError, match=said):
-            serve.parse(words)
 
 
 def test_without_locks_of_files_the_start_is_refused(monkeypatch):

@@ -361,22 +361,7 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ([], "give --model, which answers the questions, or --answers"),
-        (["--model", "m", "--answers", "a"], "not both"),
-        (["--answers", "a", "--run_code"], "--run_code is for --score code"),
-        (["--answers", "a", "--score", "code"], "in no sandbox: add --run_code"),
-        (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
-        (["--answers", "a", "--adapter", "b"], "--adapter b belongs to a --model"),
-        (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
-        (["--answers", "a", "--limit", "0"], "--limit 0: must be at least 1"),
-        (
-            ["--model", "m", "--samples", "4"],
-            "--samples 4 with --temperature 0: greedy answers are all alike",
-        ),
-        (["--model", "m", "--top_k", "4"], "--top_k 4 with --temperature 0: greedy answers sample nothing"),
-        (["--model", "m", "--temperature", "nan"], "--temperature nan: must be a finite number"),
         (["--model", "m", "--preset", "math50"], "invalid choice: 'math50'"),
-        (["--answers", "a", "--temperature", "1"], "--temperature 1.0 belongs to a --model"),
         (
             ["--answers", "{folder}/samples.jsonl"],
             "has 3 answers, --questions has 2 questions with 2 answers each",

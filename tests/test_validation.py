@@ -44,7 +44,7 @@ from . import program
 from .answering import engine_of, greedy_text
 from .conftest import read_rows, save_base, slow, write_rows
 from .program import at_file, dropout, flags_of, in_turn, interrupt, judge_late, kill, losses, succeed
-from .tables import cases, talk
+from .tables import talk
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -721,21 +721,6 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
     [record] = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
     assert record.stem == "run-" + (tmp_path / "run/wandb-id.txt").read_text().strip()
     assert "train/loss" in output and "validation/loss" in output  # wandb's own summary
-
-
-SENSELESS = """
-    --eval_steps 5 --eval_split 0  --eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05
-    --eval_split 0.1 --early_stop 2  --early_stop 2 counts evaluations; give --eval_steps, too
-    --eval_split 0 --early_stop 1 --loss grpo --rewards exact  --early_stop 1 counts evaluations;
-    --eval_split 1  --eval_split 1.0: must be a share below 1
-    --eval_split 0.1 --eval_file x  --eval_file x and --eval_split 0.1 were given; drop one of them
-"""
-
-
-@pytest.mark.parametrize("flags, words", cases(SENSELESS))
-def test_settings_that_make_no_sense(flags, words):
-    with pytest.raises(UserError, match=words):
-        parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags.split()])
 
 
 @pytest.mark.parametrize("count, line", [(1, "None"), (2, "None"), (3, "-")])

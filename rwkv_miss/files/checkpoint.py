@@ -188,9 +188,9 @@ def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
     does."""
     head = first_bytes(path, 9)
     refuse_stand_in(path)
-    text = head.decode("ascii", "replace")
-    if text[:1] in ("{", "[") and all(character.isprintable() or character.isspace() for character in text):
-        raise UserError(f"{path} is text, JSON as it seems, expected a .pth; data go to --data_file")
+    text = head.decode("latin-1")
+    if len(text) > 2 and all(character.isprintable() or character.isspace() for character in text):
+        raise UserError(f"{path} is text, expected a .pth; data go to --data_file")
     zipped = head[:4] == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
     for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):
         if found:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import UserError, listed
+from ..errors import UserError, first_line, listed
 from ..flags import Options
 from ..progress import Progress, print_notes
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
@@ -348,7 +348,7 @@ def _reason(name: HubName, error: Exception) -> str:
             f"{name}: {_why_unreachable(hub, error)}, and the cache {cache} has not all of it; give the same"
             " command again later, which goes on from what has arrived, or give a local path"
         )
-    return f"{name}: {_first_line(error)}; give the same command again, which goes on from what has arrived"
+    return f"{name}: {first_line(error)}; give the same command again, which goes on from what has arrived"
 
 
 def _asked(question: Callable[[], list[str]]) -> list[str]:
@@ -393,8 +393,4 @@ def why_unreachable(name: HubName) -> str:
 def _why_unreachable(hub: Any, error: Exception) -> str:
     if hub.constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, so the hub is not asked"
-    return f"the hub at {hub.constants.ENDPOINT} can't be reached ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"the hub at {hub.constants.ENDPOINT} can't be reached ({first_line(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -27,8 +28,19 @@ def size_text(size: float) -> str:
 
 def short(value: Any) -> str:
     """Shorten repr() to fit into a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def shown(value: Any) -> str:
+    """Show a value of JSON in JSON's words, shortened."""
+    if isinstance(value, str):
+        return short(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except RecursionError:  # the value was parsed with fewer calls on the stack
+        return "a value that is nested too deeply"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def both_ends(text: str, characters: int) -> str:

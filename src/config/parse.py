@@ -251,6 +251,9 @@ def _load_yaml(path: str) -> dict[str, Any]:
         )
     try:
         values = read_settings(path) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise UserError(f"{path} is not valid YAML: {error.problem}, line {line}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ..common.files import read_text
-from ..common.formatting import short
+from ..common.formatting import short, shown
 from .chat_template import clean
 
 ONLY_A_CALL = "Return only a JSON function call."
@@ -122,7 +122,7 @@ def read_call(call: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise UserError(
             'a tool call must be {"function": {"name": text, "arguments": object, or its JSON as text}}, got'
-            f" {short(call)}"
+            f" {shown(call)}"
         )
     return {"name": name, "arguments": arguments}
 
@@ -135,7 +135,7 @@ def read_function(tool: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name or not isinstance(description, (str, type(None))):
         raise UserError(
             'a tool must be {"type": "function", "function": {"name": text, "description": text,'
-            f' "parameters": JSON schema}}}}, got {short(tool)}'
+            f' "parameters": JSON schema}}}}, got {shown(tool)}'
         )
     return function
 
@@ -159,7 +159,7 @@ def read_parameters(function: dict[str, Any]) -> dict[str, Any]:
     ):
         raise UserError(
             f'tool {name}: "parameters" must be the JSON schema of an object, {{"type": "object",'
-            f' "properties": {{"a": {{"type": "string"}}, ...}}, "required": ["a"]}}, got {short(schema)}'
+            f' "properties": {{"a": {{"type": "string"}}, ...}}, "required": ["a"]}}, got {shown(schema)}'
         )
     return schema
 
@@ -217,7 +217,7 @@ def signature(function: dict[str, Any]) -> str:
 def _type(schema: Any) -> str:
     """Write a type as `string`, `string[]`, `"a" | "b"`, by its JSON schema, or raise UserError."""
     if not isinstance(schema, dict) or any(key in schema for key in UNWRITABLE):
-        raise UserError(short(schema))
+        raise UserError(shown(schema))
     if "const" in schema:
         return _literals([schema["const"]])
     if "enum" in schema:
@@ -233,13 +233,13 @@ def _type(schema: Any) -> str:
         items = _type(schema["items"])
         return f"({items})[]" if " | " in items else f"{items}[]"
     if kinds not in SIMPLE_TYPES:
-        raise UserError(short(schema))
+        raise UserError(shown(schema))
     return kinds
 
 
 def _literals(values: Any) -> str:
     if not isinstance(values, list) or not values or any(isinstance(value, (dict, list)) for value in values):
-        raise UserError(short(values))
+        raise UserError(shown(values))
     return " | ".join(map(_dumps, values))
 
 
@@ -298,7 +298,7 @@ def read_tools(path: str) -> list[dict]:
     if isinstance(value, dict):
         value = value.get("tools", [value])
     if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: got {short(value)}; {expected}")
+        raise UserError(f"{path}: got {shown(value)}; {expected}")
     for tool in value:
         try:
             read_function(tool)

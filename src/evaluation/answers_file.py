@@ -140,8 +140,8 @@ def read_answers(path: str, questions: int) -> list[list[SavedAnswer]]:
             answers[key] = SavedAnswer(row["answer"], row.get("cut"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save'
-            " writes it"
+            f"--answers {path} can't be read: {getattr(error, 'strerror', None) or repr(error)};"
+            ' expected JSONL of {"answer": text}, as --save writes it'
         ) from None
     samples = 1 + max((sample for _, sample in answers), default=0)
     expected = {(question, sample) for question in range(questions) for sample in range(samples)}

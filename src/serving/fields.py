@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from ..common.formatting import short
+from ..common.formatting import short, shown
 from .errors import Refused, wrong
 
 # fields of clients that change no answer here, and that nobody misses
@@ -35,17 +35,6 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(400, f"the request is {shown(value)}, expected a JSON object", code="invalid_json")
     return value
-
-
-def shown(value: Any) -> str:
-    """Show a value of a request in JSON's words, shortened."""
-    if isinstance(value, str):
-        return short(value)
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except RecursionError:  # the value was parsed with fewer calls on the stack
-        return "a value that is nested too deeply"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class Fields:

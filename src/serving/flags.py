@@ -194,11 +194,13 @@ def with_keys(args: Flags) -> Flags:
     if args.api_key is not None and args.api_key_file:
         raise UserError("--api_key and --api_key_file both give the key; drop one of them")
     if args.api_key == "":
-        raise UserError("--api_key is empty, and then everybody might ask; give a key, or leave it out")
+        raise UserError("--api_key is empty; give a key, or leave it out")
     keys = (args.api_key,) if args.api_key else read_keys(args.api_key_file, "--api_key_file")
     admin_keys = read_keys(args.admin_key_file, "--admin_key_file")
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys + admin_keys):
-        raise UserError("a key may have ASCII characters without spaces only: it is sent in a header")
+        raise UserError(
+            "a key has ASCII characters without spaces, since it is sent in a header; give another --api_key"
+        )
     if not keys and not is_own_machine(args.host):
         raise UserError(
             f"--host {args.host} can be reached from other machines: give a key with --api_key_file FILE, or"
@@ -215,7 +217,7 @@ def read_keys(path: str | None, flag: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8") as file:
             keys = tuple(filter(None, map(str.strip, file)))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} can't be read: {error}") from None
+        raise UserError(f"{flag} {path} can't be read: {getattr(error, 'strerror', error)}") from None
     if not keys:
         raise UserError(f"{flag} {path} is empty")
     return keys
@@ -232,6 +234,6 @@ def check_tls(args: Flags) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.tls_cert, args.tls_key, lambda: "")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--tls_cert {args.tls_cert} --tls_key {args.tls_key}: {error}; expected a certificate and its"
-            " key without a password, both in PEM"
+            f"--tls_cert {args.tls_cert} --tls_key {args.tls_key}: {getattr(error, 'strerror', error)};"
+            " expected a certificate and its key without a password, both in PEM"
         ) from None

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import short
+from ..common.formatting import short, shown
 from ..data.chat_template import Template, begins_thoughts
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tool_styles import STYLES, ToolStyle, read_parameters
 from ..inference.constraint import AnswerForm, GrammarCompiler
 from .errors import wrong
-from .fields import Fields, shown
+from .fields import Fields
 from .tools import Tools
 
 Compiler = Callable[[], GrammarCompiler]  # made on first use

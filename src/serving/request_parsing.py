@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import counted, short
+from ..common.formatting import counted, short, shown
 from ..data.bos import with_bos
 from ..data.chat_template import Template
 from ..data.rwkv_template import RwkvTemplate
@@ -21,7 +21,7 @@ from ..inference.engine import Request
 from ..inference.logit_changes import LogitChanges
 from ..inference.sampling import Sampling, recommended
 from .errors import Refused, wrong
-from .fields import LARGEST_SEED, Fields, shown
+from .fields import LARGEST_SEED, Fields
 from .forms import answer_form, read_form, text_form
 from .limits import Limits
 from .messages import read_messages, without_thoughts

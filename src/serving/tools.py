@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
+from ..common.formatting import shown
 from ..data.tool_styles import read_function, read_parameters
 from .errors import wrong
-from .fields import Fields, shown
+from .fields import Fields
 
 
 class Tools(NamedTuple):

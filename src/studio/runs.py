@@ -317,8 +317,9 @@ class Runs:
             with log:
                 self._start_locked(folder, log, words, typed)
         except (OSError, UserError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise Refused(507, f"{name} was not started: {reason}", code="no_room") from None
+            raise Refused(
+                507, f"{name} was not started: {getattr(error, 'strerror', error)}", code="no_room"
+            ) from None
 
     def _start_locked(self, folder: str, log: IO, words: list[str], typed: Mapping[str, Any]) -> None:
         """Start a run whose log is locked. A failure to write leaves no process, and no new folder."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import UserError, first_line
 from rwkv_miss.files import hub
 from rwkv_miss.files.hub_names import DATA, HubName
 from rwkv_miss.progress import print_notes
@@ -46,7 +46,7 @@ def parquet(path: str, position: Position) -> Iterator[Record]:
                     row += 1
                     yield f"{path}, row {row}", record
     except Exception as error:  # pyarrow raises many kinds for a damaged file
-        raise UserError(f"data file {path} can't be read as parquet: {_first_line(error)}") from None
+        raise UserError(f"data file {path} can't be read as parquet: {first_line(error)}") from None
 
 
 def arrow(path: str, position: Position) -> Iterator[Record]:
@@ -71,7 +71,7 @@ def arrow(path: str, position: Position) -> Iterator[Record]:
                         row += 1
                         yield f"{path}, row {row}", record
     except Exception as error:  # pyarrow raises many kinds for a damaged file
-        raise UserError(f"data file {path} can't be read as Arrow: {_first_line(error)}") from None
+        raise UserError(f"data file {path} can't be read as Arrow: {first_line(error)}") from None
 
 
 def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]:
@@ -80,7 +80,7 @@ def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]
     try:
         data = module.load_from_disk(path)
     except Exception as error:  # datasets raises many kinds for a damaged folder
-        raise UserError(f"data folder {path} can't be read by datasets: {_first_line(error)}") from None
+        raise UserError(f"data folder {path} can't be read by datasets: {first_line(error)}") from None
     if isinstance(data, module.DatasetDict):
         if split not in data:
             raise UserError(
@@ -110,7 +110,7 @@ def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]
     except Exception as error:  # datasets raises many kinds: no network, no such data set, split or CONFIG
         raise UserError(
             f"{name} is no file or folder here, and datasets can't load a data set of this name, split"
-            f" {split!r} (--sft_split): {problem or _first_line(error)}"
+            f" {split!r} (--sft_split): {problem or first_line(error)}"
         ) from None
     finally:
         module.config.HF_HUB_OFFLINE = offline
@@ -124,13 +124,9 @@ def _rows(where: str, data: Any, position: Position) -> Iterator[Record]:
         try:
             columns = data[start : start + BATCH]
         except Exception as error:
-            raise UserError(f"{where}, row {start + 1}: can't be read: {_first_line(error)}") from None
+            raise UserError(f"{where}, row {start + 1}: can't be read: {first_line(error)}") from None
         for i, values in enumerate(zip(*columns.values())):
             yield f"{where}, row {start + i + 1}", dict(zip(columns, values))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def is_saved_dataset(path: str) -> bool:
