@@ -1,4 +1,4 @@
-"""Wrong flags and wrong requests are refused, and told why: tests/refusals has the cases and the answers."""
+"""Wrong flags and wrong requests are refused: tests/refusals has the cases and the answers."""
 
 import pytest
 

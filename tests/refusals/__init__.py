@@ -1,4 +1,4 @@
-"""What wrong flags and wrong requests are told: a text file for each room has every case and its answer.
+"""Refusals of wrong flags and wrong requests: a text file for each room has every case and its answer.
 
     == chat messages=HI                 what is asked, and what all cases of this section have in common
     $ temperature="warm"                a case: the flags of a command, or the fields of a request
