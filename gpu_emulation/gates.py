@@ -44,6 +44,7 @@ GATES = {
             "rwkv_miss/functional.py",
             "rwkv_miss/quantised.py",
             "src/common/device.py",
+            "src/common/token_loss.py",
             "src/model/layers.py",
             "src/model/loss.py",
             "src/model/rwkv*.py",

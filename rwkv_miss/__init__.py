@@ -5,6 +5,8 @@ Needs torch and the standard library only.
 
 # ruff: noqa: E402  (torch is imported after the first call)
 
+from collections.abc import Callable
+
 from .interrupts import end_program_at_once
 
 end_program_at_once()
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Callable[..., None]:
     """Import merge_file when it is asked for: the formats of all projects come with it, and no training has
     one."""
     if name != "merge_file":
