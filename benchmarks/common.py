@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from rwkv_miss import write_checkpoint
+from rwkv_miss.version import commit
 from src.common.device import choose_precision
 from src.model import RWKV, default_arch
 
@@ -55,15 +56,12 @@ def machine_line() -> str:
 @functools.cache
 def environment() -> dict[str, object]:
     """Collect machine, versions and commit, for a benchmark's JSON line."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
     return {
         "machine": machine_line(),
         "cpu": cpu(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit,
+        "commit": commit(),
     }
 
 

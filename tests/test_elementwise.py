@@ -26,7 +26,7 @@ from src.ops import (
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
-from .conftest import close, make_arch, random_tensors, settled_config, slow
+from .conftest import close, make_arch, random_tensors, settled_config
 
 # B, T, C, heads: head sizes 8, 16, 64, 80, 256
 SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 15, 128, 2), (1, 17, 160, 2), (2, 16, 512, 2)]
@@ -165,9 +165,8 @@ def test_threads_are_those_of_torch():
 @pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
 )
-@pytest.mark.parametrize(
-    "flags", [pytest.param(["-mavx2", "-mfma"], marks=pytest.mark.rare), slow(["-msse2"])], ids=" ".join
-)
+@pytest.mark.rare
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get, as in test_wkv.py."""
     command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=off", "-fPIC", "-pthread"]
