@@ -6,14 +6,18 @@ Stage 3 has a row for each way in which a method stores what it trains, not for 
 
 import functools
 import json
+import math
+import re
 import shutil
 
+import numpy as np
 import pytest
 
 from rwkv_miss import METHODS, read_checkpoint
+from src.common.formatting import size_text
 
 from . import program
-from .conftest import save_base, slow
+from .conftest import save_base, slow, write_rows
 from .program import flags_of, lines, same_adapters, same_lines, succeed, write_data
 
 # factors of 10,000 numbers and more, which are what stage 3 shares out; ranks that fit a width of 320
@@ -48,6 +52,9 @@ KINDS |= {
     "chunks": "--chunk_ctx 37 --lr_init 3e-3",
     "sparse_chunks": "--chunk_ctx 75 --state_cp 1 --grad_cp 1 --lr_init 3e-3",
     "dpo": f"--loss dpo --lr_init 3e-3 --grad_clip 0 {PAIRS}",
+    "ipo": f"--loss ipo --lr_init 3e-3 --grad_clip 0 {PAIRS}",
+    "orpo": f"--loss orpo --lr_init 3e-3 --grad_clip 0 {PAIRS}",
+    "simpo": f"--loss simpo --lr_init 3e-3 --grad_clip 0 {PAIRS}",
     "kto": f"--loss kto --lr_init 3e-3 --grad_clip 0 {ANSWERS}",
     "grpo": f"--loss grpo --rewards low=1 --reward_file {{files}}/judge.py --beta 0.1 {QUESTIONS}",
     "distill": f"--loss distill --lr_init 3e-3 {TEACHER}",
@@ -57,7 +64,7 @@ STRATEGIES = {
     # factors, blocks, magnitudes, pools that layers share, first values, vectors, averages; whole tensors
     "deepspeed_stage_3": "lora bat miss mos pissa vera adalora state full parts rows sparse_chunks distill",
     "deepspeed_stage_2": "mos packed nf4 chunks distill_on_policy",
-    "ddp": "miss dora prolora chunks dpo kto grpo",
+    "ddp": "miss dora prolora chunks dpo ipo orpo simpo kto grpo",
 }
 CASES = [(name, strategy) for strategy, names in STRATEGIES.items() for name in names.split()]
 FAST = ("miss", "deepspeed_stage_3"), ("kto", "ddp"), ("grpo", "ddp")
@@ -117,6 +124,32 @@ def test_two_processes_resume_what_one_began(files, tmp_path, one, name, strateg
             same_lines(lines(two, file), lines(alone, file))  # sums in another order
     trained = "model.pth" if name == "full" else "adapter.pth"
     same_adapters(two, alone, 1e-3, trained)
+
+
+def in_the_files_order(rank):
+    """Give the source of a distillation an order of its own."""
+    from src.data.batches import Schedule
+    from src.sources.taught_documents import TaughtDocumentSource
+
+    class FileOrder(Schedule):
+        def order(self, turn):
+            return np.arange(len(self.lengths))
+
+    TaughtDocumentSource.schedule_type = FileOrder
+
+
+@pytest.mark.slow
+def test_steps_plan_and_teacher_follow_the_order_of_a_source(files, tmp_path):
+    """In a run shorter than a pass, where the teacher reads the documents of its steps alone."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 2**i} for i in range(8)])
+    flags = f"--loss distill {TEACHER} --micro_bsz 3 --epoch_steps 2 --data_file {tmp_path}/rows.jsonl"
+    flags = flags_of(files, tmp_path / "run", *flags.format(files=files).split())
+    output = succeed(program.run(flags, sabotage=in_the_files_order))
+    size, all_sizes = re.search(r"trained token take (\d+) bytes, (.*?) in all", output).groups()
+    assert all_sizes == size_text(63 * int(size)), "of the six rows that are read, by the plan"
+    found = lines(tmp_path / "run")
+    assert [line["tokens"] for line in found] == [1 + 2 + 4, 8 + 16 + 32]
+    assert all(math.isfinite(line["loss"]) for line in found)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from src.model.loss import top_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.planning.step_memory import step_bytes, without_values
+from src.sources import source_of
 from src.sources.base import Source
 
 from .conftest import ROOT, make_arch
@@ -105,6 +106,12 @@ def results(loss, model, batch, chunk=0):
     value, sums = loss(model, batch, Chunks(chunk))
     gradients = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
     return value.detach(), sums, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def test_a_source_without_a_file_is_named(monkeypatch):
+    monkeypatch.setattr(LOSSES["sft"], "source", "no_such_file")
+    with pytest.raises(UserError, match="--loss sft names a source without a file: src.sources.no_such_file"):
+        source_of(Config())
 
 
 @each_loss

@@ -203,7 +203,7 @@ def test_a_function_that_breaks_its_process_is_told_and_the_next_call_has_anothe
     assert process.returncode is not None  # the process has been waited for
     functions.seconds = 10
     assert functions.call("sound", "3 + 4?", ANSWERS, "7") == [1, 0, 0]
-    assert set(os.listdir("/proc/self/fd")) <= before  # what an earlier test left may have been closed
+    assert set(os.listdir("/proc/self/fd")) <= before  # others may have been closed meanwhile
 
 
 def test_numbers_of_all_kinds_are_taken(functions_of):

@@ -99,6 +99,7 @@ class Schedule:
     """Schedule: the rows of each optimizer step, micro-batch and rank.
 
     Every pass over the data is a new permutation of the rows. `repeats` steps in a row have the same ones.
+    A source with another order has a subclass, which overrides order().
     """
 
     rows: Sequence[list[int]]  # the documents of each row
@@ -125,6 +126,10 @@ class Schedule:
         """Steps of a pass that have other rows than the step before."""
         return -(-len(self.lengths) // self.rows_per_step)
 
+    def order(self, turn: int) -> np.ndarray:
+        """Return the order of the rows in pass `turn` over the data (0-based), a permutation, (rows,) int."""
+        return _permutation(self.seed, turn, len(self.lengths))
+
     def step_rows(self, step: int) -> list[int]:
         """Return the row indices of optimizer step `step` (0-based), longest last, at most rows_per_step.
 
@@ -132,7 +137,7 @@ class Schedule:
         """
         turn, place = divmod(step // self.repeats, self._row_sets)
         begin = place * self.rows_per_step
-        rows = _permutation(self.seed, turn, len(self.lengths))[begin : begin + self.rows_per_step]
+        rows = self.order(turn)[begin : begin + self.rows_per_step]
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
 
     def step_targets(self, step: int) -> int:
@@ -169,7 +174,9 @@ class Schedule:
         return rows[group * size : (group + 1) * size]
 
 
-def make_schedule(documents: Examples, config: Config, world: int) -> Schedule:
+def make_schedule(
+    documents: Examples, config: Config, world: int, schedule_type: type[Schedule] = Schedule
+) -> Schedule:
     """Make the schedule of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
     if config.packing and not documents.alone:
@@ -177,7 +184,7 @@ def make_schedule(documents: Examples, config: Config, world: int) -> Schedule:
     else:
         rows = Groups(range(count), range(1, count + 1))
     targets, sums = rows.sums(documents.target_counts), documents.weight_sums
-    return Schedule(
+    return schedule_type(
         rows,
         lengths=rows.sums(lengths),
         targets=targets,

@@ -337,7 +337,8 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     """Make the steps of the run, with the batch and the length filled in."""
     config = draft.config
     single_rows = dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0)
-    one_by_one = make_schedule(data.documents, single_rows, config.world)
+    schedule_type = draft.source.schedule_type
+    one_by_one = make_schedule(data.documents, single_rows, config.world, schedule_type)
 
     def bytes_needed(tried: Config) -> float:
         return needed(estimate(tried, arch, one_by_one, data.documents), tried.devices, device.accelerator)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from rwkv_miss.errors import UserError
+
 from ..config import Config
 from ..losses import LOSSES
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 
 def source_of(config: Config) -> Source:
-    """Return the source of --loss, with these settings."""
-    module = importlib.import_module(f".{LOSSES[config.loss].source}", __name__)
-    return module.SOURCE(config)
+    """Return the source of --loss, with these settings. Raises UserError if the loss names no file here."""
+    source = f"{__name__}.{LOSSES[config.loss].source}"
+    try:
+        return importlib.import_module(source).SOURCE(config)
+    except ModuleNotFoundError as error:
+        if error.name != source:
+            raise
+        raise UserError(f"--loss {config.loss} names a source without a file: {source}") from None

@@ -223,6 +223,7 @@ class Source(abc.ABC):
     """Source of the examples that a loss is taken on: what is read or drawn, and how it is evaluated."""
 
     cost_type = SourceCost
+    schedule_type = Schedule  # decides the order of the rows in each pass, also in a reference's pass
 
     def __init__(self, config: Config, loss: Loss | None = None):
         self.config, self.loss = config, loss or loss_of(config)

@@ -116,7 +116,7 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
 def train(model: RWKV, source: Source, documents: Examples, steps: int) -> Iterator[float]:
     """Do train.py's optimizer steps; yields the loss of each, up to the first that is not finite."""
     config = source.config
-    schedule = make_schedule(documents, config, 1)
+    schedule = make_schedule(documents, config, 1, source.schedule_type)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
     factors = config.lr_map

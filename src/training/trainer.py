@@ -102,8 +102,9 @@ class FineTuning(pl.LightningModule):
         agree(self.config, self.inputs() | self._code(), self.first_step)
         # the number of processes is known from here on
         self.accumulate = self.config.accumulation
-        self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
-        reading = self.source.prompt_reading(self.data.documents, self.schedule, self.model.arch)
+        documents, world = self.data.documents, self.trainer.world_size
+        self.schedule = make_schedule(documents, self.config, world, self.source.schedule_type)
+        reading = self.source.prompt_reading(documents, self.schedule, self.model.arch)
         self.shared = reading.shared  # the prompt of a pair is read once
         config = self.config
         # stage 3 shards the model later, see ReferenceAtStart
