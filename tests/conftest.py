@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -42,6 +43,20 @@ def all_mapped(monkeypatch):
 def in_its_folder(tmp_path, monkeypatch):
     """The test runs in a folder of its own, tmp_path, so that a file is its name."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium, driven by Playwright."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (path := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip("NO chromium ON PATH (apt-get install chromium): the page is not tested")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def slow(*values):

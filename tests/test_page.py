@@ -7,7 +7,6 @@ system, and none of its own.
 import contextlib
 import json
 import re
-import shutil
 import time
 
 import pytest
@@ -18,7 +17,7 @@ pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the chat 
 pytest.importorskip("playwright", reason="NO playwright (the extra test has it): the chat page is not tested")
 
 import httpx
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import rwkv_miss
 from demo import page_picture
@@ -38,20 +37,9 @@ from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_live_adapters import train
 from .test_rendering import ACTS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LONG = Defaults(2000, "", {"temperature": 0.0}, 0)
 ANSWER = ".turn:last-child .answer"
 DONE = f"{ANSWER}:not(.running)"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("NO chromium ON PATH (apt-get install chromium): the chat page is not tested")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager

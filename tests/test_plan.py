@@ -64,15 +64,24 @@ def counted_once(monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", once)
 
 
+def bytes_of_a_step(model, grad_cp, batch, loss):
+    """(activations, peak) of loss() and its backward pass on real tensors."""
+    model.grad_cp = grad_cp
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    with Live([*model.parameters(), *model.buffers(), *grads, *batch.tensors().values()]) as live:
+        kept = live.after(model, "features")
+        loss().backward()
+    return max(kept), live.peak
+
+
 def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
     from src.sources.base import Feed, TrainingData
     from src.training.trainer import FineTuning
 
     model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
-    model.grad_cp = config.grad_cp
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
     documents = Documents(
         [
             Document(torch.arange(n + 1).numpy() % 67, torch.ones(n + 1).bool().numpy())
@@ -88,16 +97,7 @@ def counted_in_training(config, rows, kernel):
         grouped.append(documents.items[place : place + len(row)])
         place += len(row)
     batch = collate(grouped, 1, config.chunk_ctx).having(width=sum(rows[0]))
-    tensors = [
-        *model.parameters(),
-        *model.buffers(),
-        *(p.grad for p in model.parameters() if p.grad is not None),
-    ]
-    tensors += batch.tensors().values()
-    with Live(tensors) as live:
-        kept = live.after(model, "features")
-        module.training_step(batch, 0).backward()
-    return max(kept), live.peak
+    return bytes_of_a_step(model, config.grad_cp, batch, lambda: module.training_step(batch, 0))
 
 
 def config_version(config):

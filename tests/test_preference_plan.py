@@ -17,14 +17,14 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.planning import memory
 from src.planning.base_model import build_model
-from src.planning.step_memory import Live, step_bytes
+from src.planning.step_memory import step_bytes
 from src.reporting.document_text import example_sample, short_example
 from src.sources import source_of
 from src.sources.estimates import SharedPrompts
 from src.sources.pairs import source
 
 from .conftest import make_arch, settled_config, write_rows
-from .test_plan import SIZES
+from .test_plan import SIZES, bytes_of_a_step
 
 BYTES = Encoder(load_tokenizer("bytes", 256))
 
@@ -183,18 +183,12 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     examples = examples.with_reference(reference) if source_of(config).loss.needs_reference else examples
     batch = collate_answers([[examples[0]], [examples[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
-    model.grad_cp = grad_cp
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    tensors += [*model.buffers(), *batch.tensors().values()]
-    with Live(tensors) as live:
-        kept = live.after(model, "features")
-        source_of(config).loss(model, batch.having(width=37), source_of(config).chunks)[0].backward()
+    loss, chunks, batch = source_of(config).loss, source_of(config).chunks, batch.having(width=37)
+    activations, peak = bytes_of_a_step(model, grad_cp, batch, lambda: loss(model, batch, chunks)[0])
     planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch.targets), shared)
     # the chunks have unequal shares of the answers
-    assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
-    assert planned.peak == pytest.approx(live.peak, rel=0.01)
+    assert planned.activations == pytest.approx(activations, rel=0.01 if chunk else 0, abs=8)
+    assert planned.peak == pytest.approx(peak, rel=0.01)
 
 
 def test_the_pass_without_gradients_needs_less():

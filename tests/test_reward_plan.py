@@ -32,7 +32,7 @@ from src.sources.drawn.sizes import TOGETHER, largest_groups, longest_answer
 from src.sources.estimates import DRAWN, Speed, Work
 
 from .conftest import make_arch, write_rows
-from .test_plan import SIZES
+from .test_plan import SIZES, bytes_of_a_step
 from .test_preference_plan import planned
 
 BYTES = load_tokenizer("bytes", 256)
@@ -268,14 +268,8 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     reference = torch.zeros(len(batch.targets)) if beta else None
     batch = batch.having(width=batch.ids.shape[1], old=None, reference=reference)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
-    model.grad_cp = grad_cp
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    tensors += [*model.buffers(), *batch.tensors().values()]
-    with Live(tensors) as live:
-        kept = live.after(model, "features")
-        source_of(config).loss(model, batch, source_of(config).chunks)[0].backward()
+    loss, chunks = source_of(config).loss, source_of(config).chunks
+    activations, peak = bytes_of_a_step(model, grad_cp, batch, lambda: loss(model, batch, chunks)[0])
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
     asked = Questions([Question(["a"], "b")] * 2, prompts, 3, 11)
     sizes = largest_groups(asked, config.micro_bsz, config.chunk_ctx)
@@ -283,8 +277,8 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     planned = step_bytes(
         make_arch(7, **SIZES), config, kernel, "fp32", sizes.row, sizes.targets, sizes.shared
     )
-    assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
-    assert planned.peak == pytest.approx(live.peak, rel=0.01)
+    assert planned.activations == pytest.approx(activations, rel=0.01 if chunk else 0, abs=8)
+    assert planned.peak == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.parametrize("version", [6, 7])

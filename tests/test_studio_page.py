@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="NO starlette (the extra test has it): t
 pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the page is not tested")
 pytest.importorskip("playwright", reason="NO playwright (the extra test has it): the page is not tested")
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from demo import serve, studio_picture, task
 from scripts.preview_lint import MEANINGS
@@ -31,7 +31,6 @@ from .answering import engine_of, greedy_text
 from .conftest import ROOT, write_rows
 from .test_studio import eventually, made_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASE = ROOT / "demo" / "rwkv7-reverse.pth"
 QUESTIONS = ["wqa", "tgc", "xnd", "kfb", "zme"]
 PATIENCE = 60_000  # milliseconds for a process of the server's on a busy machine
@@ -40,16 +39,6 @@ DROP = """text => {
     files.items.add(new File([text], 'rows.jsonl'))
     return files
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("NO chromium ON PATH (apt-get install chromium): the page is not tested")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager
