@@ -33,7 +33,9 @@ FIELDS = {
     "views": dict,
     "arch": dict,
     "base": str,
+    "model_class": str,
     "base_fingerprint": str,
+    "weights_fingerprint": str,
     "versions": dict,
     "tokenizer": str,
     "eod": str,
@@ -54,7 +56,9 @@ DEFAULTS = {
     "views": {},
     "arch": None,
     "base": None,
+    "model_class": None,
     "base_fingerprint": None,
+    "weights_fingerprint": None,
     "versions": {},
 }
 
@@ -186,13 +190,7 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and metadata of an adapter file. Raises UserError for any other file."""
     if os.path.isdir(path):
-        is_peft = os.path.exists(os.path.join(path, "adapter_config.json"))
-        raise UserError(
-            f"{path} is a folder of peft, and an adapter's file is expected; make one: python -m rwkv_miss"
-            f" convert {path} OUT.pth --to native"
-            if is_peft
-            else f"{path} is a folder, and an adapter's file is expected; a model's folder is a base"
-        )
+        raise UserError(f"{path} is a folder, and an adapter's file is expected; a model's folder is a base")
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") != ADAPTER_FORMAT:

@@ -54,6 +54,26 @@ def refuse_other_base(
         )
 
 
+def refuse_other_weights(
+    path: Path,
+    metadata: Mapping[str, Any],
+    base: Path | None,
+    fingerprint: Callable[[], str | None],
+    advice: str = "give that one as the base",
+) -> None:
+    """Raise UserError if an adapter of a model that is no RWKV was trained on other weights.
+
+    fingerprint: computes weights_fingerprint() of the base's matrices that the adapter changes. If the
+    adapter or the base has none, nothing is refused.
+    """
+    recorded = metadata.get("weights_fingerprint")
+    if recorded and fingerprint() not in (None, recorded):
+        raise UserError(
+            f"{path} was trained on another base ({metadata.get('base')}), not on {base}: the weights that it"
+            f" changes are others; {advice}"
+        )
+
+
 def check_matrices(
     path: Path, views: Iterable[tuple[str, View]], tensors: Mapping[str, Tensor], base: Path = "the base"
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .adapter import (
     trained_outside_linears,
 )
 from .errors import UserError
+from .files.identity import weights_fingerprint
 from .methods.token_rows import LAYERS, TokenOptions, TokenRows, layers_of_rows
 from .methods.whole_tensors import add_states, in_parts, split_parts, state_names, train_whole
 from .target_checks import find_targets, refuse_unfit
@@ -57,6 +58,8 @@ class Injection:
     trained_before: list[str] = dataclasses.field(default_factory=list, repr=False)
     # name of a tensor trained as a whole -> its dtype in the base, or in the model if the base lacks it
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict, repr=False)
+    # weights_fingerprint() of the base's matrices that the adapter changes, unless an RWKV knows its file's
+    weights: str | None = None
     half_merged: bool = False  # merge(keep_base=False) has failed in the middle
     # base tensors that unmerge() puts back, by name, whole tensors as parameters; None: not merged
     kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
@@ -219,6 +222,7 @@ def attach(
     statistics = {name: tensor.clone() for name, tensor in statistics_of(model).items()}
     before = dict(model.named_parameters())
     trained_before = [name for name, p in before.items() if p.requires_grad]
+    weights = _fingerprint(model, [*targets.values(), *rows.values()])
     attached = [(cls, targets, parsed)]
     if rows:
         attached.append((TokenRows, rows, TokenOptions(tuple(sorted({*tokens})))))
@@ -230,9 +234,7 @@ def attach(
         add_states(model)
     for name in whole:
         train_whole(model, name)
-    for name, layer in adapted_linears(model).items():
-        if layer.owner is None:
-            layer.keep(targets[name].owner)
+    _keep_owners(model, targets)
     model.injection = Injection(
         method,
         dataclasses.asdict(parsed),
@@ -248,8 +250,22 @@ def attach(
         trained_before=trained_before,
         layers=None if within is None else sorted(within),
         tokens=sorted({*tokens}) if rows else [],
+        weights=weights,
     )
     return model.injection
+
+
+def _keep_owners(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    for name, layer in adapted_linears(model).items():
+        if layer.owner is None:
+            layer.keep(targets[name].owner)
+
+
+def _fingerprint(model: nn.Module, targets: Iterable[Target]) -> str | None:
+    """Return weights_fingerprint() of the targets' tensors; None for an RWKV, whose file has a digest."""
+    if hasattr(model, "base_fingerprint"):
+        return None
+    return weights_fingerprint({target.view.key: target.weight for target in targets}.values())
 
 
 def _whole_names(
@@ -304,11 +320,8 @@ def _adapt(
         if initialise:
             initialise(model)
     except UserError:
-        owners = {name: target.owner for _, targets, _ in attached for name, target in targets.items()}
-        for name, layer in (layers := adapted_linears(model)).items():
-            if layer.owner is None:
-                layer.keep(owners[name])
-        take_off(model, layers)
+        _keep_owners(model, {name: t for _, targets, _ in attached for name, t in targets.items()})
+        take_off(model, adapted_linears(model))
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
         raise

@@ -18,10 +18,12 @@ from .adapter_file import ADAPTER_FORMAT, adapter_tensors, by_owner, name_in_fil
 from .errors import UserError, listed
 from .files.checkpoint import Arch, check_finite, write_checkpoint
 from .files.file_kinds import may_replace
-from .fit import check_layer, check_whole, refuse_other_base
+from .files.safetensors_io import is_safetensors
+from .fit import check_layer, check_whole, refuse_other_base, refuse_other_weights
 from .inject import Injection, attach, keep_first_values, statistics_of
 from .methods.token_rows import layers_of_rows, method_of
 from .methods.whole_tensors import PARTS, in_parts, state_names
+from .progress import print_notes
 from .sharding import gathered, is_sharded, local, put, require_whole, reshard, unsharded
 from .target_checks import SharedMemory, refuse_unfit
 from .targets import Target, View, all_targets, put_parameters, renewing, take_off, views_of
@@ -114,6 +116,8 @@ def _arch(model: nn.Module) -> Arch | None:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
+    path: a `.pth`, or a `.safetensors` with the metadata in its header.
+
     If the model is sharded over processes, all of them must call this; the first one writes.
 
     model: may be wrapped by torch.compile, DistributedDataParallel, DataParallel or DeepSpeed.
@@ -130,6 +134,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     views = {
         name: dataclasses.asdict(layer.view) for name, layer in adapted_linears(model).items() if layer.view
     }
+    merged = injection.merged_linears + [name for name in injection.linears if name not in linears]
     described = {
         "format": ADAPTER_FORMAT,
         # an older version of this package would merge views, or rows of tokens, wrongly
@@ -139,9 +144,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "options": injection.options,
         "layout": injection.options.get("layout"),
         "linears": linears,
-        "merged_linears": (
-            injection.merged_linears + [name for name in injection.linears if name not in linears]
-        ),
+        "merged_linears": merged,
         "tied": tied,
         "targets": injection.targets,
         "train_parts": injection.train_parts,
@@ -149,8 +152,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "tokens": injection.tokens,
         "trainable": injection.trainable,
         "arch": arch.to_dict() if (arch := _arch(model)) else None,
-        "base": getattr(model, "base_name", None),
+        "base": _base_name(model),
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "base_fingerprint": getattr(model, "base_fingerprint", None),
+        "weights_fingerprint": None if merged else injection.weights,
     }
     if reserved := sorted(described.keys() & metadata.keys()):
         raise UserError(
@@ -160,14 +165,41 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     described["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     described |= metadata
     if not any(map(is_sharded, model.parameters())):
-        write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
+        _write(path, tensors, described)
         return
     tensors = {name: gathered(tensor.detach()).cpu() for name, tensor in tensors.items()}
     try:
         if torch.distributed.get_rank() == 0:
-            write_checkpoint(path, tensors.items(), described)
+            _write(path, tensors, described)
     finally:
         torch.distributed.barrier()  # no process goes on before the file exists
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Name the model's file, or the folder or the hub's model that transformers loaded."""
+    config = getattr(model, "config", None)
+    return getattr(model, "base_name", None) or getattr(config, "_name_or_path", None) or None
+
+
+def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    if not os.fspath(path).endswith(".safetensors"):
+        write_checkpoint(path, tensors.items(), metadata)
+        return
+    from .convert import Adapter  # the formats of all projects come with it, and no training has one
+    from .convert.own_files import Safetensors
+
+    Safetensors.write(Adapter(tensors, metadata), path)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter's tensors and metadata: our file, a .safetensors, or a folder such as peft's."""
+    if not (os.path.isdir(path) or is_safetensors(path)):
+        return read_adapter(path)
+    from .convert import read_any
+
+    adapter = read_any(path)[1]
+    print_notes(adapter.notes)
+    return adapter.tensors, adapter.metadata
 
 
 @torch.no_grad()
@@ -179,6 +211,8 @@ def load_adapter(
     content: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
+
+    path: a file of save_adapter(), or a folder that peft saved.
 
     Training can go on, and save_adapter() writes everything again: the file's whole tensors require
     gradients as the adapter's tensors do. If the model is sharded over processes, all of them must call this.
@@ -233,7 +267,7 @@ def fit_adapter(
 
     The model is injected where needed, and may be on the meta device. Raises UserErrors as in load_adapter().
     """
-    tensors, metadata = content or read_adapter(path)
+    tensors, metadata = content or _read(path)
     check_finite(tensors)
     refuse_other_base(
         path,
@@ -246,6 +280,9 @@ def fit_adapter(
     tensors, metadata = _named_as_here(model, tensors, metadata)
     if not hasattr(model, "injection"):
         _inject_as_trained(model, path, tensors, metadata)
+    if not force:
+        base = _base_name(model) or "this model"
+        refuse_other_weights(path, metadata, base, lambda: model.injection.weights)
     _check_same_adapter(model, path, tensors, metadata)
     whole, by_layer, owned = dict(tensors), {}, by_owner(tensors)
     for name, layer in adapted_linears(model).items():

@@ -485,13 +485,13 @@ def test_what_a_configuration_says_is_done_or_refused(case, changes, message, tm
     assert not (tmp_path / "a.pth").exists()
 
 
-def test_a_folder_is_no_file_to_load_and_the_words_name_the_way():
-    theirs_of("lora")
-    with pytest.raises(rwkv_miss.UserError, match="of peft, .* rwkv_miss convert theirs OUT.pth --to native"):
-        rwkv_miss.load_adapter(Net(), "theirs")
+def test_a_folder_of_peft_is_loaded_and_another_folder_refused():
+    live, model = theirs_of("lora").eval(), rwkv(7).eval()
+    rwkv_miss.load_adapter(model, "theirs")
+    close("loaded", model(IDS)[0], live(IDS)[0], 1e-5)
     os.mkdir("model")
-    with pytest.raises(rwkv_miss.UserError, match="model is a folder, and an adapter's file is expected"):
-        rwkv_miss.load_adapter(Net(), "model")
+    with pytest.raises(rwkv_miss.UserError, match="model is a folder without adapter_config.json or"):
+        rwkv_miss.load_adapter(rwkv(7), "model")
 
 
 @pytest.mark.parametrize(

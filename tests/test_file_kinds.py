@@ -24,6 +24,7 @@ def files(tmp_path):
     saved(tmp_path / "adapter.pth", rank=8)
     merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
     write_safetensors(tmp_path / "a.safetensors", TENSORS, {})
+    write_safetensors(tmp_path / "own.safetensors", TENSORS, {"rwkv_miss": '{"format": "rwkv-miss adapter"}'})
     torch.save(TENSORS, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
     (tmp_path / "notes.txt").write_text("notes")
@@ -38,6 +39,7 @@ def test_every_kind_is_known(files):
         "adapter.pth": "rwkv-miss adapter",
         "merged.pth": "rwkv-miss merged",
         "a.safetensors": SAFETENSORS,
+        "own.safetensors": "rwkv-miss adapter",
         "a.gguf": GGUF,
         "notes.txt": OTHER,
     }

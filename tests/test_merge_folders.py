@@ -140,6 +140,9 @@ def folder(path, config=None, **tensors):
 @pytest.fixture
 def adapter(tmp_path):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 4, False), "b": torch.nn.Linear(4, 6, False)})
+    with torch.no_grad():
+        for layer in model.values():
+            layer.weight.fill_(1)
     rwkv_miss.inject(model, "miss", targets=["a", "b"], rank=2)
     with torch.no_grad():
         for layer in model.values():

@@ -13,6 +13,7 @@ import rwkv_miss
 from rwkv_miss.adapter import METHODS as REGISTERED
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.adapter_file import adapter_tensors
+from rwkv_miss.convert import Hints, convert
 
 from .conftest import close
 
@@ -228,6 +229,36 @@ def test_a_classifier_is_trained_saved_and_merged_with_the_adapter(tmp_path):
         want = model(**batch("roberta")).logits
         assert torch.equal(loaded(**batch("roberta")).logits, want)
         close("merged logits", plain(**batch("roberta")).logits, want, 1e-5)
+
+
+@pytest.mark.parametrize("file", ["a.pth", "a.safetensors"])
+def test_a_file_names_its_base_refuses_another_one_and_becomes_a_folder_that_peft_loads_alone(
+    file, tmp_path, in_its_folder
+):
+    peft = pytest.importorskip("peft", reason="the test extra is absent: pip install peft")
+    make("llama").save_pretrained("base")
+    new("Llama", "CausalLM", **GROUPED, attention_bias=True).save_pretrained("other")
+    read = MODELS["llama"][0]().from_pretrained
+    model, inputs = read("base"), batch("llama")
+    inject("llama", model, "miss")
+    fill(model)
+    rwkv_miss.save_adapter(model, file, step=3)
+    loaded = read("base")
+    assert rwkv_miss.load_adapter(loaded, file)["step"] == 3
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    rwkv_miss.load_adapter(read("base", dtype=torch.bfloat16), file)
+    refused = pytest.raises(rwkv_miss.UserError, match=r"was trained on another base \(base\), not on other")
+    with refused:
+        rwkv_miss.load_adapter(read("other"), file)
+    rwkv_miss.load_adapter(read("other"), file, force=True)
+    with refused:
+        rwkv_miss.merge_file("other", file, "merged")
+    convert(file, "theirs", "peft")
+    with refused:
+        convert(file, "none", "peft", Hints(base="other"))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained("theirs")
+    close(file, theirs(**inputs).logits, model(**inputs).logits, 1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["base", "other", file, "theirs"])
 
 
 def message(model, **options):

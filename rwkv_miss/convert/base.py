@@ -15,11 +15,11 @@ from ..adapter_file import by_owner, read_described
 from ..errors import UserError
 from ..files.checkpoint import Arch
 from ..files.hf_folder import is_folder
-from ..files.identity import Identity
+from ..files.identity import Identity, weights_fingerprint
 from ..files.model_files import name_of
 from ..files.stored_names import find_stored
 from ..files.wrapped import is_model
-from ..fit import check_layer, check_matrices, refuse_other_base
+from ..fit import check_layer, check_matrices, refuse_other_base, refuse_other_weights
 from ..targets import views_of
 from .formats import Adapter
 
@@ -76,8 +76,11 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     views = views_of(adapter.metadata)
     tensors = base.find({view.key: view for view in views.values()})
     check_matrices("the adapter", views.items(), tensors, path)
+    weights = weights_fingerprint(tensors.values())
+    refuse_other_weights("the adapter", adapter.metadata, path, lambda: weights)
     arch = Arch.record_of(base.tensors)
     about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
+    about["weights_fingerprint"] = weights
     shapes = {name: tuple(view.of(tensors[view.key]).shape) for name, view in views.items()}
     return dataclasses.replace(
         adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.hf_folder import is_folder
 from ..files.output import write_folder, write_json
 from ..files.safetensors_io import write_safetensors
 from ..targets import View, views_of
@@ -211,9 +212,19 @@ def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
 def new_config(
     adapter: Adapter, folder: Folder, theirs: dict[str, Any], whole: dict[str, Tensor], layout: str
 ) -> dict[str, Any]:
-    """Build a configuration; facts about the model come from `theirs`, if the adapter came from peft."""
-    about_model = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
+    """Build a configuration; facts about the model come from `theirs`, if the adapter came from peft.
+
+    Its base, task and class are those that AutoPeftModel asks for; a .pth is no base that peft can load.
+    """
     views, arch = views_of(adapter.metadata), adapter.metadata.get("arch")
+    library, _, model_class = (adapter.metadata.get("model_class") or "").rpartition(".")
+    base = adapter.base if is_folder(adapter.base) else None if arch else adapter.metadata.get("base")
+    model = {
+        "task_type": "CAUSAL_LM" if arch and is_folder(adapter.base) else None,
+        "base_model_name_or_path": base,
+        "auto_mapping": {"base_model_class": model_class, "parent_library": library} if library else None,
+        "revision": None,
+    }
     linears = [name for name, view in views.items() if view.index is None]
     named = {}
     for field in ("rank_pattern", "alpha_pattern"):
@@ -226,7 +237,7 @@ def new_config(
         "target_modules": target_modules(linears, arch, layout),
         "modules_to_save": [in_layout(layout, module) for module in saved_modules(whole)] or None,
         "bias": "none",
-        **{field: theirs.get(field) for field in about_model},
+        **{field: theirs.get(field) or value for field, value in model.items()},
         "inference_mode": True,
         **folder.config,
         **named,

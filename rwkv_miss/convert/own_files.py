@@ -9,13 +9,10 @@ from ..adapter import METHODS
 from ..adapter_file import ADAPTER_FORMAT, checked_metadata, read_adapter
 from ..errors import UserError
 from ..files.checkpoint import write_checkpoint
-from ..files.file_kinds import SAFETENSORS
-from ..files.safetensors_io import write_safetensors
+from ..files.safetensors_io import RECORD, write_safetensors
 from ..files.untrusted import json_object
 from .formats import Adapter, Format, Hints
 from .source import Source
-
-METADATA = "rwkv_miss"  # key in the safetensors header
 
 
 class Native(Format):
@@ -44,15 +41,15 @@ class Safetensors(Format):
 
     name = "safetensors"
     writes = keeps_all = True
-    replaces = (SAFETENSORS,)
+    replaces = (ADAPTER_FORMAT,)
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        return METADATA in source.config and not source.config_name
+        return RECORD in source.config and not source.config_name
 
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
-        metadata = checked_metadata(source.path, json_object(source.path, source.config[METADATA]))
+        metadata = checked_metadata(source.path, json_object(source.path, source.config[RECORD]))
         if metadata["method"] not in METHODS:
             raise UserError(
                 f"{source.path} was made with method {metadata['method']!r}; there are:"
@@ -62,5 +59,5 @@ class Safetensors(Format):
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-        write_safetensors(out, adapter.tensors, {METADATA: json.dumps(adapter.metadata)})
+        write_safetensors(out, adapter.tensors, {RECORD: json.dumps(adapter.metadata)})
         return []

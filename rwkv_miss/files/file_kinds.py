@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 
 from ..errors import UserError
 from .checkpoint import read_metadata
 from .output import refuse_inputs, require_writable
-from .safetensors_io import is_safetensors
-from .untrusted import first_bytes
+from .safetensors_io import RECORD, is_safetensors, read_header
+from .untrusted import first_bytes, json_object
 
 GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a checkpoint", "something else"
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Return GGUF, SAFETENSORS, CHECKPOINT, OTHER, or the format in a checkpoint's metadata."""
+    """Return GGUF, SAFETENSORS, CHECKPOINT, OTHER, or the format in the metadata of our own files."""
     head = first_bytes(path, 4)
     if head == b"GGUF":
         return GGUF
     if is_safetensors(path):
+        with contextlib.suppress(UserError, LookupError):
+            return str(json_object(path, read_header(path)[RECORD])["format"])
         return SAFETENSORS
     if head[:1] == b"\x80":  # a bare pickle, written by torch < 1.6
         return CHECKPOINT

@@ -32,6 +32,7 @@ except ImportError:  # Windows
 
 DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for sha256
 REMEMBERED = 1 << 24  # bytes; the digest of a file of this size or more is remembered
+ROWS = 64  # the most rows of a matrix that weights_fingerprint() reads
 SETTLED = 2_000_000_000  # ns since the last change; a younger file could change again without a new time
 
 
@@ -63,6 +64,25 @@ def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Itera
         yield from pool.map(work, tensors)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C start no further tensor
+
+
+def weights_fingerprint(weights: Iterable[Tensor]) -> str | None:
+    """Hash some matrices, whatever their names, order and floating-point dtype: "blake2b:" and 64 hex digits.
+
+    weights: (..., rows, columns). Their shapes count, and up to ROWS evenly spread rows of each, rounded to
+    bf16, so that a base loaded in another dtype has the same digest. None if one is quantised, sharded, or
+    without values.
+    """
+    digests = []
+    for weight in weights:
+        plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
+        if not plain or weight.is_meta or weight.itemsize == 1 or not weight.numel():
+            return None
+        rows = weight.detach().flatten(0, -2)
+        rows = rows[:: max(1, len(rows) // ROWS)].to(torch.bfloat16)
+        digests.append(str(tuple(weight.shape)).encode() + _digest_of(rows))
+    digest = hashlib.blake2b(b"".join(sorted(digests)), digest_size=32)
+    return DIGEST + digest.hexdigest() if digests else None
 
 
 class Identity:

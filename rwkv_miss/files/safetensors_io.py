@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 ALIGNMENT = 8
+RECORD = "rwkv_miss"  # text in the header with the metadata of an adapter that this package wrote
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:

@@ -22,14 +22,14 @@ from ..errors import UserError, listed
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import check_output
 from ..files.hf_folder import is_folder, read_config
-from ..files.identity import Identity
+from ..files.identity import Identity, weights_fingerprint
 from ..files.model_files import name_of, read_model, weight_paths
 from ..files.output import refuse_inputs, require_writable
 from ..files.provenance import Provenance
 from ..files.safetensors_io import file_order, is_safetensors
 from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, of_all, read_weights, write_like
 from ..files.wrapped import is_model
-from ..fit import refuse_other_base
+from ..fit import refuse_other_base, refuse_other_weights
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .places import placed
@@ -242,7 +242,7 @@ def merge_file(
     adapters = Combination(members)
     if to_folder and is_model(tensors):
         _refuse_new_tensors(base, adapters.added(stored))
-    adapters.check(stored)
+    _check_fit(base, stored, adapters, force)
     chosen, choice = _choose_dtype(stored, adapters) if dtype == "auto" else (DTYPE_NAMES.get(dtype), "")
     size = sum(map(functools.partial(_bytes_in, dtype=chosen), stored.values()))
     merger = _Merger(adapters)
@@ -367,6 +367,17 @@ def _check_base(
         "merge into that one, or --force",
         force,
     )
+
+
+def _check_fit(
+    base: str | os.PathLike[str], stored: Mapping[str, Tensor], adapters: Combination, force: bool
+) -> None:
+    """Raise UserError unless the adapters fit the tensors and, without `force`, were trained on these values."""
+    adapters.check(stored)
+    for m in () if force else adapters.members:
+        if not m.rows:  # a folder may store a model's stack of experts as a tensor for each
+            found = functools.partial(weights_fingerprint, [stored[key] for key in m.by_weight])
+            refuse_other_weights(m.path, m.metadata, base, found, "merge into that one, or --force")
 
 
 def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
