@@ -9,6 +9,10 @@ The backward keeps the parameter itself, where torch keeps its cast copy. The fr
 only when it requires one; only then x is kept. A quantised weight (quantised.py) is expanded for each
 product, and kept as it is.
 
+Second derivatives: a backward with create_graph=True computes by torch's own operators (gemm.differentiated).
+What a forward computes for its backward has a graph to the inputs for that, which costs no kernel and no
+memory. Inside torch.func the forward alone runs, by torch's operators, and torch differentiates it.
+
 MiSS (arXiv 2409.15371): x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
 - "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (equations 2-3).
 - "balanced" sums with alternating signs. Inputs with a common mean, such as those after a squared ReLU, would
@@ -26,7 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemm import product, product_exact, product_onto, product_plus, product_transposed
+from .gemm import (
+    differentiated,
+    in_torch_func,
+    product,
+    product_exact,
+    product_onto,
+    product_plus,
+    product_transposed,
+)
 from .quantised import dense, is_of_others, shape_of
 
 Function = Callable[..., Any]
@@ -162,35 +174,70 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+class _NoContext:
+    """Context of a forward whose backward is torch's: it keeps nothing."""
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Tensor:
-    """Call function.apply(x, *others) with autocast off and x in its dtype."""
+    """Call function.apply(x, *others) with autocast off and x in its dtype.
+
+    Inside torch.func torch differentiates the forward: setup_context() would take 19 us of each call.
+    """
+    run = functools.partial(function.forward, _NoContext()) if in_torch_func() else function.apply
     if not in_autocast(x.device):
-        return function.apply(x, *others)
+        return run(x, *others)
     x = autocast(x)
     with without_autocast(x.device):
-        return function.apply(x, *others)
+        return run(x, *others)
 
 
-def first_derivative(backward: Function) -> Function:
+def operator_backward(backward: Function) -> Function:
     """Decorate an operator's backward(ctx, dy), which may be called inside a caller's autocast.
 
-    Without a dy, backward() is not called. Raises RuntimeError for a second derivative, which it lacks.
+    Without a dy, backward() is not called.
     """
 
     @functools.wraps(backward)
     def compute(ctx, dy):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the adapters' operators have no second derivative; leave out create_graph=True"
-            )
         if not in_autocast(dy.device):
             return backward(ctx, dy)
         with without_autocast(dy.device):
             return backward(ctx, dy)
 
     return compute
+
+
+def graph_kept() -> contextlib.AbstractContextManager:
+    """Let a forward compute what its backward keeps with a graph to the inputs, by operators that keep none."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.enable_grad()
+
+
+class _WithGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value, transpose):
+        ctx.transpose = transpose
+        return value
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.transpose(dy), None, None
+
+
+def with_graph(value: Tensor, x: Tensor, transpose: Function) -> Tensor:
+    """Return `value`, a linear function of x that a forward computed without a graph, with one.
+
+    transpose: maps the gradient of the value to that of x.
+    """
+    if torch.compiler.is_compiling() or in_torch_func():
+        return value
+    with torch.enable_grad():
+        return _WithGraph.apply(x, value, transpose)
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -255,7 +302,7 @@ class _Linear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         weight, x = ctx.saved_tensors
         dy, dx = flat_tokens(dy).to(ctx.dtype), None
@@ -287,17 +334,18 @@ class _MissLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, D, shards, sums):
         contiguous, balanced, scale = shards
-        tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
         rank, out = D.shape[0] - balanced, shape_of(weight)[0]
         carried = sums is not None
-        s = flat_tokens(sums).to(x.dtype) if carried else shard_sum(tokens, rank, contiguous, balanced)
-        if scale != 1:
-            s[:, :rank].mul_(scale)
+        with graph_kept():
+            tokens, D_cast = flat_tokens(x), D.to(x.dtype)
+            s = flat_tokens(sums).to(x.dtype) if carried else shard_sum(tokens, rank, contiguous, balanced)
+            if scale != 1:
+                s[:, :rank].mul_(scale)
         ctx.x_shape, ctx.shards, ctx.dtype, ctx.carried = x.shape, shards, D.dtype, carried
         ctx.set_materialize_grads(False)
         # D's cast copy: one kernel launch less in the backward, and far smaller than S
         ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
-        matrix = product_matrix(weight, x.shape[-1], x.dtype)
+        matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
         if D.shape[1] == out:
             y = product_plus(tokens, matrix, bias, s, D_cast)
         else:
@@ -306,7 +354,7 @@ class _MissLinear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         s, weight, D, x = ctx.saved_tensors
         contiguous, balanced, scale = ctx.shards
@@ -397,7 +445,7 @@ class _LoraLinear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         x, h, weight, A, B_scaled, seed = ctx.saved_tensors
         dy, dx, dA, dB = flat_tokens(dy), None, None, None
@@ -451,7 +499,7 @@ class _TimesColumns(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         (x, factor), dx, dfactor = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:

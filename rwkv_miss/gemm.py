@@ -50,6 +50,21 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
 
 
+def in_torch_func() -> bool:
+    """Tell whether torch.func (grad, vmap, jvp, ...) follows what is computed here."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Tell whether torch differentiates what is computed from these tensors here, and needs its own operators.
+
+    That is so inside torch.func, and in a backward with create_graph=True.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return in_torch_func() or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
     """Tell whether oneDNN computes x W^T here; otherwise torch's own product does.
 
@@ -63,6 +78,7 @@ def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
         and x.numel() * weight.shape[transposed] >= SMALL
         and torch.backends.mkldnn.enabled
         and (weight.is_contiguous() or weight.t().is_contiguous())
+        and not differentiated(x, weight)
         and _has_onednn()
     )
 
@@ -147,6 +163,8 @@ def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: T
     """Compute x W^T + bias + s D in one output: s (N, r), D (r, out)."""
     if x.dtype.itemsize < 4 or uses_onednn(x, weight):
         return product_onto(product(s, D.t()), x, weight, bias)
+    if in_torch_func():  # vmap may map D alone
+        return F.linear(x, weight, bias) + s @ D
     return F.linear(x, weight, bias).addmm_(s, D)
 
 

@@ -9,7 +9,7 @@ from ..functional import (
     add_expanded_,
     add_repeated_,
     call,
-    first_derivative,
+    operator_backward,
     flat_tokens,
     gradient_of_factor,
     like_tokens,
@@ -54,7 +54,7 @@ class _ExpandLinear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         x, weight, D = ctx.saved_tensors
         dy, dx, dD = flat_tokens(dy), None, None
@@ -88,7 +88,7 @@ class _VeraLinear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         h, weight, A, B, d, b, x = ctx.saved_tensors
         dy, dx = flat_tokens(dy), None
@@ -154,7 +154,7 @@ class _BatLinear(torch.autograd.Function):
         return like_tokens(y, x)
 
     @staticmethod
-    @first_derivative
+    @operator_backward
     def backward(ctx, dy):
         x, weight, kept = ctx.saved_tensors
         dy, tokens, dx, dweight, dD = flat_tokens(dy), flat_tokens(x), None, None, None
