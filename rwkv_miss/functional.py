@@ -214,7 +214,7 @@ def operator_backward(backward: Function) -> Function:
 
 
 def graph_kept() -> contextlib.AbstractContextManager:
-    """Let a forward compute what its backward keeps with a graph to the inputs, by operators that keep none."""
+    """Let a forward compute what its backward keeps with a graph to the inputs; the graph keeps no tensor."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.enable_grad()
 
 
@@ -420,23 +420,39 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """Set each number of x (N, in) to 0 with probability `dropout`, else divide it by 1 - dropout.
 
-    A seed (0-dim, int64) always drops the same places; without one x stays. The function is not
-    differentiable: the operators that call it have their own backward.
+    A seed (0-dim, int64) always drops the same places; without one x stays. Inside torch.func torch draws
+    them, because vmap's seeds have no values.
     """
-    return x if seed is None else torch.ops.rwkv_miss.drop(x, dropout, seed)
+    if seed is None:
+        return x
+    if in_torch_func():
+        return F.dropout(x, dropout)
+    return (_drop if differentiated(x) else torch.ops.rwkv_miss.drop)(x, dropout, seed)
+
+
+def _times(x: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """Multiply x by a factor for each column, or one, in `dtype`: rounded once, without a copy in fp32."""
+    if differentiated(x, *(t for t in (factor,) if isinstance(t, Tensor))):
+        return (x * factor).to(dtype)
+    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
 def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Compute scale B in B's dtype, rounded once."""
-    return B.to(dtype) if scale == 1 else torch.mul(B, scale, out=B.new_empty(B.shape, dtype=dtype))
+    return B.to(dtype) if scale == 1 else _times(B, scale, dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
-        tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
+        shape, dtypes, tokens = x.shape, (A.dtype, B.dtype), flat_tokens(x)
+        with graph_kept():
+            A_cast = A.to(x.dtype)
+        B_scaled = with_graph(scaled(B, scale, x.dtype), B, lambda dB: scaled(dB, scale, dtypes[1]))
         h = product(dropped(tokens, dropout, seed), A_cast)
-        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = x.shape, scale, dropout, (A.dtype, B.dtype)
+        if not A.requires_grad:
+            h = with_graph(h, x, lambda dh: dropped(product(dh, A_cast.t()), dropout, seed).view(shape))
+        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = shape, scale, dropout, dtypes
         ctx.set_materialize_grads(False)
         keeps_x = A.requires_grad or weight.requires_grad
         ctx.save_for_backward(x if keeps_x else None, h, weight, A_cast, B_scaled, seed)
@@ -449,6 +465,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, weight, A, B_scaled, seed = ctx.saved_tensors
         dy, dx, dA, dB = flat_tokens(dy), None, None, None
+        if differentiated(A):
+            h = product(dropped(flat_tokens(x), ctx.dropout, seed), A)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             dh = product(dy, B_scaled.t())
         if ctx.needs_input_grad[0]:
@@ -485,17 +503,12 @@ def lora_linear(
     return call(_LoraLinear, x, weight, bias, A, B, scale, dropout, seed)
 
 
-def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply x by an fp32 factor for each column, in x's dtype: rounded once, without an fp32 copy of x."""
-    return torch.mul(x, factor, out=torch.empty_like(x))
-
-
 class _TimesColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor, bias):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if factor.requires_grad else None, factor)
-        y = _times(x, factor)
+        y = _times(x, factor, x.dtype)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -503,7 +516,7 @@ class _TimesColumns(torch.autograd.Function):
     def backward(ctx, dy):
         (x, factor), dx, dfactor = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            dx = _times(dy, factor)
+            dx = _times(dy, factor, dy.dtype)
         if ctx.needs_input_grad[1]:
             dfactor = flat_tokens(dy * x).sum(0, dtype=factor.dtype)
         return dx, dfactor, flat_tokens(dy).sum(0) if ctx.needs_input_grad[2] else None

@@ -56,7 +56,7 @@ def in_torch_func() -> bool:
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Tell whether torch differentiates what is computed from these tensors here, and needs its own operators.
+    """Tell whether torch differentiates what is computed from these tensors here, by its own operators.
 
     That is so inside torch.func, and in a backward with create_graph=True.
     """
@@ -121,7 +121,7 @@ def product_exact(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.dtype.itemsize >= 4:
         return product(x, weight)
-    if x.device.type == "cuda" and _has_fp32_results():
+    if x.device.type == "cuda" and _has_fp32_results() and not differentiated(x, weight):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return product(x, weight).float()
 
@@ -161,10 +161,8 @@ def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: Tensor) -> Tensor:
     """Compute x W^T + bias + s D in one output: s (N, r), D (r, out)."""
-    if x.dtype.itemsize < 4 or uses_onednn(x, weight):
+    if x.dtype.itemsize < 4 or uses_onednn(x, weight) or in_torch_func():
         return product_onto(product(s, D.t()), x, weight, bias)
-    if in_torch_func():  # vmap may map D alone
-        return F.linear(x, weight, bias) + s @ D
     return F.linear(x, weight, bias).addmm_(s, D)
 
 
@@ -176,5 +174,5 @@ def product_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     """
     if uses_onednn(x, weight):
         return _onednn_plus(x, weight, bias, y)
-    y.addmm_(x, weight.t())
+    y = y.addmm(x, weight.t()) if in_torch_func() else y.addmm_(x, weight.t())  # vmap has no fast addmm_
     return y if bias is None else y.add_(bias)

@@ -59,7 +59,8 @@ class DoraLinear(LoraLinear):
         cross = product(dense(self.matrix, self.in_features, dtype).to(dtype), A.to(dtype))
         sums = self._squares() if self.stored.requires_grad else self.squares
         squares = sums + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
-        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+        # detached, because no_grad() lets torch.func.jvp's tangents pass
+        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().detach()
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast(x)

@@ -9,16 +9,17 @@ from ..functional import (
     add_expanded_,
     add_repeated_,
     call,
-    operator_backward,
     flat_tokens,
     gradient_of_factor,
     like_tokens,
+    operator_backward,
     product_bias,
     product_matrix,
     shard_sum,
     weight_gradients,
+    with_graph,
 )
-from ..gemm import product, product_exact, product_onto, product_plus
+from ..gemm import differentiated, product, product_exact, product_onto, product_plus
 from ..quantised import shape_of
 
 
@@ -39,6 +40,17 @@ def output_shard_index(out: int, rank: int, device: torch.device | str | None = 
     return torch.arange(rank, device=device).repeat_interleave(sizes, output_size=out)
 
 
+def _repeated(h: Tensor, out: int) -> Tensor:
+    """Give each of `out` outputs the number of its shard, h (N, r) -> (N, out)."""
+    if differentiated(h):
+        return h[:, output_shard_index(out, h.shape[1], h.device)]
+    y = h.new_zeros(len(h), out)
+    shards = _output_shards(y, h.shape[1])
+    for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
+        add_repeated_(shard, part)
+    return y
+
+
 class _ExpandLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, D):
@@ -46,10 +58,7 @@ class _ExpandLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, D)
         tokens = flat_tokens(x)
         h = product(tokens, D.to(x.dtype))
-        y = tokens.new_zeros(len(tokens), shape_of(weight)[0])
-        shards = _output_shards(y, len(D))
-        for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
-            add_repeated_(shard, part)
+        y = _repeated(h, shape_of(weight)[0])
         y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype))
         return like_tokens(y, x)
 
@@ -78,9 +87,10 @@ def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> 
 class _VeraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, d, b):
-        tokens = flat_tokens(x)
+        tokens, shape = flat_tokens(x), x.shape
         h = product(tokens, A.to(x.dtype).contiguous())
-        ctx.x_shape = x.shape
+        h = with_graph(h, x, lambda dh: product(dh, A.to(dh.dtype).contiguous().t()).view(shape))
+        ctx.x_shape = shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, A, B, d, b, x if weight.requires_grad else None)
         matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
