@@ -10,7 +10,8 @@ the state before the first token, unless `s0` (B, H, N, N) gives the rows other 
 Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64;
 tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
 argument is a ValueError on a CPU only: looking for one on a GPU would mean waiting for it. With `cuda`,
-inputs are cast to r's dtype if that is fp16 or bf16, because the tensor cores need one dtype.
+inputs are cast to r's dtype if that is fp16 or bf16, because the tensor cores need one dtype. Inside
+torch.func the kernel `torch` takes a native one's place.
 
 | kernel     | what runs                                                                  | takes
 |------------|----------------------------------------------------------------------------|----------------
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.gemm import in_torch_func
 
 from . import native, quantised, self_test  # noqa: F401  (quantised registers a kernel)
 from .chunked6 import chunked6
@@ -188,17 +190,18 @@ def _compute(
     version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     op, r = f"wkv{version}", inputs["r"]
-    if kernel in NATIVE:
+    followed, plain = in_torch_func(), PLAIN.get(kernel, PLAIN["torch"])
+    if kernel in NATIVE and not followed:
         return _run_native(op, kernel, inputs, s0, reset)
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
     if s0 is None:
         B, _, H, N = r.shape
         s0 = r.new_zeros(B, H, N, N, dtype=exact)
     with torch.autocast(r.device.type, enabled=False):
-        y, state = PLAIN[kernel][version](*(x.to(exact) for x in inputs.values()), s0, reset)
+        y, state = plain[version](*(x.to(exact) for x in inputs.values()), s0, reset)
     if (
         r.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or followed)
         and not (y.sum() + state.sum()).isfinite()
     ):
         native.require_finite(op, inputs | {"s0": s0})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.functional import with_shard_sums
+from rwkv_miss.gemm import in_torch_func
 
 from . import elementwise_ops, elementwise_reference
 from .add_layer_norm import LARGEST_NORM, AddLayerNorm, NormShift
@@ -34,8 +35,8 @@ def serves(
     """Tell whether the native code of the device `native` computes this.
 
     It does for multiples of 8 channels, and for the dtypes of the library on the tensors' device; on a CPU
-    without gradients for vectors. `native` is not read from the tensors: a plan counts a GPU's step on
-    tensors that torch takes for a CPU's.
+    without gradients for vectors; not inside torch.func. `native` is not read from the tensors: a plan counts
+    a GPU's step on tensors that torch takes for a CPU's.
     """
     x = activations[0]
     for other in activations[1:]:
@@ -43,6 +44,7 @@ def serves(
             return False
     return (
         native != ""
+        and not in_torch_func()
         and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
         and x.shape[-1] % 8 == head_size % 8 == 0
         and head_size <= LARGEST_HEAD

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import function as torch_function
 
 from .build import cpu_library, cuda_library
 from .launch_errors import require_started
@@ -113,15 +112,16 @@ def saves(*inputs: Tensor | None) -> bool:
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """Decorate as torch's function of this name does, which spends 10 calls on gradients that are mostly off.
-
-    In a backward they are on only if somebody asked for create_graph.
-    """
-    checked = torch_function.once_differentiable(backward)
+    """Decorate the backward of an operator without a second derivative: RuntimeError if one is asked for."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
-        return (checked if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True asks for a second derivative, and the native kernels have none; call"
+                " model.set_kernel('torch') before the forward"
+            )
+        return backward(ctx, *gradients)
 
     return run
 
@@ -309,7 +309,9 @@ class WkvOp:
         torch.library.define(name, f"({given}, {flags}) -> ({outputs})", tags=EXACT_STRIDES)
         torch.library.impl(name, devices, self.forward)
         torch.library.register_fake(name, self.fake_forward)
-        torch.library.register_autograd(name, self.differentiate, setup_context=self.save_for_backward)
+        torch.library.register_autograd(
+            name, once_differentiable(self.differentiate), setup_context=self.save_for_backward
+        )
 
         name += "_backward"
         given += ", Tensor saved, Tensor dy, Tensor? dstate"
