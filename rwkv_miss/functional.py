@@ -10,8 +10,8 @@ only when it requires one; only then x is kept. A quantised weight (quantised.py
 product, and kept as it is.
 
 Second derivatives: a backward with create_graph=True computes by torch's own operators (gemm.differentiated).
-What a forward computes for its backward has a graph to the inputs for that, which costs no kernel and no
-memory. Inside torch.func the forward alone runs, by torch's operators, and torch differentiates it.
+What a forward computes for its backward is an output, too, so that it has a place in the graph. Inside
+torch.func the forward alone runs, by torch's operators, and torch differentiates it.
 
 MiSS (arXiv 2409.15371): x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
 - "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (equations 2-3).
@@ -42,6 +42,7 @@ from .gemm import (
 from .quantised import dense, is_of_others, shape_of
 
 Function = Callable[..., Any]
+_unsafe_view = torch.ops.aten._unsafe_view.default  # looked up once: 0.6 us of each call
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
@@ -183,26 +184,39 @@ class _NoContext:
 
 
 def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Tensor:
-    """Call function.apply(x, *others) with autocast off and x in its dtype.
+    """Call function.apply(x, *others) with autocast off and x in its dtype; returns the first output.
 
     Inside torch.func torch differentiates the forward: setup_context() would take 19 us of each call.
     """
     run = functools.partial(function.forward, _NoContext()) if in_torch_func() else function.apply
     if not in_autocast(x.device):
-        return run(x, *others)
+        return run(x, *others)[0]
     x = autocast(x)
     with without_autocast(x.device):
-        return run(x, *others)
+        return run(x, *others)[0]
+
+
+def with_kept(y: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    """Return what a forward returns: y, and what it computed for the backward.
+
+    As outputs these tensors have a place in the graph, which a second derivative needs. There is none of a
+    compiled model, and its backward would compute with their gradients, zeros.
+    """
+    return (y,) if torch.compiler.is_compiling() else (y, *kept)
 
 
 def operator_backward(backward: Function) -> Function:
-    """Decorate an operator's backward(ctx, dy), which may be called inside a caller's autocast.
+    """Decorate an operator's backward(ctx, dy, *dkept), which may be called inside a caller's autocast.
 
-    Without a dy, backward() is not called.
+    dkept: the gradients of with_kept()'s tensors, in a second derivative. Then the operator's
+    through(ctx, *dkept) gives their part of the inputs' gradients. Without a dy, backward() is not called.
     """
 
     @functools.wraps(backward)
-    def compute(ctx, dy):
+    def compute(ctx, dy, *dkept):
+        for d in dkept:
+            if d is not None:
+                return _second(ctx, compute(ctx, dy), dkept)
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         if not in_autocast(dy.device):
@@ -213,31 +227,14 @@ def operator_backward(backward: Function) -> Function:
     return compute
 
 
-def graph_kept() -> contextlib.AbstractContextManager:
-    """Let a forward compute what its backward keeps with a graph to the inputs; the graph keeps no tensor."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.enable_grad()
-
-
-class _WithGraph(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, value, transpose):
-        ctx.transpose = transpose
-        return value
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.transpose(dy), None, None
-
-
-def with_graph(value: Tensor, x: Tensor, transpose: Function) -> Tensor:
-    """Return `value`, a linear function of x that a forward computed without a graph, with one.
-
-    transpose: maps the gradient of the value to that of x.
-    """
-    if torch.compiler.is_compiling() or in_torch_func():
-        return value
-    with torch.enable_grad():
-        return _WithGraph.apply(x, value, transpose)
+def _second(
+    ctx: Any, gradients: tuple[Tensor | None, ...], dkept: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Add what reaches the inputs through the tensors that the forward has kept."""
+    with torch.autocast(next(d.device.type for d in dkept if d is not None), enabled=False):
+        further = ctx._forward_cls.through(ctx, *dkept)
+    pairs = zip(gradients, further, strict=True)
+    return tuple([b if a is None else a if b is None else a + b for a, b in pairs])
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -251,7 +248,7 @@ def like_tokens(y: Tensor, x: Tensor) -> Tensor:
     The result is no view, because torch refuses writes into a view that an operator made, such as
     ReLU(inplace=True)'s.
     """
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def weight_gradients(
@@ -299,7 +296,7 @@ class _Linear(torch.autograd.Function):
         matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
         tokens, bias = flat_tokens(x), product_bias(bias, x.dtype)
         y = product_exact(tokens, matrix) if exact else product(tokens, matrix, bias)
-        return like_tokens(y, x)
+        return with_kept(like_tokens(y, x))
 
     @staticmethod
     @operator_backward
@@ -336,27 +333,29 @@ class _MissLinear(torch.autograd.Function):
         contiguous, balanced, scale = shards
         rank, out = D.shape[0] - balanced, shape_of(weight)[0]
         carried = sums is not None
-        with graph_kept():
-            tokens, D_cast = flat_tokens(x), D.to(x.dtype)
-            s = flat_tokens(sums).to(x.dtype) if carried else shard_sum(tokens, rank, contiguous, balanced)
-            if scale != 1:
-                s[:, :rank].mul_(scale)
+        tokens, D_cast = flat_tokens(x), D.to(x.dtype)
+        s = flat_tokens(sums).to(x.dtype) if carried else shard_sum(tokens, rank, contiguous, balanced)
+        if scale != 1:
+            s[:, :rank].mul_(scale)
         ctx.x_shape, ctx.shards, ctx.dtype, ctx.carried = x.shape, shards, D.dtype, carried
         ctx.set_materialize_grads(False)
+        exact = None if D_cast is D else D  # for a second derivative
         # D's cast copy: one kernel launch less in the backward, and far smaller than S
-        ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
+        ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None, exact)
         matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
         if D.shape[1] == out:
             y = product_plus(tokens, matrix, bias, s, D_cast)
         else:
             repeated = product(s, D_cast.t()).repeat(1, -(-out // D.shape[1]))[:, :out]
             y = product_onto(repeated.contiguous(), tokens, matrix, bias)
-        return like_tokens(y, x)
+        return with_kept(like_tokens(y, x), s)
 
     @staticmethod
     @operator_backward
     def backward(ctx, dy):
-        s, weight, D, x = ctx.saved_tensors
+        s, weight, D, x, exact = ctx.saved_tensors
+        if exact is not None and differentiated():
+            D = exact.to(D.dtype)
         contiguous, balanced, scale = ctx.shards
         dy, dx, dD, dsums = flat_tokens(dy), None, None, None
         part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
@@ -377,6 +376,15 @@ class _MissLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dD = gradient_of_factor(s, part, ctx.dtype)
         return dx, *weight_gradients(ctx, dy, x, weight), dD, None, dsums
+
+    @staticmethod
+    def through(ctx, ds):
+        contiguous, balanced, scale = ctx.shards
+        rank = ds.shape[1] - balanced
+        ds = torch.cat((ds[:, :rank] * scale, ds[:, rank:]), 1)
+        if ctx.carried:
+            return *(None,) * 5, ds.view(*ctx.x_shape[:-1], -1)
+        return expanded(ds, ctx.x_shape[-1], contiguous, balanced).view(ctx.x_shape), *(None,) * 5
 
 
 def miss_linear(
@@ -427,45 +435,47 @@ def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
         return x
     if in_torch_func():
         return F.dropout(x, dropout)
-    return (_drop if differentiated(x) else torch.ops.rwkv_miss.drop)(x, dropout, seed)
+    return (_drop if differentiated() else torch.ops.rwkv_miss.drop)(x, dropout, seed)
 
 
-def _times(x: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+def _times(
+    x: Tensor, factor: Tensor | float, dtype: torch.dtype, layout: Any = torch.preserve_format
+) -> Tensor:
     """Multiply x by a factor for each column, or one, in `dtype`: rounded once, without a copy in fp32."""
-    if differentiated(x, *(t for t in (factor,) if isinstance(t, Tensor))):
+    if differentiated():
         return (x * factor).to(dtype)
-    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype, memory_format=layout))
 
 
 def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Compute scale B in B's dtype, rounded once."""
-    return B.to(dtype) if scale == 1 else _times(B, scale, dtype)
+    return B.to(dtype) if scale == 1 else _times(B, scale, dtype, torch.contiguous_format)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
-        shape, dtypes, tokens = x.shape, (A.dtype, B.dtype), flat_tokens(x)
-        with graph_kept():
-            A_cast = A.to(x.dtype)
-        B_scaled = with_graph(scaled(B, scale, x.dtype), B, lambda dB: scaled(dB, scale, dtypes[1]))
+        tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
         h = product(dropped(tokens, dropout, seed), A_cast)
-        if not A.requires_grad:
-            h = with_graph(h, x, lambda dh: dropped(product(dh, A_cast.t()), dropout, seed).view(shape))
-        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = shape, scale, dropout, dtypes
+        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = x.shape, scale, dropout, (A.dtype, B.dtype)
         ctx.set_materialize_grads(False)
         keeps_x = A.requires_grad or weight.requires_grad
         ctx.save_for_backward(x if keeps_x else None, h, weight, A_cast, B_scaled, seed)
         matrix = product_matrix(weight, x.shape[-1], x.dtype)
         y = product_plus(tokens, matrix, product_bias(bias, x.dtype), h, B_scaled.t())
-        return like_tokens(y, x)
+        kept = [A_cast] if A_cast is not A else []
+        if not A.requires_grad:  # otherwise a second derivative computes h again
+            kept = [h]
+        if B_scaled is not B:
+            kept.append(B_scaled)
+        return with_kept(like_tokens(y, x), *kept)
 
     @staticmethod
     @operator_backward
     def backward(ctx, dy):
         x, h, weight, A, B_scaled, seed = ctx.saved_tensors
         dy, dx, dA, dB = flat_tokens(dy), None, None, None
-        if differentiated(A):
+        if ctx.needs_input_grad[3] and differentiated():
             h = product(dropped(flat_tokens(x), ctx.dropout, seed), A)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             dh = product(dy, B_scaled.t())
@@ -482,6 +492,18 @@ class _LoraLinear(torch.autograd.Function):
             multiply = product if dy.dtype == ctx.dtypes[1] else product_exact
             dB = multiply(dy.t(), h.t()).mul_(ctx.scale).to(ctx.dtypes[1])
         return dx, *weight_gradients(ctx, dy, x, weight), dA, dB, None, None, None
+
+    @staticmethod
+    def through(ctx, *dkept):
+        _, _, _, A, _, seed = ctx.saved_tensors
+        first, dA, dx = dkept[0], None, None
+        if first is not None and not ctx.needs_input_grad[3]:
+            dx = dropped(product(first, A.t()), ctx.dropout, seed).view(ctx.x_shape)
+        elif first is not None and A.dtype != ctx.dtypes[0]:
+            dA = first.to(ctx.dtypes[0])
+        is_made = ctx.scale != 1 or A.dtype != ctx.dtypes[1]
+        dB = scaled(dkept[-1], ctx.scale, ctx.dtypes[1]) if is_made and dkept[-1] is not None else None
+        return dx, None, None, dA, dB, None, None, None
 
 
 def lora_linear(
@@ -509,7 +531,7 @@ class _TimesColumns(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if factor.requires_grad else None, factor)
         y = _times(x, factor, x.dtype)
-        return y if bias is None else y.add_(bias)
+        return with_kept(y if bias is None else y.add_(bias))
 
     @staticmethod
     @operator_backward

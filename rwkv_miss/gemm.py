@@ -58,11 +58,14 @@ def in_torch_func() -> bool:
 def differentiated(*tensors: Tensor) -> bool:
     """Tell whether torch differentiates what is computed from these tensors here, by its own operators.
 
-    That is so inside torch.func, and in a backward with create_graph=True.
+    That is so inside torch.func, and in a backward with create_graph=True. An operator, whose forward and
+    other backwards have gradients off, needs to give no tensors.
     """
     if torch.compiler.is_compiling():
         return False
-    return in_torch_func() or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and (not tensors or any([t.requires_grad for t in tensors])):
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:

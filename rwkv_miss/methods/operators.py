@@ -17,7 +17,7 @@ from ..functional import (
     product_matrix,
     shard_sum,
     weight_gradients,
-    with_graph,
+    with_kept,
 )
 from ..gemm import differentiated, product, product_exact, product_onto, product_plus
 from ..quantised import shape_of
@@ -42,7 +42,7 @@ def output_shard_index(out: int, rank: int, device: torch.device | str | None = 
 
 def _repeated(h: Tensor, out: int) -> Tensor:
     """Give each of `out` outputs the number of its shard, h (N, r) -> (N, out)."""
-    if differentiated(h):
+    if differentiated():
         return h[:, output_shard_index(out, h.shape[1], h.device)]
     y = h.new_zeros(len(h), out)
     shards = _output_shards(y, h.shape[1])
@@ -60,7 +60,7 @@ class _ExpandLinear(torch.autograd.Function):
         h = product(tokens, D.to(x.dtype))
         y = _repeated(h, shape_of(weight)[0])
         y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype))
-        return like_tokens(y, x)
+        return with_kept(like_tokens(y, x))
 
     @staticmethod
     @operator_backward
@@ -87,15 +87,14 @@ def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> 
 class _VeraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, d, b):
-        tokens, shape = flat_tokens(x), x.shape
+        tokens = flat_tokens(x)
         h = product(tokens, A.to(x.dtype).contiguous())
-        h = with_graph(h, x, lambda dh: product(dh, A.to(dh.dtype).contiguous().t()).view(shape))
-        ctx.x_shape = shape
+        ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, A, B, d, b, x if weight.requires_grad else None)
         matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
         y = product_plus(tokens, matrix, bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
-        return like_tokens(y, x)
+        return with_kept(like_tokens(y, x), h)
 
     @staticmethod
     @operator_backward
@@ -110,6 +109,11 @@ class _VeraLinear(torch.autograd.Function):
         multiply = product if dy.dtype == B.dtype else product_exact
         by_entry = multiply(dy.t(), h.t()).to(B.dtype).mul_(B)
         return dx, *weight_gradients(ctx, dy, x, weight), None, None, b @ by_entry, by_entry @ d
+
+    @staticmethod
+    def through(ctx, dh):
+        A = ctx.saved_tensors[2]
+        return product(dh, A.to(dh.dtype).contiguous().t()).view(ctx.x_shape), *(None,) * 6
 
 
 def vera_linear(
@@ -161,7 +165,7 @@ class _BatLinear(torch.autograd.Function):
             y = product_onto(product(tokens, _bat_weight(matrix, D, change_only=True)), tokens, matrix, bias)
         else:
             y = product(tokens, _bat_weight(matrix, D), bias)
-        return like_tokens(y, x)
+        return with_kept(like_tokens(y, x))
 
     @staticmethod
     @operator_backward
