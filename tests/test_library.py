@@ -2,16 +2,18 @@
 
 import copy
 import importlib.util
+import types
 
 import pytest
 import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears
 from rwkv_miss.quantised import quantise_
+from src.model.rwkv import RWKV
 
-from .conftest import close
+from .conftest import close, make_arch, random_tensors
 
 needs_transformers = pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers"
@@ -431,3 +433,108 @@ def test_what_zero_3_has_shared_out_is_neither_saved_nor_loaded(tmp_path):
             call(DeepSpeedEngine(model), tmp_path / "a.pth")
     model[2].miss.data = whole
     rwkv_miss.save_adapter(DeepSpeedEngine(model), tmp_path / "a.pth")
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=2)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, attn_implementation="eager")
+    return transformers.LlamaForCausalLM(config), ["q_proj", "v_proj", "down_proj"], ids_of(20)
+
+
+def rwkv(version):
+    arch = make_arch(version)
+    model = RWKV(arch, "reference")
+    model.load_state_dict(random_tensors(arch))
+    return model, None, ids_of(67)
+
+
+def ids_of(vocabulary):
+    return torch.randint(vocabulary, (3, 5))
+
+
+FOLLOWED = {
+    "plain": lambda: (small(), ["0", "2"], torch.randn(3, 5, 12, dtype=torch.float64)),
+    "llama": llama,
+    "rwkv6": lambda: rwkv(6),
+    "rwkv7": lambda: rwkv(7),
+}
+FOLLOWED_CASES = [
+    *(("plain", method, {}) for method in METHODS if METHODS[method].adapts_linears),
+    ("plain", "bat", {"order": "row"}),
+    ("plain", "lora", {"alpha": 2.0}),
+    *(
+        ("plain", "miss", options)
+        for options in (
+            {"layout": "contiguous", "rank": 5},
+            {"shards": "balanced", "scale": "sqrt", "mini_r": 4},
+            {"magnitude": True},
+            {"expand": True},
+        )
+    ),
+    ("llama", "miss", {}),
+    ("rwkv6", "miss", {}),
+    ("rwkv7", "miss", {}),
+    ("rwkv7", "state", {}),
+]
+
+
+@pytest.mark.parametrize("kind,method,options", FOLLOWED_CASES)
+def test_torch_func_and_second_derivatives_are_those_of_the_weight_with_its_change(kind, method, options):
+    torch.manual_seed(0)
+    model, targets, x = FOLLOWED[kind]()
+    options = {} if method == "state" else {"rank": 2} | options
+    rwkv_miss.inject(model.double(), method, targets=targets, **options)
+    params = {n: p for n, p in model.double().named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in params.values():
+            p.add_(0.1 * torch.randn_like(p))
+    vectors = {name: torch.randn_like(p) for name, p in params.items()}
+
+    def loss(params, x):
+        y = torch.func.functional_call(model, params, (x if x.dim() > 1 else x[None],))
+        return (y if kind == "plain" else y[0]).tanh().pow(3).mean()
+
+    def tensors(gradients):
+        return torch.cat([g.flatten() for g in gradients])
+
+    def second_derivative():
+        first = torch.autograd.grad(loss(params, x), params.values(), create_graph=True)
+        return tensors(first), tensors(torch.autograd.grad(first, params.values(), vectors.values()))
+
+    gradient, product = second_derivative()
+    first = tensors(torch.autograd.grad(loss(params, x), params.values()))
+    still = {name: p.detach() for name, p in params.items()}
+    by_rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(still, x)
+    rows = [torch.autograd.grad(loss(params, row), params.values()) for row in x]
+    of_rows = torch.func.grad(lambda p: loss(p, x))
+    pairs = {
+        "create_graph": (gradient, first),
+        "grad": (tensors(of_rows(still).values()), first),
+        "vmap of grad": (tensors(by_rows.values()), tensors(map(torch.stack, zip(*rows, strict=True)))),
+        "jvp of grad": (tensors(torch.func.jvp(of_rows, (still,), (vectors,))[1].values()), product),
+        "vjp of grad": (tensors(torch.func.vjp(of_rows, still)[1](vectors)[0].values()), product),
+    }
+    for layer in adapted_linears(model).values():
+        layer.forward = types.MethodType(AdapterLinear.forward, layer)
+    exact, exact_product = second_derivative()
+    pairs |= {"gradient": (first, exact), "product with the Hessian": (product, exact_product)}
+    for name, (got, want) in pairs.items():
+        close(name, got, want, 1e-6 if kind == "llama" else 1e-10)  # Llama's norm computes in fp32
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_native_kernel_is_followed_by_torch_func_and_refuses_a_second_derivative(version):
+    model, _, ids = rwkv(version)
+    model.set_kernel("cpu")
+    rwkv_miss.inject(model, rank=4)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(params):
+        return torch.func.functional_call(model, params, (ids,))[0].square().mean()
+
+    want = torch.autograd.grad(loss(params), params.values())
+    for got, one in zip(torch.func.grad(loss)(params).values(), want, strict=True):
+        close("gradient", got, one, 1e-4)
+    with pytest.raises(RuntimeError, match=r"native kernels have none; call model.set_kernel\('torch'\)"):
+        torch.autograd.grad(loss(params), params.values(), create_graph=True)
