@@ -265,21 +265,41 @@ def test_autocast_leaves_float64_alone(name):
         assert torch.equal(function(*tensors, *rest), want)
 
 
-@pytest.mark.parametrize(
-    "name, frozen, rest",
-    [
-        *((name, (), ()) for name in OPERATORS if name != "vera_linear"),
-        ("vera_linear", (3, 4), ()),
-        ("lora_linear", (), (0.5, torch.tensor(7))),
-        ("lora_linear", (3,), (0.5, torch.tensor(7))),
-    ],
-)
-def test_the_gradients_have_derivatives(name, frozen, rest):
-    function, shapes, first = OPERATORS[name]
+def miss_with_sums(x, *others):
+    """MiSS with the shard sums that the function before it has computed."""
+    return functional.miss_linear(functional.with_shard_sums(1 * x, functional.shard_sum(x, 4)), *others)
+
+
+# (the operator, the places of frozen tensors, what follows the tensors)
+TWICE = {
+    **{name: (function, (), rest) for name, (function, _, rest) in OPERATORS.items()},
+    "vera_linear": (operators.vera_linear, (3, 4), []),
+    "miss_linear with sums": (miss_with_sums, (), []),
+    "lora_linear with dropout": (functional.lora_linear, (), [0.5, 0.5, torch.tensor(7)]),
+    "lora_linear with a frozen A": (functional.lora_linear, (3,), [0.5, 0.5, torch.tensor(7)]),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_the_gradients_have_derivatives(name):
+    function, frozen, rest = TWICE[name]
     torch.manual_seed(0)
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), *shapes)]
+    shapes = (3, 8), *OPERATORS[name.split()[0]][1]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     for place in frozen:
         leaves[place].requires_grad_(False)
+    mixed = [t.detach().float().requires_grad_() for t in leaves[:3]] + leaves[3:]  # parameters are cast
+    vectors = [torch.randn_like(t) for t in leaves]
+
+    def products(leaves):
+        at = [(t, v.to(t.dtype)) for t, v in zip(leaves, vectors, strict=True) if t.requires_grad]
+        trained = [t for t, _ in at]
+        first = torch.autograd.grad(function(*leaves, *rest).sin().sum(), trained, create_graph=True)
+        return torch.autograd.grad(first, trained, [v for _, v in at])
+
     for trained in (True, False):  # an operator with a frozen weight may not keep x
         leaves[1].requires_grad_(trained)
-        assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors, *first, *rest), leaves)
+        mixed[1].requires_grad_(trained)
+        assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors, *rest), leaves)
+        for got, want in zip(products(mixed), products(leaves), strict=True):
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
