@@ -216,7 +216,7 @@ def operator_backward(backward: Function) -> Function:
     def compute(ctx, dy, *dkept):
         for d in dkept:
             if d is not None:
-                return _second(ctx, compute(ctx, dy), dkept)
+                return _second(compute, _ReadContext(ctx), dy, dkept)
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         if not in_autocast(dy.device):
@@ -227,13 +227,23 @@ def operator_backward(backward: Function) -> Function:
     return compute
 
 
+class _ReadContext:
+    """Context whose saved tensors have been read: an activation checkpoint lets them be read once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 def _second(
-    ctx: Any, gradients: tuple[Tensor | None, ...], dkept: tuple[Tensor | None, ...]
+    backward: Function, ctx: _ReadContext, dy: Tensor | None, dkept: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Add what reaches the inputs through the tensors that the forward has kept."""
-    with torch.autocast(next(d.device.type for d in dkept if d is not None), enabled=False):
+    """Add to backward(ctx, dy) what reaches the inputs through the tensors that the forward has kept."""
+    with without_autocast(next(d.device for d in dkept if d is not None)):
         further = ctx._forward_cls.through(ctx, *dkept)
-    pairs = zip(gradients, further, strict=True)
+    pairs = zip(backward(ctx, dy), further, strict=True)
     return tuple([b if a is None else a if b is None else a + b for a, b in pairs])
 
 
@@ -428,14 +438,12 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """Set each number of x (N, in) to 0 with probability `dropout`, else divide it by 1 - dropout.
 
-    A seed (0-dim, int64) always drops the same places; without one x stays. Inside torch.func torch draws
-    them, because vmap's seeds have no values.
+    A seed (0-dim, int64) always drops the same places; without one x stays.
     """
     if seed is None:
         return x
-    if in_torch_func():
-        return F.dropout(x, dropout)
-    return (_drop if differentiated() else torch.ops.rwkv_miss.drop)(x, dropout, seed)
+    second = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the operator has no derivative
+    return (_drop if second else torch.ops.rwkv_miss.drop)(x, dropout, seed)
 
 
 def _times(
@@ -456,7 +464,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
         tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
-        h = product(dropped(tokens, dropout, seed), A_cast)
+        if seed is not None and in_torch_func():  # torch draws, because vmap's seeds have no values
+            h = product(F.dropout(tokens, dropout), A_cast)
+        else:
+            h = product(dropped(tokens, dropout, seed), A_cast)
         ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = x.shape, scale, dropout, (A.dtype, B.dtype)
         ctx.set_materialize_grads(False)
         keeps_x = A.requires_grad or weight.requires_grad

@@ -1,10 +1,12 @@
 """The matrix products and the frozen linear: values and gradients against float64, and what is kept."""
 
+import functools
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss import functional, gemm
 from rwkv_miss.functional import linear
@@ -291,15 +293,20 @@ def test_the_gradients_have_derivatives(name):
     mixed = [t.detach().float().requires_grad_() for t in leaves[:3]] + leaves[3:]  # parameters are cast
     vectors = [torch.randn_like(t) for t in leaves]
 
-    def products(leaves):
+    def run(*leaves):
+        return function(*leaves, *rest)
+
+    def products(run, leaves):
         at = [(t, v.to(t.dtype)) for t, v in zip(leaves, vectors, strict=True) if t.requires_grad]
         trained = [t for t, _ in at]
-        first = torch.autograd.grad(function(*leaves, *rest).sin().sum(), trained, create_graph=True)
+        first = torch.autograd.grad(run(*leaves).sin().sum(), trained, create_graph=True)
         return torch.autograd.grad(first, trained, [v for _, v in at])
 
     for trained in (True, False):  # an operator with a frozen weight may not keep x
         leaves[1].requires_grad_(trained)
         mixed[1].requires_grad_(trained)
-        assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors, *rest), leaves)
-        for got, want in zip(products(mixed), products(leaves), strict=True):
-            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert torch.autograd.gradgradcheck(run, leaves)
+        checkpointed = functools.partial(checkpoint, run, use_reentrant=False)
+        for other in (products(run, mixed), products(checkpointed, leaves)):
+            for got, want in zip(other, products(run, leaves), strict=True):
+                assert (got - want).abs().max() <= 1e-5 * want.abs().max()
