@@ -181,8 +181,8 @@ def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dty
 OPERATORS = {
     "linear": (functional.linear, [(6, 8), (6,)], []),
     "miss_linear": (functional.miss_linear, [(6, 8), (6,), (4, 6)], []),
-    "lora_linear": (functional.lora_linear, [(6, 8), (6,), (2, 8), (6, 2)], [0.5]),
-    "times_columns": (functional.times_columns, [(8,), (8,)], []),
+    "lora_linear": (operators.lora_linear, [(6, 8), (6,), (2, 8), (6, 2)], [0.5]),
+    "times_columns": (operators.times_columns, [(8,), (8,)], []),
     "expand_linear": (operators.expand_linear, [(6, 8), (6,), (2, 8)], []),
     "vera_linear": (operators.vera_linear, [(6, 8), (6,), (2, 8), (6, 2), (2,), (6,)], []),
     "bat_linear": (operators.bat_linear, [(6, 8), (6,), (3, 2, 2)], [False]),
@@ -277,8 +277,8 @@ TWICE = {
     **{name: (function, (), rest) for name, (function, _, rest) in OPERATORS.items()},
     "vera_linear": (operators.vera_linear, (3, 4), []),
     "miss_linear with sums": (miss_with_sums, (), []),
-    "lora_linear with dropout": (functional.lora_linear, (), [0.5, 0.5, torch.tensor(7)]),
-    "lora_linear with a frozen A": (functional.lora_linear, (3,), [0.5, 0.5, torch.tensor(7)]),
+    "lora_linear with dropout": (operators.lora_linear, (), [0.5, 0.5, torch.tensor(7)]),
+    "lora_linear with a frozen A": (operators.lora_linear, (3,), [0.5, 0.5, torch.tensor(7)]),
 }
 
 

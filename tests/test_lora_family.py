@@ -9,7 +9,7 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.functional import dropped
+from rwkv_miss.methods.operators import dropped
 from src.inference.load import load
 from src.model import RWKV
 from src.planning.base_model import build_model

@@ -15,7 +15,8 @@ from rwkv_miss import merge_file, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.adapter_file import adapter_tensors
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.functional import linear, lora_linear, miss_linear
+from rwkv_miss.functional import linear, miss_linear
+from rwkv_miss.methods.operators import lora_linear
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
 from src.config import Config
 from src.model import RWKV, read_model_file

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ..adapter import About, prepare_again, register
 from ..errors import UserError
-from ..functional import autocast, times_columns, without_autocast
+from ..functional import autocast, without_autocast
 from ..gemm import product
 from ..quantised import dense
 from .lora import LoraLinear, Options
+from .operators import times_columns
 
 
 @register("dora")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
-from ..functional import lora_linear
 from ..options import most_specific, names_with
+from .operators import lora_linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,9 @@ from ..functional import (
     shard_index,
     shard_signs,
     shard_sum,
-    times_columns,
     without_autocast,
 )
-from .operators import expand_linear, output_shard_index
+from .operators import expand_linear, output_shard_index, times_columns
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
 VARIANTS = ("layout", "shards", "scale", "mini_r", "magnitude", "expand")  # options beyond plain MiSS

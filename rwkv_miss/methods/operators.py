@@ -1,8 +1,11 @@
-"""Autograd operators of the methods other than MiSS and LoRA, with the conventions of functional.py."""
+"""Autograd operators of the methods other than MiSS, with the conventions of functional.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import (
@@ -19,8 +22,151 @@ from ..functional import (
     weight_gradients,
     with_kept,
 )
-from ..gemm import differentiated, product, product_exact, product_onto, product_plus
+from ..gemm import differentiated, in_torch_func, product, product_exact, product_onto, product_plus
 from ..quantised import shape_of
+
+
+def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - dropout, generator=generator
+    )
+    return x.mul(kept).div_(1 - dropout)
+
+
+# A registered operator, because torch.compile traces the backwards that call it without values of a seed.
+torch.library.define("rwkv_miss::drop", "(Tensor x, float dropout, Tensor seed) -> Tensor")
+torch.library.impl("rwkv_miss::drop", "default", _drop)
+torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.empty_like(x))
+
+
+def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """Set each number of x (N, in) to 0 with probability `dropout`, else divide it by 1 - dropout.
+
+    A seed (0-dim, int64) always drops the same places; without one x stays.
+    """
+    if seed is None:
+        return x
+    second = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the operator has no derivative
+    return (_drop if second else torch.ops.rwkv_miss.drop)(x, dropout, seed)
+
+
+def _times(
+    x: Tensor, factor: Tensor | float, dtype: torch.dtype, layout: Any = torch.preserve_format
+) -> Tensor:
+    """Multiply x by a factor for each column, or one, in `dtype`: rounded once, without a copy in fp32."""
+    if differentiated():
+        return (x * factor).to(dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype, memory_format=layout))
+
+
+def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Compute scale B in B's dtype, rounded once."""
+    return B.to(dtype) if scale == 1 else _times(B, scale, dtype, torch.contiguous_format)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
+        tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
+        if seed is not None and in_torch_func():  # torch draws, because vmap's seeds have no values
+            h = product(F.dropout(tokens, dropout), A_cast)
+        else:
+            h = product(dropped(tokens, dropout, seed), A_cast)
+        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = x.shape, scale, dropout, (A.dtype, B.dtype)
+        ctx.set_materialize_grads(False)
+        keeps_x = A.requires_grad or weight.requires_grad
+        ctx.save_for_backward(x if keeps_x else None, h, weight, A_cast, B_scaled, seed)
+        matrix = product_matrix(weight, x.shape[-1], x.dtype)
+        y = product_plus(tokens, matrix, product_bias(bias, x.dtype), h, B_scaled.t())
+        kept = [A_cast] if A_cast is not A else []
+        if not A.requires_grad:  # otherwise a second derivative computes h again
+            kept = [h]
+        if B_scaled is not B:
+            kept.append(B_scaled)
+        return with_kept(like_tokens(y, x), *kept)
+
+    @staticmethod
+    @operator_backward
+    def backward(ctx, dy):
+        x, h, weight, A, B_scaled, seed = ctx.saved_tensors
+        dy, dx, dA, dB = flat_tokens(dy), None, None, None
+        if ctx.needs_input_grad[3] and differentiated():
+            h = product(dropped(flat_tokens(x), ctx.dropout, seed), A)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            dh = product(dy, B_scaled.t())
+        if ctx.needs_input_grad[0]:
+            matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype).t()
+            if seed is None:
+                dx = product_plus(dy, matrix, None, dh, A).view(ctx.x_shape)
+            else:
+                through_A = dropped(product(dh, A.t()), ctx.dropout, seed)
+                dx = product(dy, matrix).add_(through_A).view(ctx.x_shape)
+        if ctx.needs_input_grad[3]:
+            dA = gradient_of_factor(dh, dropped(flat_tokens(x), ctx.dropout, seed), ctx.dtypes[0])
+        if ctx.needs_input_grad[4]:
+            multiply = product if dy.dtype == ctx.dtypes[1] else product_exact
+            dB = multiply(dy.t(), h.t()).mul_(ctx.scale).to(ctx.dtypes[1])
+        return dx, *weight_gradients(ctx, dy, x, weight), dA, dB, None, None, None
+
+    @staticmethod
+    def through(ctx, *dkept):
+        _, _, _, A, _, seed = ctx.saved_tensors
+        first, dA, dx = dkept[0], None, None
+        if first is not None and not ctx.needs_input_grad[3]:
+            dx = dropped(product(first, A.t()), ctx.dropout, seed).view(ctx.x_shape)
+        elif first is not None and A.dtype != ctx.dtypes[0]:
+            dA = first.to(ctx.dtypes[0])
+        is_made = ctx.scale != 1 or A.dtype != ctx.dtypes[1]
+        dB = scaled(dkept[-1], ctx.scale, ctx.dtypes[1]) if is_made and dkept[-1] is not None else None
+        return dx, None, None, dA, dB, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Compute y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
+
+    Kept for the backward: x' A^T; x unless A is frozen; copies of A and scale B if x has another dtype.
+
+    The backward draws the dropped places again, which takes no memory and less time than reading them.
+    """
+    return call(_LoraLinear, x, weight, bias, A, B, scale, dropout, seed)
+
+
+class _TimesColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor, bias):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if factor.requires_grad else None, factor)
+        y = _times(x, factor, x.dtype)
+        return with_kept(y if bias is None else y.add_(bias))
+
+    @staticmethod
+    @operator_backward
+    def backward(ctx, dy):
+        (x, factor), dx, dfactor = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            dx = _times(dy, factor, dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dfactor = flat_tokens(dy * x).sum(0, dtype=factor.dtype)
+        return dx, dfactor, flat_tokens(dy).sum(0) if ctx.needs_input_grad[2] else None
+
+
+def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute y = x diag(factor) + bias for x (..., out) and factor (out), fp32. Kept for the backward: x.
+
+    The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 %
+    below, before it is used.
+    """
+    return call(_TimesColumns, x, factor, bias)
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
-from ..functional import lora_linear
 from ..quantised import is_of_others
 from . import lora
 from .lora import LoraLinear, check_rank
+from .operators import lora_linear
 
 # further directions of a randomised SVD, beyond the rank (Halko et al., arXiv 0909.4061, 4.2: 5 or 10)
 OVERSAMPLING = 10
