@@ -372,7 +372,7 @@ def _check_base(
 def _check_fit(
     base: str | os.PathLike[str], stored: Mapping[str, Tensor], adapters: Combination, force: bool
 ) -> None:
-    """Raise UserError unless the adapters fit the tensors and, without `force`, were trained on these values."""
+    """Raise UserError unless the adapters fit the tensors and, without `force`, were trained on them."""
     adapters.check(stored)
     for m in () if force else adapters.members:
         if not m.rows:  # a folder may store a model's stack of experts as a tensor for each
