@@ -24,7 +24,7 @@ from .inject import Injection, attach, keep_first_values, statistics_of
 from .methods.token_rows import layers_of_rows, method_of
 from .methods.whole_tensors import PARTS, in_parts, state_names
 from .progress import print_notes
-from .sharding import gathered, is_sharded, local, put, require_whole, reshard, unsharded
+from .sharding import class_of, gathered, is_sharded, local, put, require_whole, reshard, unsharded
 from .target_checks import SharedMemory, refuse_unfit
 from .targets import Target, View, all_targets, put_parameters, renewing, take_off, views_of
 from .wrappers import injected, unwrapped
@@ -153,7 +153,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "trainable": injection.trainable,
         "arch": arch.to_dict() if (arch := _arch(model)) else None,
         "base": _base_name(model),
-        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model_class": "{0.__module__}.{0.__qualname__}".format(class_of(model)),
         "base_fingerprint": getattr(model, "base_fingerprint", None),
         "weights_fingerprint": None if merged else injection.weights,
     }
@@ -177,18 +177,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
 
 def _base_name(model: nn.Module) -> str | None:
     """Name the model's file, or the folder or the hub's model that transformers loaded."""
-    config = getattr(model, "config", None)
-    return getattr(model, "base_name", None) or getattr(config, "_name_or_path", None) or None
+    base_name = getattr(model, "base_name", None)
+    return base_name or getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     if not os.fspath(path).endswith(".safetensors"):
         write_checkpoint(path, tensors.items(), metadata)
         return
-    from .convert import Adapter  # the formats of all projects come with it, and no training has one
-    from .convert.own_files import Safetensors
+    from .convert import Adapter, own_files  # the formats of all projects come too, and no training has one
 
-    Safetensors.write(Adapter(tensors, metadata), path)
+    own_files.Safetensors.write(Adapter(tensors, metadata), path)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

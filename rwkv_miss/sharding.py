@@ -56,10 +56,15 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
         put(p.detach(), values[name])
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """Return the model's class as it was before fully_shard(), which gives a module a class of its own."""
+    return next(kind for kind in type(model).__mro__ if not hasattr(kind, "reshard"))
+
+
 def reshard(model: nn.Module) -> None:
     """Shard parameters that a module keeps gathered after a forward: values written there would be lost."""
     for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        if hasattr(module, "reshard"):  # only an FSDPModule has this method
             module.reshard()
 
 

@@ -155,7 +155,7 @@ def kernel_figures(text: str) -> dict[str, dict[str, float]]:
 
 def short_name(mangled: str) -> str:
     """Return "wkv7_chunked scan" for a mangled name, which holds file name, hash and function name."""
-    match = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
+    match = re.search(r"_[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
     if not match:
         return mangled
     return f"{match[1]} {mangled[match.end() :][: int(match[2])]}"

@@ -63,7 +63,7 @@ def kernels(library: ctypes.CDLL) -> dict[str, tuple[int, int, int]]:
 @functools.cache
 def readable(kernel: str) -> str:
     """Return a mangled name as "wkv7.cu forward<Layout<64, 1>>"."""
-    file = re.search(r"_\d+_(\w+?)_cu_", kernel)
+    file = re.search(r"_[0-9a-f]{8}_\d+_(\w+?)_cu_", kernel)  # a hash, which may be digits alone; a length
     name = subprocess.run(["c++filt", kernel], capture_output=True, text=True).stdout.strip()
     name = re.sub(r"^void |\(anonymous namespace\)::", "", name).partition("(")[0]
     return f"{file[1] + '.cu ' if file else ''}{name}".replace("> >", ">>")

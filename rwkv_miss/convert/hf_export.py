@@ -218,10 +218,11 @@ def new_config(
     """
     views, arch = views_of(adapter.metadata), adapter.metadata.get("arch")
     library, _, model_class = (adapter.metadata.get("model_class") or "").rpartition(".")
-    base = adapter.base if is_folder(adapter.base) else None if arch else adapter.metadata.get("base")
     model = {
         "task_type": "CAUSAL_LM" if arch and is_folder(adapter.base) else None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": (
+            adapter.base if is_folder(adapter.base) else None if arch else adapter.metadata.get("base")
+        ),
         "auto_mapping": {"base_model_class": model_class, "parent_library": library} if library else None,
         "revision": None,
     }
