@@ -24,11 +24,11 @@ export function restore() {
   } catch {
     sessionStorage.removeItem(STATE);
   }
-  readAddress();
+  readAddress(location.href);
 }
 
-export function readAddress() {
-  const run = new URLSearchParams(location.hash.slice(1)).get("run") ?? "";
+export function readAddress(url) {
+  const run = new URLSearchParams(new URL(url).hash.slice(1)).get("run") ?? "";
   if (run && run !== state.run) Object.assign(state, { run, step: "run" });
 }
 

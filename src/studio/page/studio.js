@@ -229,9 +229,9 @@ function listen() {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !event.isComposing) closePanel();
   });
-  window.addEventListener("hashchange", () => {
+  window.addEventListener("hashchange", ({ newURL }) => {
     const before = state.run;
-    readAddress();
+    readAddress(newURL); // in location.hash a save() may have put the run back by now
     if (server && state.run !== before) choose(state.run);
   });
 }
