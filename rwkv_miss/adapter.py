@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from . import functional
 from .disabled_layers import disabled_here
 from .errors import UserError
-from .forms import READ, at_hand, refuse_in_form, share_hooks, take_form
 from .options import About, NoOptions, Options, check_parts
 from .options import option as option
 from .quantised import dense, of_others, shape_of
 from .sharding import unsharded
-from .targets import Target, View, put_linears, put_read
+from .targets import READ, Target, View, put_linears, put_read, take_form
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -247,17 +246,14 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return weight
 
     def keep(self, original: nn.Module) -> None:
-        """Remember the module that stood here, and share its hooks; its weight and bias are this layer's."""
-        share_hooks(original, self)
-        if not self.stored.is_meta:
-            original._parameters.update(dict.fromkeys(original._parameters))
+        """Remember the module that stood here; its weight and bias are this layer's alone."""
+        original._parameters.update(dict.fromkeys(original._parameters))
         self.__dict__["original"] = original  # no submodule
 
     def plain(self) -> nn.Module:
         """Return the module that stood here, with this layer's weight and bias."""
         for key in self.original._parameters:
             self.original._parameters[key] = getattr(self, key)
-        share_hooks(self, self.original)
         return self.original.train(self.training)
 
     @classmethod
@@ -329,19 +325,13 @@ class AdapterLinear(AdapterMethod, nn.Linear):
                 if isinstance(value, dict):
                     check_parts(option, value, targets)
         shapes = {name: tuple(shape_of(target.matrix)) for name, target in targets.items()}
-        first = next(iter(targets.values()))
-        with at_hand(first.owner):
-            pool = cls.make_shared(shapes, options, first.weight.device)
+        pool = cls.make_shared(shapes, options, next(iter(targets.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}
         for name, target in targets.items():
             bias = None if target.form == READ else getattr(target.owner, "bias", None)
             try:
                 shared = {key: pool[of] for key, of in cls.shared_names(*shapes[name]).items()}
-                with at_hand(target.owner):
-                    layer = cls.wrap(target.weight, bias, options.at(name), shared, target)
-                if layer.owner is None:  # offloaded again, where it was
-                    layer.weight, layer.bias = target.weight, getattr(target.owner, "bias", None)
-                refuse_in_form(layer, target.form)
+                layer = cls.wrap(target.weight, bias, options.at(name), shared, target)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
             take_form(layer, target.form)

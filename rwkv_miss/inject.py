@@ -24,13 +24,13 @@ from .methods.token_rows import LAYERS, TokenOptions, TokenRows, layers_of_rows
 from .methods.whole_tensors import add_states, in_parts, split_parts, state_names, train_whole
 from .target_checks import find_targets, refuse_unfit
 from .targets import (
+    DEFAULT_TARGETS,
     Layers,
     Target,
     all_targets,
     layer_number,
     layer_numbers,
     renewing,
-    rwkv_targets,
     take_off,
 )
 from .wrappers import unwrapped
@@ -148,7 +148,7 @@ def inject(
     model = unwrapped(model, to_inject=True)
     injection = attach(model, method, find, train_parts, options, initialise, layers, tokens)
     if injection.linears:
-        injection.targets = [targets] if isinstance(targets, str) else list(targets or rwkv_targets(model))
+        injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)
     keep_first_values(model, keep_first)
     return injection
 
@@ -167,12 +167,8 @@ def keep_first_values(model: nn.Module, keep: bool) -> None:
 @torch.no_grad()
 def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
-    # on the meta device there are no values to start from; the tensors of an offloaded layer have values
-    layers = {
-        name: layer
-        for name, layer in adapted_linears(model).items()
-        if not any(tensor.is_meta for tensor in layer.own_tensors().values())
-    }
+    # a weight on the meta device has no values to start from
+    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.stored.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
             constant, value = getattr(layer, key), earlier.get(f"{name}.{key}")

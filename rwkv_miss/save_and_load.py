@@ -20,7 +20,6 @@ from .files.checkpoint import Arch, check_finite, write_checkpoint
 from .files.file_kinds import may_replace
 from .files.safetensors_io import is_safetensors
 from .fit import check_layer, check_whole, refuse_other_base, refuse_other_weights
-from .forms import is_offloaded
 from .inject import Injection, attach, keep_first_values, statistics_of
 from .methods.token_rows import layers_of_rows, method_of
 from .methods.whole_tensors import PARTS, in_parts, state_names
@@ -224,12 +223,10 @@ def load_adapter(
     model = unwrapped(model, to_inject=is_new)
     if hasattr(model, "injection") and model.injection.kept is not None:
         raise UserError("an adapter is merged into the model; call rwkv_miss.unmerge(model) first")
-    places = {name: m for name, m in model.named_modules() if not is_offloaded(m)}
-    empty = [name for name, p in model.named_parameters() if p.is_meta and name.rpartition(".")[0] in places]
-    if empty:
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), ""):
         raise UserError(
-            f"{empty[0]} is on the meta device, where the adapter's values would be lost; give the model its"
-            " own values first, with load_state_dict(assign=True) or to_empty()"
+            f"{empty} is on the meta device, where the adapter's values would be lost; give the model its own"
+            " values first, with load_state_dict(assign=True) or to_empty()"
         )
     require_whole(model)
     linears, replaced, metadata = fit_adapter(model, path, force, content)
@@ -306,23 +303,12 @@ def _named_as_here(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Rename another project's linears to the layers of this model that change the same weights."""
     if hasattr(model, "injection"):
-        there = {name: layer.view or View(f"{name}.weight") for name, layer in adapted_linears(model).items()}
+        layers = adapted_linears(model)
+        here = {(layer.key(name), layer.view and layer.view.index): name for name, layer in layers.items()}
     else:
-        there = {name: target.view for name, target in all_targets(model).items()}
+        here = {(target.view.key, target.view.index): name for name, target in all_targets(model).items()}
     views = views_of(metadata)
-    here = {(view.key, view.index): name for name, view in there.items()}
-    if any((view.key, view.index) not in here for view in views.values()):
-        from .convert.peft_names import pth_names
-
-        ours, theirs = pth_names(here), pth_names((view.key, view.index) for view in views.values())
-        ours = {plain: here[key] for key, plain in ours.items()}
-        names = {name: ours.get(theirs[view.key, view.index], name) for name, view in views.items()}
-        views = {
-            name: dataclasses.replace(view, key=there[names[name]].key) if names[name] in there else view
-            for name, view in views.items()
-        }
-    else:
-        names = {name: here[view.key, view.index] for name, view in views.items()}
+    names = {name: here.get((view.key, view.index), name) for name, view in views.items()}
     if all(name == new for name, new in names.items()):
         return tensors, metadata
     options = dict(metadata["options"])

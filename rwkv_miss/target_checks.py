@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .forms import EMBEDDING, LINEAR, READ, WRAPPED, at_hand
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
 from .sharding import local
-from .targets import Layers, Target, choose, rwkv_targets
+from .targets import DEFAULT_TARGETS, READ, Layers, Target, choose
 
-# attributes in which torch keeps a module's hooks for state_dicts, which would see an adapter's tensors, too
+# attributes in which torch keeps a module's hooks
 HOOKS = """
-    _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
+    _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks
+    _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
 """.split()
-# share of its size by which a linear's own forward may miss its product and bias, in any dtype
-NEAR = 0.05
 
 
 def find_targets(
@@ -33,7 +30,16 @@ def find_targets(
     Raises UserError, with the names that exist, for targets None with a model that is no RWKV, for names that
     match nothing, and for a linear whose change would have no effect, or a different effect once merged.
     """
-    chosen = choose(model, rwkv_targets(model) if targets is None else targets, exclude, layers)
+    if targets is None:
+        # key and value alone would match some linears of many models and silently miss the others
+        names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if not any(name.endswith("receptance") for name in names):
+            raise UserError(
+                f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no"
+                f" RWKV model; name some of its linear layers: {', '.join(sorted(names)) or 'it has none'}"
+            )
+        targets = [name for name in DEFAULT_TARGETS if name in names]
+    chosen = choose(model, targets, exclude, layers)
     refuse_unfit(model, chosen)
     return chosen
 
@@ -56,17 +62,16 @@ def refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
                 f"{first} and {second} are one layer under two names; give each a layer of its own "
                 "(copy.deepcopy), or drop the target"
             )
-        weight = getattr(module, key.rpartition(".")[2])
-        held = _held_by_others(weight)
+        held = _held_by_others(getattr(module, key.rpartition(".")[2]))
         if held:
             raise UserError(f"{key} is {held}")
-        what = "" if target.form == READ else _more_than_plain(module, target.form)
-        kind = EMBEDDING.title() if target.form == EMBEDDING else LINEAR.title()
+        what = "" if target.form == READ else _more_than_plain(module)
         if what:
             raise UserError(
-                f"{name} is no plain nn.{kind}: {what}, which an adapter in its place would"
+                f"{name} is no plain nn.{target.form.title()}: {what}, which an adapter in its place would"
                 " drop; put a plain one there, or drop the target"
             )
+        weight = target.weight
         if target.form == READ and not weight.is_floating_point():
             raise UserError(f"{key} is {weight.dtype}, no floating-point matrix; drop the target")
         others = memory.overlapping(key, weight)
@@ -74,11 +79,6 @@ def refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
             raise UserError(
                 f"{target.path} has the same weight as {others[0]}, which a merge would change as well; untie"
                 " them or drop the target"
-            )
-        if target.form == WRAPPED and not _is_product(target):
-            raise UserError(
-                f"{name} is no plain nn.Linear: {type(module).__name__} has a forward of its own that"
-                " computes more than its product and bias, so a merge would change the model; drop the target"
             )
         parent = modules.get(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -109,39 +109,23 @@ def _held_by_others(weight: Tensor) -> str:
     )
 
 
-def _more_than_plain(module: nn.Module, form: str) -> str:
+def _more_than_plain(module: nn.Module) -> str:
     """Describe what a linear or an embedding does or has beyond its product and bias; "" if that is all."""
     children, own = [name for name, _ in module.named_children()], {"weight", "bias"}
     tensors = [name for name in (*module._parameters, *module._buffers) if name not in own]
     kind, quantised = type(module), is_of_others(module.weight)
     # bitsandbytes' linears have a forward of their own, and a hook for state_dicts
     hooks = any(getattr(module, name, None) for name in HOOKS if not (quantised and "load" in name))
+    plain = quantised or getattr(kind, "is_linear", False) or kind.__name__ == "Conv1D"
+    own_forward = kind.forward not in (nn.Linear.forward, nn.Embedding.forward) and not plain
     found = {
         f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
         f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,
-        "hooks for state_dicts are registered on it": hooks,
-        f"{kind.__name__} has a forward of its own": form == EMBEDDING and "forward" in vars(module),
+        "hooks are registered on it": hooks,
+        f"{kind.__name__} has a forward of its own": own_forward or "forward" in vars(module),
         "it has a max_norm, which changes its weight": getattr(module, "max_norm", None) is not None,
     }
     return next((what for what, holds in found.items() if holds), "")
-
-
-@torch.no_grad()
-def _is_product(target: Target) -> bool:
-    """Tell whether a linear's own forward computes its product and bias, on 16 rows."""
-    module, width = target.owner, shape_of(target.matrix)[1]
-    x = torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0))
-    with at_hand(module):
-        weight = dense(target.matrix, width, torch.float32)
-        x = x.to(weight.device, weight.dtype)
-        want, was_training = F.linear(x, weight, module.bias), module.training
-    try:
-        found = module.eval().forward(x)
-    finally:
-        module.train(was_training)
-    # a model on the meta device has no numbers to compare
-    near = found.shape == want.shape and (want.is_meta or (found - want).norm() <= NEAR * want.norm())
-    return bool(near)
 
 
 class SharedMemory:

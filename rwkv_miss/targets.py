@@ -1,30 +1,36 @@
 """Targets of an adapter: the weights of a model that it can change, each seen as a matrix (out, in).
 
-A target is a view of a parameter, so all methods work on all of them. forms.py has the forwards in training.
+A target is a view of a parameter, so all methods work on all of them. In training there are three forms:
+
+    linear      nn.Linear, and transformers' Conv1D, whose weight is (in, out): an adapted linear replaces it
+    embedding   nn.Embedding, the linear of a one-hot input, whose weight is (in, out): likewise replaced
+    read        a parameter that its model reads, such as the experts of Mixtral (experts, out, in), each a
+                target of its own, or a linear of torch's MultiheadAttention: the module stays, and code that
+                reads the parameter gets the weight with its change, in the weight's dtype
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .forms import EMBEDDING, LINEAR, LINEARS, READ, WRAPPED, with_form
-from .quantised import is_of_others
+from .functional import without_autocast
 from .sharding import is_sharded
 
+LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
 # the linears that the paper counts; RWKV-7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
-# RWKV's linears in flash-linear-attention's RWKV-7; other models have names such as k_proj, too
-FLA_TARGETS = ("r_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.value")
 HEADS = ("head", "lm_head", "score", "classifier")  # "all-linear" leaves these out, at the top of a model
 Layers = int | str | list[int]  # the argument `layers` of inject()
 HOLDER = "adapted"  # name of the child that holds the adapted layers of a module's read parameters
@@ -109,7 +115,7 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
         parent = modules[name.rpartition(".")[0]]
         form = _form(name.rpartition(".")[2], module, parent)
         prefix = f"{name}." if name else ""
-        if form and form != READ:
+        if form in (LINEAR, EMBEDDING):
             transposed = not isinstance(module, nn.Linear)
             view = View(f"{prefix}weight", transposed, lookup=form == EMBEDDING)
             found.append(Target(name, view, module, form))
@@ -129,21 +135,12 @@ def _form(leaf: str, module: nn.Module, parent: nn.Module) -> str:
     """Return the form in which a module's weights are adapted; "": in none."""
     if isinstance(module, nn.Linear):
         read = isinstance(parent, nn.MultiheadAttention) or leaf in READ_BY.get(type(parent).__name__, ())
-        return READ if read else _linear_form(module)
+        return READ if read else LINEAR
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return _linear_form(module)
+        return LINEAR
     if isinstance(module, nn.Embedding):  # a subclass's forward may scale the rows, so its weight is read
         return EMBEDDING if type(module).forward is nn.Embedding.forward else READ
     return "" if isinstance(module, OPAQUE) else READ
-
-
-def _linear_form(module: nn.Module) -> str:
-    """Return WRAPPED for a linear whose forward may do more than its product and bias, and else LINEAR."""
-    kind = type(module)
-    plain = kind.forward is nn.Linear.forward or getattr(kind, "is_linear", False)
-    # a quantised linear of another package has a forward of its own, too, for a weight that is expanded here
-    known = kind.__name__ == "Conv1D" or is_of_others(module.weight)
-    return LINEAR if (plain or known) and "forward" not in vars(module) else WRAPPED
 
 
 def _matches(names: str | Iterable[str], target: Target) -> bool:
@@ -157,7 +154,7 @@ def _matches(names: str | Iterable[str], target: Target) -> bool:
 
 def _names(targets: Iterable[Target]) -> str:
     """List the last words of the linears' names, for a message."""
-    return ", ".join(sorted({t.path.rpartition(".")[2] for t in targets if t.form in LINEARS})) or "none"
+    return ", ".join(sorted({t.path.rpartition(".")[2] for t in targets if t.form == LINEAR})) or "none"
 
 
 def _selected(what: str, names: str | list[str], targets: list[Target]) -> set[str]:
@@ -181,7 +178,7 @@ def _selected(what: str, names: str | list[str], targets: list[Target]) -> set[s
 def _all_linear(model: nn.Module, targets: list[Target]) -> set[str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
-    return {t.name for t in targets if t.form in LINEARS and t.owner is not head and t.name not in HEADS}
+    return {t.name for t in targets if t.form == LINEAR and t.owner is not head and t.name not in HEADS}
 
 
 def layer_number(name: str) -> int | None:
@@ -239,20 +236,6 @@ def layers_text(layers: Iterable[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def rwkv_targets(model: nn.Module) -> list[str]:
-    """List an RWKV's targets by the names of its linears. Raises UserError for another model."""
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names = {name.rpartition(".")[2] for name in linears}
-    if any(name.endswith("receptance") for name in names):
-        return [name for name in DEFAULT_TARGETS if name in names]
-    if any(name.endswith("attn.r_proj") for name in linears):
-        return list(FLA_TARGETS)
-    raise UserError(
-        f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV"
-        f" model; name some of its linear layers: {', '.join(sorted(names)) or 'it has none'}"
-    )
-
-
 def choose(
     model: nn.Module,
     targets: str | list[str],
@@ -270,6 +253,64 @@ def choose(
     if not chosen:
         raise UserError(f"no linear layer to adapt: targets is empty; this model has: {_names(found)}")
     return {target.name: target for target in found if target.name in chosen}
+
+
+class EmbeddingForm:
+    """Forward of an adapted layer that stands for an nn.Embedding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute rows of W^T + delta^T, ids (...) -> (..., out), by low_rank() if the method has factors."""
+        with without_autocast(ids.device):
+            if (factors := self.low_rank()) is None:
+                return self._rows(ids, (self.base_weight() + self.delta()).t()).to(self.stored.dtype)
+            A, B = factors
+            rows = self.base_forward(ids)
+            return (rows + F.linear(self._rows(ids, A.t()), B)).to(rows.dtype)
+
+    def base_forward(self, ids: Tensor) -> Tensor:
+        if self.changes_frozen_weight():
+            return self._rows(ids, self.base_weight().t()).to(self.stored.dtype)
+        return self.plain_forward(ids)
+
+    def plain_forward(self, ids: Tensor) -> Tensor:
+        return self._rows(ids, self.stored)
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table, self.original.padding_idx)
+
+
+class ReadForm:
+    """Forward of an adapted layer whose weight is a parameter that other modules read."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Compute the matrix with its change, in its dtype."""
+        with without_autocast(matrix.device):
+            return (self.base_weight() + self.delta()).to(matrix.dtype)
+
+    def base_forward(self, matrix: Tensor) -> Tensor:
+        return self.base_weight().to(matrix.dtype) if self.changes_frozen_weight() else matrix
+
+    def plain_forward(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+
+def take_form(layer: nn.Module, form: str) -> None:
+    """Replace the linear forward of an adapted layer by its target's form, unless its class handles that."""
+    if form != LINEAR and not getattr(layer, "is_lookup", False):
+        layer.__class__ = _with_form({EMBEDDING: EmbeddingForm, READ: ReadForm}[form], type(layer))
+
+
+@functools.cache
+def _with_form(form: type, cls: type) -> type:
+    """Make a subclass of `form` and `cls`; a pickle of its modules records both classes."""
+    names = {"__module__": cls.__module__, "plain_class": cls}
+    names["__reduce__"] = lambda self: (_unmade, (form, cls), self.__dict__)
+    return type(cls.__name__, (form, cls), names)
+
+
+def _unmade(form: type, cls: type) -> nn.Module:  # pickles of modules record this name
+    made = _with_form(form, cls)
+    return made.__new__(made)
 
 
 class Changed(threading.local):
@@ -326,7 +367,7 @@ def put_read(target: Target, layer: nn.Module) -> None:
     """Let a parameter read as changed by a layer."""
     owner, leaf = target.owner, target.view.key.rpartition(".")[2]
     if not isinstance(owner, ReadsChanged):
-        owner.__class__ = with_form(ReadsChanged, type(owner))
+        owner.__class__ = _with_form(ReadsChanged, type(owner))
         owner.add_module(HOLDER, nn.ModuleDict())
     place = owner._modules[HOLDER]._modules
     if target.view.index is None:

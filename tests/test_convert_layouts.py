@@ -104,45 +104,6 @@ def test_what_peft_wrote_there_merges_into_the_pth_and_is_written_again(folder, 
     close("the other layout", logits(load(folder / "other", foreign(folder, other))), logits(live), RATIO)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_trainers_adapter_is_loaded_there_and_saved_for_the_trainer_again(folder, layout):
-    want = native(folder, "miss", rank=7)
-    model = foreign(folder, layout)
-    for _ in range(2):  # a fresh model, and one with the adapter
-        rwkv_miss.load_adapter(model, folder / "a.pth")
-        close(layout, logits(model.eval()), want, RATIO)
-    rwkv_miss.save_adapter(model, folder / "again.pth")
-    back = RWKV.load(folder / "base.pth")
-    rwkv_miss.load_adapter(back, folder / "again.pth")
-    assert torch.equal(logits(back.eval()), want)
-
-
-def test_training_there_is_that_of_peft(folder):
-    ours, theirs = foreign(folder, "fla"), foreign(folder, "fla")
-    assert len(rwkv_miss.inject(ours, "lora", rank=5, alpha=9.0).linears) == 12
-    targets = ["r_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.value"]
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=5, lora_alpha=9, target_modules=targets))
-    start = dict(ours.named_parameters())
-    for name, p in theirs.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(start[name.removeprefix("base_model.model.").replace(".default.weight", "")].data)
-    losses = []
-    for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(20):
-            loss = model(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.detach())
-    close("losses", torch.stack(losses[0]), torch.stack(losses[1]), RATIO)
-    assert losses[0][-1] < losses[0][0] / 2
-    live = logits(ours.eval())
-    rwkv_miss.merge(ours)
-    close("merged", logits(ours), live, RATIO)
-
-
 def names_of(folder):
     """(target modules, names of the tensors)"""
     return config_of(folder)["target_modules"], set(load_file(folder / TENSORS))

@@ -6,7 +6,6 @@ one of Hugging Face's layouts (files/hf_names.py), or of the `.pth`.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -62,17 +61,6 @@ def in_pth(layout: str, name: str) -> str:
             " peft (merge_and_unload) and use the model's file"
         )
     return renamed
-
-
-def pth_names(keys: Iterable[tuple[str, int | None]]) -> dict[tuple[str, int | None], tuple[str, int | None]]:
-    """Map each (name of a weight, its place in a stack) to the same with the `.pth`'s name, if it has one."""
-    keys, found = list(keys), {}
-    layout = layout_of((name for name, _ in keys), is_rwkv=False)
-    for name, index in keys:
-        found[name, index] = name, index
-        with contextlib.suppress(UserError):
-            found[name, index] = in_pth(layout, name), index
-    return found
 
 
 def _renamed(

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..adapter import AdapterLinear, adapted_linears
 from ..errors import UserError
-from ..forms import is_offloaded
 from ..quantised import is_of_others
 from ..sharding import is_sharded
 from ..targets import put_parameters, renewing, take_off
@@ -96,8 +95,7 @@ def unload(model: nn.Module) -> nn.Module:
         raise UserError("merge(keep_base=False) failed amid the layers; load the base again")
     if injection.kept is None:
         for name, layer in layers.items():
-            # another package's module is back with its own weight, and an offloaded one is back with none
-            if not is_of_others(layer.stored) and not is_offloaded(layer):
+            if not is_of_others(layer.stored):  # another package's module is back with its own weight
                 _check(layer.key(name), layer.stored)
         with renewing(layers.values()):
             for layer in layers.values():

@@ -67,8 +67,7 @@ class BatLinear(AdapterLinear):
         rank = self.bat.shape[1]
         weight = self.base_weight()
         blocks = weight.unflatten(1, (-1, rank)).unflatten(0, (-1, rank)).transpose(1, 2)  # (a, b, r, r)
-        D = self.bat.to(weight.dtype)
-        D = D if self.by_row else D.unsqueeze(1)
+        D = self.bat if self.by_row else self.bat.unsqueeze(1)
         return (blocks @ D + D).transpose(1, 2).reshape(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class TokenRows(AdapterLinear):
     Options = TokenOptions
 
     def setup(self, options: TokenOptions) -> None:
-        self.is_lookup = options.is_lookup  # forward() looks rows up, and needs no form (forms.take_form)
+        self.is_lookup = options.is_lookup  # forward() looks rows up, and needs no form (targets.take_form)
         width, tokens = (
             (self.out_features, self.in_features) if self.is_lookup else (self.in_features, self.out_features)
         )
